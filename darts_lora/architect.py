@@ -1,0 +1,184 @@
+"""Architect: the architecture step, first order and unrolled; owns alpha's optimizer and the budget
+multiplier, and nothing else. Not here: the weight step, the loop, logging."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from darts_lora.cost import BudgetMultiplier
+from darts_lora.errors import InputError
+from darts_lora.supernet import Supernet
+
+
+class Architect:
+    """Trains alpha on validation batches (DARTS, arXiv 1806.09055, eq. 3 to 8).
+
+    `step` touches alpha, alpha's optimizer and the budget multiplier. The LoRA weights, their
+    gradients and their optimizer come out of it bit for bit as they went in.
+
+    Args:
+        supernet: whose alphas are trained; its config gives learning rate, betas, decay and order.
+        inner_learning_rate: step size of the unrolled weight step (order 2): use the learning rate
+            of the weights.
+        reduce: averages a gradient over processes, Tensor -> Tensor; None for one process.
+
+    Attributes:
+        gradient_sums: (2, N, K), the loss's gradients of alpha summed over even and odd steps.
+    """
+
+    def __init__(
+        self,
+        supernet: Supernet,
+        *,
+        inner_learning_rate: float = 1e-3,
+        reduce: Callable[[Tensor], Tensor] | None = None,
+    ):
+        config = supernet.config
+        self.supernet, self.inner_learning_rate, self.reduce = supernet, inner_learning_rate, reduce
+        self.optimizer = torch.optim.Adam(
+            supernet.arch_parameters(),
+            lr=config.arch_learning_rate,
+            betas=config.arch_betas,
+            weight_decay=config.arch_weight_decay,
+        )
+        self.multiplier = BudgetMultiplier(supernet.budget) if supernet.budget else None
+        self.steps = 0
+        self.gradient_sums = torch.zeros(2, *supernet.stacked_alpha().shape)
+
+    def step(
+        self, loss_fn: Callable[[Any], Tensor], val_batch: Any, train_batch: Any = None
+    ) -> dict[str, Tensor]:
+        """One step of alpha.
+
+        Args:
+            loss_fn: batch -> scalar loss of the supernet's model.
+            val_batch: a batch of the validation split.
+            train_batch: a batch of the training split, needed by order 2.
+
+        Returns:
+            "loss" on the validation batch and "expected_parameters", scalars on the device; with a
+            budget also "multiplier".
+
+        Raises:
+            InputError: order 2 without a train_batch.
+        """
+        if self.supernet.config.order == 2:
+            if train_batch is None:
+                raise InputError("train_batch=None: order=2 (unrolled) needs a training batch")
+            loss, gradients = self._unrolled(loss_fn, val_batch, train_batch)
+        else:
+            loss, gradients = self._gradients(loss_fn, val_batch, self.supernet.arch_parameters())
+        gradient = torch.stack(gradients)
+        if self.reduce is not None:
+            gradient = self.reduce(gradient)
+        self.gradient_sums = self.gradient_sums.to(gradient.device)
+        self.gradient_sums[self.steps % 2] += gradient
+        self.steps += 1
+        metrics = {"loss": loss}
+        gradient = gradient + self._budget_gradient(gradient, metrics)
+        for alpha, row in zip(self.supernet.arch_parameters(), gradient.unbind(0), strict=True):
+            alpha.grad = row
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed search needs: tensors and plain numbers."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "multiplier": self.multiplier and self.multiplier.state_dict(),
+            "steps": self.steps,
+            "gradient_sums": self.gradient_sums,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what state_dict gave."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.multiplier is not None:
+            self.multiplier.load_state_dict(state["multiplier"])
+        self.steps, self.gradient_sums = state["steps"], state["gradient_sums"]
+
+    def _gradients(
+        self, loss_fn: Callable, batch: Any, parameters: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The loss and its gradients of `parameters` alone; no `.grad` is written."""
+        with self.supernet.arch_gradients():
+            loss = loss_fn(batch)
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        filled = [
+            torch.zeros_like(p) if g is None else g
+            for p, g in zip(parameters, gradients, strict=True)
+        ]
+        return loss.detach(), filled
+
+    def _budget_gradient(self, gradient: Tensor, metrics: dict[str, Tensor]) -> Tensor:
+        expected = self.supernet.expected_parameters()
+        metrics["expected_parameters"] = expected.detach()
+        if self.multiplier is None:
+            return torch.zeros_like(gradient)
+        alphas = self.supernet.arch_parameters()
+        cost = torch.stack(torch.autograd.grad(expected / self.multiplier.budget, alphas))
+        factor = self.multiplier.step(expected.detach(), gradient, cost)
+        metrics["multiplier"] = factor
+        return factor * cost
+
+    def _unrolled(
+        self, loss_fn: Callable, val_batch: Any, train_batch: Any
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Gradient of L_val(w - xi dL_train/dw, alpha), by finite differences (DARTS eq. 7, 8)."""
+        alphas = self.supernet.arch_parameters()
+        weights = self.supernet.weight_parameters()
+        rate = self.inner_learning_rate
+        same_samples = _ReplayRandomness(weights[0].device)
+        saved = [w.detach().clone() for w in weights]
+        try:
+            with same_samples:
+                _, inner = self._gradients(loss_fn, train_batch, weights)
+            _shift(weights, saved, inner, -rate)
+            with same_samples:
+                loss, both = self._gradients(loss_fn, val_batch, [*alphas, *weights])
+            direct, vector = both[: len(alphas)], both[len(alphas) :]
+            norm = torch.stack([v.norm() for v in vector]).norm()
+            size = torch.stack([w.norm() for w in saved]).norm()
+            # central differences: the error falls with the square of the relative step, rounding
+            # rises with its inverse, hence the cube root of the precision
+            epsilon = torch.finfo(saved[0].dtype).eps ** (1 / 3) * size / norm.clamp_min(1e-12)
+            sides = []
+            for sign in (1, -1):
+                _shift(weights, saved, vector, sign * epsilon)
+                with same_samples:
+                    sides.append(self._gradients(loss_fn, train_batch, alphas)[1])
+        finally:
+            for weight, value in zip(weights, saved, strict=True):
+                weight.data.copy_(value)
+        scale = rate / (2 * epsilon)
+        return loss, [d - scale * (up - down) for d, up, down in zip(direct, *sides, strict=True)]
+
+
+def _shift(weights: list, origin: list, direction: list, step: float | Tensor) -> None:
+    """weights = origin + step * direction, in place, outside autograd's sight."""
+    for weight, start, along in zip(weights, origin, direction, strict=True):
+        weight.data.copy_(start + step * along)
+
+
+class _ReplayRandomness:
+    """Every `with` block draws the same random numbers (gates and dropout) as the first."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = [device] if device.type == "cuda" else []
+        self.state = None
+
+    def __enter__(self):
+        if self.state is None:
+            self.state = torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in self.cuda]
+        cpu, cuda = self.state
+        torch.set_rng_state(cpu)
+        for device, state in zip(self.cuda, cuda, strict=True):
+            torch.cuda.set_rng_state(state, device)
+
+    def __exit__(self, *exception):
+        return False

@@ -1,0 +1,250 @@
+"""The options of a search and of the runs around it: dataclasses, every bound checked on creation.
+Not here: what needs a model or a data set to check (supernet.py, data.py), nor argument parsing."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from darts_lora.errors import InputError
+
+
+def _require(ok: bool, option: str, value, rule: str) -> None:
+    if not ok:
+        raise InputError(f"{option}={value!r}: {rule}")
+
+
+def _is_int(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_real(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_bounds(config, *, at_least=None, above=None, choices=None) -> None:
+    """Check option -> bound for numbers (None passes where it is the default) and literals."""
+    at_least, above, choices = at_least or {}, above or {}, choices or {}
+    optional = {f.name for f in fields(config) if f.default is None}
+    for name, bound in {**at_least, **above}.items():
+        value = getattr(config, name)
+        if value is None and name in optional:
+            continue
+        sort, right_kind = ("an integer", _is_int) if _is_int(bound) else ("a number", _is_real)
+        if name in at_least:
+            _require(
+                right_kind(value) and value >= bound, name, value, f"must be {sort} >= {bound}"
+            )
+        else:
+            _require(right_kind(value) and value > bound, name, value, f"must be {sort} > {bound}")
+    for name, allowed in choices.items():
+        value = getattr(config, name)
+        _require(value in allowed, name, value, f"must be one of {', '.join(map(str, allowed))}")
+
+
+def check_ranks(ranks) -> tuple[int, ...]:
+    """Candidate ranks as a sorted tuple; raises InputError where they are not usable."""
+    rule = "candidate ranks must be distinct integers >= 0, at least one of them above 0"
+    _require(isinstance(ranks, list | tuple) and len(ranks) > 0, "ranks", ranks, rule)
+    _require(all(_is_int(r) and r >= 0 for r in ranks), "ranks", ranks, rule)
+    _require(len(set(ranks)) == len(ranks) and max(ranks) > 0, "ranks", ranks, rule)
+    return tuple(sorted(ranks))
+
+
+@dataclass
+class SearchConfig:
+    """What is searched and how (bilevel search over LoRA ranks, DARTS, arXiv 1806.09055).
+
+    Raises:
+        InputError: an option is out of its bounds.
+    """
+
+    ranks: tuple[int, ...] = (0, 1, 2, 4, 8, 16)
+    """Candidate ranks of each layer; 0 means no adapter."""
+    target_modules: str | list[str] = "all-linear"
+    """Layers to search, as in PEFT: all-linear, a list of name suffixes, or a regex."""
+    exclude_modules: str | list[str] | None = None
+    """Layers to leave out, as in PEFT: a list of name suffixes or a regex."""
+    scaling: float = 2.0
+    """The factor s = lora_alpha / r before every branch, the same for all ranks."""
+    branches: Literal["independent", "nested"] = "independent"
+    """independent: each rank has its own A and B; nested: a rank is a prefix of the next larger."""
+    dropout: float = 0.0
+    """Dropout probability of the adapter's input, in [0, 1)."""
+    relaxation: Literal["gumbel_hard", "gumbel", "softmax"] = "gumbel_hard"
+    """How alpha becomes gates: straight-through samples, soft samples, or a plain mixture."""
+    sampling: Literal["example", "batch"] = "example"
+    """One architecture for each row of the batch, or one for the whole batch (a forward)."""
+    temperature: tuple[float, float] = (1.0, 1.0)
+    """Temperature of the relaxation at the start and the end of a search, geometric in between."""
+    budget_rank: float | None = None
+    """Budget: as many trainable parameters as a uniform LoRA of this rank on the same layers."""
+    budget_parameters: int | None = None
+    """Budget: trainable parameters (count). Give this or budget_rank, or neither for no budget."""
+    arch_learning_rate: float = 0.03
+    """Learning rate of alpha (Adam)."""
+    arch_betas: tuple[float, float] = (0.5, 0.999)
+    """Adam's betas for alpha, as in DARTS."""
+    arch_weight_decay: float = 0.0
+    """Weight decay of alpha."""
+    arch_lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
+    """Course of alpha's learning rate over the architecture steps of a RankSearch."""
+    arch_every: int = 1
+    """One architecture step every this many weight steps."""
+    order: Literal[1, 2] = 1
+    """1: first-order architecture gradient; 2: unrolled (DARTS eq. 7 and 8)."""
+    warmup_steps: int | None = None
+    """Weight steps with uniformly drawn ranks before alpha moves; default: a quarter of all."""
+    seed: int = 0
+    """Seed of the weights' initialisation, of the samples and of the data order."""
+
+    def __post_init__(self):
+        self.ranks = check_ranks(self.ranks)
+        _check_bounds(
+            self,
+            at_least={"dropout": 0.0, "arch_weight_decay": 0.0, "arch_every": 1, "warmup_steps": 0}
+            | {"seed": 0},
+            above={"scaling": 0.0, "budget_rank": 0.0, "budget_parameters": 0}
+            | {"arch_learning_rate": 0.0},
+            choices={
+                "branches": ("independent", "nested"),
+                "relaxation": ("gumbel_hard", "gumbel", "softmax"),
+                "sampling": ("example", "batch"),
+                "order": (1, 2),
+                "arch_lr_scheduler": ("constant", "linear", "cosine"),
+            },
+        )
+        _require(self.dropout < 1, "dropout", self.dropout, "must be below 1")
+        for name, rule in (
+            ("temperature", lambda t: t > 0),
+            ("arch_betas", lambda b: 0 <= b < 1),
+        ):
+            pair = getattr(self, name)
+            ok = isinstance(pair, list | tuple) and len(pair) == 2
+            ok = ok and all(_is_real(v) and rule(v) for v in pair)
+            bound = "above 0" if name == "temperature" else "in [0, 1)"
+            _require(ok, name, pair, f"must be two numbers {bound}")
+            setattr(self, name, tuple(float(v) for v in pair))
+        if self.budget_rank is not None and self.budget_parameters is not None:
+            raise InputError(
+                f"budget_rank={self.budget_rank} and budget_parameters={self.budget_parameters}: "
+                "give one of the two"
+            )
+
+
+@dataclass
+class ModelConfig:
+    """Which base model is loaded, and how."""
+
+    model_name_or_path: str = "embedded"
+    """Hub name or local folder; embedded: the small vision-language model of this package."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Data type of the base model's weights; auto: as stored."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model from the hub. Only for sources that you trust."""
+
+    def __post_init__(self):
+        _check_bounds(self, choices={"dtype": ("auto", "float32", "bfloat16", "float16")})
+
+
+@dataclass
+class DataConfig:
+    """Which data set is used and how it is split."""
+
+    dataset: str = "embedded"
+    """Hub name, local folder, or a loader: json, csv, parquet, imagefolder (with data_files)."""
+    data_files: str | list[str] | dict[str, str | list[str]] | None = None
+    """Files of the data set: one, several, or a mapping from split to files."""
+    train_split: str = "train"
+    """Split that training and validation rows are taken from."""
+    test_split: str | None = "test"
+    """Split that evaluation uses; none: hold test_fraction of the training split back."""
+    validation_fraction: float = 0.3
+    """Share of the training split that is kept for the architecture steps, in (0, 1)."""
+    test_fraction: float = 0.1
+    """Share held back for evaluation where there is no test split, in (0, 1)."""
+    max_train_samples: int | None = None
+    """Use at most this many rows of the training split; default: all."""
+    max_test_samples: int | None = None
+    """Use at most this many rows of the test split; default: all."""
+    max_length: int = 2048
+    """Longest sequence (tokens); a longer row is an error that names it."""
+    split_seed: int = 0
+    """Seed of the split into training and validation rows."""
+
+    def __post_init__(self):
+        _check_bounds(
+            self,
+            at_least={"split_seed": 0},
+            above={"max_train_samples": 0, "max_test_samples": 0, "max_length": 0},
+        )
+        for name in ("validation_fraction", "test_fraction"):
+            value = getattr(self, name)
+            _require(_is_real(value) and 0 < value < 1, name, value, "must be between 0 and 1")
+
+
+@dataclass
+class TrainingConfig:
+    """How weights are trained, in a search and in a finetune alike."""
+
+    max_steps: int = 1000
+    """Weight steps (optimizer steps)."""
+    batch_size: int = 16
+    """Rows of a batch on each process."""
+    gradient_accumulation_steps: int = 1
+    """Batches whose gradients are added up for one weight step."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of the LoRA weights (AdamW)."""
+    weight_decay: float = 0.0
+    """Weight decay of the LoRA weights."""
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
+    """Course of the learning rate after its warm-up; the last two end at 0."""
+    lr_warmup_steps: int = 0
+    """Steps over which the learning rate rises from 0 to its peak."""
+    max_grad_norm: float = 1.0
+    """Clip the norm of the weights' gradient to this; 0 switches clipping off."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Autocast of the forward pass."""
+    logging_steps: int = 10
+    """Steps between two log entries."""
+    save_steps: int = 500
+    """Steps between two checkpoints; 0: none but the last."""
+    num_workers: int = 0
+    """Worker processes of each data loader."""
+
+    def __post_init__(self):
+        _check_bounds(
+            self,
+            at_least={"weight_decay": 0.0, "lr_warmup_steps": 0, "max_grad_norm": 0.0}
+            | {"save_steps": 0, "num_workers": 0},
+            above={"max_steps": 0, "batch_size": 0, "gradient_accumulation_steps": 0}
+            | {"learning_rate": 0.0, "logging_steps": 0},
+            choices={
+                "lr_scheduler": ("constant", "linear", "cosine"),
+                "mixed_precision": ("no", "bf16", "fp16"),
+            },
+        )
+
+
+def check_writable(output_dir: str, option: str = "output_dir") -> str:
+    """Create `output_dir` and check that files can be written there; returns it.
+
+    Raises:
+        InputError: it is a file, or nothing can be written.
+    """
+    probe = os.path.join(output_dir, f".write-test-{os.getpid()}")
+    try:
+        os.makedirs(output_dir, exist_ok=True)
+        with open(probe, "w"):
+            pass
+        os.remove(probe)
+    except OSError as error:
+        raise InputError(
+            f"{option}={output_dir!r}: cannot be written ({error.strerror}); "
+            "name a folder that you may write to"
+        ) from error
+    return output_dir

@@ -1,0 +1,103 @@
+"""From alpha to one rank a layer: argmax, or the best choice under a parameter budget.
+Not here: what the result can do (genotype.py), and how alpha came about."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+import torch
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import coo_array, vstack
+from torch import Tensor
+
+from darts_lora.cost import parameters_per_rank, rank_costs, resolve_budget
+from darts_lora.errors import InputError
+from darts_lora.genotype import Genotype
+from darts_lora.supernet import Supernet
+
+
+def discretize(
+    searched: Supernet | Genotype,
+    method: Literal["argmax", "budget"] | None = None,
+    *,
+    budget_rank: float | None = None,
+    budget_parameters: int | None = None,
+) -> Genotype:
+    """One rank for every layer, from a supernet's alphas.
+
+    Args:
+        searched: a supernet, or the genotype of a search: its probabilities give another choice.
+        method: "argmax": the most probable rank of each layer; "budget": the ranks of the highest
+            total log-probability among all choices within the budget, exactly. Default: "budget"
+            where a budget is known, else "argmax".
+        budget_rank, budget_parameters: the budget of this choice; default: the search's own.
+
+    Raises:
+        InputError: "budget" without any budget, one that the candidate ranks cannot meet, or a
+            genotype without probabilities.
+    """
+    genotype = searched if isinstance(searched, Genotype) else Genotype.from_supernet(searched)
+    if None in (genotype.probabilities, genotype.shapes, genotype.candidates):
+        raise InputError("genotype: holds no probabilities; give one that a search wrote")
+    costs = rank_costs(genotype.shapes.values(), genotype.candidates)
+    per_rank = sum(parameters_per_rank(*shape) for shape in genotype.shapes.values())
+    budget = resolve_budget(costs, per_rank, budget_rank, budget_parameters)
+    budget = budget or genotype.found_by.get("budget_parameters")
+    method = method or ("argmax" if budget is None else "budget")
+    probabilities = torch.tensor(
+        [genotype.probabilities[name] for name in genotype.shapes], dtype=torch.float64
+    )
+    log_probabilities = probabilities.clamp_min(1e-300).log()
+    choice = choose(log_probabilities, costs, method, budget)
+    ranks = [genotype.candidates[k] for k in choice]
+    return replace(
+        genotype,
+        ranks=dict(zip(genotype.shapes, ranks, strict=True)),
+        found_by={**genotype.found_by, "discretize": method, "budget_parameters": budget},
+    )
+
+
+def choose(
+    log_probabilities: Tensor,
+    costs: Tensor,
+    method: Literal["argmax", "budget"],
+    budget: float | None = None,
+) -> list[int]:
+    """Index of the chosen candidate of each layer, from (N, K) log-probabilities and costs.
+
+    Raises:
+        InputError: see discretize.
+    """
+    if method == "argmax":
+        return log_probabilities.argmax(-1).tolist()
+    if method != "budget":
+        raise InputError(f"method={method!r}: must be argmax or budget")
+    if budget is None:
+        raise InputError("method='budget': give budget_rank or budget_parameters")
+    return _best_within_budget(log_probabilities.numpy(), costs.cpu().numpy(), budget)
+
+
+def _best_within_budget(log_probabilities: np.ndarray, costs: np.ndarray, budget: float):
+    """A multiple-choice knapsack, solved exactly as a mixed-integer linear program by HiGHS."""
+    layers, candidates = costs.shape
+    index = np.arange(layers * candidates)
+    one_each = coo_array((np.ones(index.size), (index // candidates, index)))
+    total = coo_array(costs.reshape(1, -1))
+    solution = milp(
+        c=-log_probabilities.reshape(-1),
+        integrality=np.ones(index.size),
+        bounds=Bounds(0, 1),
+        constraints=LinearConstraint(
+            vstack([one_each, total]).tocsr(),
+            lb=np.append(np.ones(layers), -np.inf),
+            ub=np.append(np.ones(layers), budget),
+        ),
+        options={"mip_rel_gap": 0.0},
+    )
+    if solution.x is None:
+        raise InputError(
+            f"budget_parameters={budget:,.0f}: no choice of ranks meets it ({solution.message})"
+        )
+    return solution.x.reshape(layers, candidates).argmax(-1).tolist()

@@ -1,0 +1,224 @@
+"""Retrains a genotype, or one rank for all of its layers, as a plain PEFT adapter.
+Not here: the search itself (search.py), nor how good the adapter is (evaluate.py)."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import peft
+import torch
+import transformers
+from accelerate import PartialState
+from datasets import Dataset, concatenate_datasets
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from darts_lora.collator import Collator
+from darts_lora.config import DataConfig, ModelConfig, TrainingConfig, check_writable
+from darts_lora.data import load_splits
+from darts_lora.errors import InputError
+from darts_lora.files import write_json
+from darts_lora.genotype import Genotype
+from darts_lora.models import load_model, load_processor
+
+SUPERNET_NAME = "supernet.safetensors"
+
+
+@dataclass
+class FinetuneConfig:
+    """What is retrained, from where, and where it goes."""
+
+    genotype: str | None = "runs/search/genotype.json"
+    """File of the genotype (JSON). null, together with rank: the layers of target_modules."""
+    rank: int | None = None
+    """Uniform baseline: this rank for every layer of the genotype; default: the genotype's own."""
+    target_modules: str | list[str] = "all-linear"
+    """Layers of a uniform baseline without a genotype, as in PEFT."""
+    scaling: float = 2.0
+    """lora_alpha / r of a uniform baseline without a genotype."""
+    init: Literal["scratch", "inherit"] = "scratch"
+    """scratch: fresh LoRA weights; inherit: those that the search left beside the genotype."""
+    output_dir: str = "runs/finetune"
+    """Folder for the adapter, finetune.json and config.yaml."""
+    seed: int = 0
+    """Seed of the LoRA weights and of the data order."""
+
+    def __post_init__(self):
+        if self.init not in ("scratch", "inherit"):
+            raise InputError(f"init={self.init!r}: must be one of scratch, inherit")
+        if self.rank is None and self.genotype is None:
+            raise InputError("genotype=None: give a genotype, or a rank for a uniform baseline")
+        if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
+            raise InputError(f"rank={self.rank!r}: must be an integer >= 1")
+        if self.rank is not None and self.init == "inherit":
+            raise InputError("init='inherit': a search leaves weights for its genotype alone")
+        if not (math.isfinite(self.scaling) and self.scaling > 0):
+            raise InputError(f"scaling={self.scaling!r}: must be a number > 0")
+
+
+def finetune(
+    config: FinetuneConfig, model: ModelConfig, data: DataConfig, training: TrainingConfig
+) -> tuple[PeftModel, dict[str, Any]]:
+    """Train an adapter on training and validation rows together and save it to output_dir.
+
+    Writes adapter_model.safetensors and adapter_config.json (PEFT's own format) and finetune.json.
+
+    Returns:
+        The trained model, and the record that stands in finetune.json.
+
+    Raises:
+        InputError: bad input of any kind, before training starts; a loss that is not finite.
+    """
+    check_writable(config.output_dir)
+    genotype = _load_genotype(config.genotype)
+    base, collator = load_model(model), Collator(load_processor(model), data.max_length)
+    rows = concatenate_datasets(list(load_splits(data).values()))
+    share = collator.check(rows)
+    set_seed(config.seed)  # the LoRA weights' initialisation
+    adapted = add_adapter(base, config, genotype)
+    record = {"genotype": config.genotype, "rank": config.rank, "init": config.init}
+    record |= {"rows": len(rows), "supervised_share": share}
+    record |= train(adapted, rows, collator, training, config.output_dir, seed=config.seed)
+    if PartialState().is_main_process:
+        write_json(os.path.join(config.output_dir, "finetune.json"), record)
+    return adapted, record
+
+
+def _load_genotype(path: str | None) -> Genotype | None:
+    if path is not None and not os.path.isfile(path):
+        raise InputError(
+            f"genotype={path!r}: no such file; run `accelerate launch recipes/search.py` first, "
+            "or name the file with --genotype"
+        )
+    return None if path is None else Genotype.load(path)
+
+
+def add_adapter(base: nn.Module, config: FinetuneConfig, genotype: Genotype | None) -> PeftModel:
+    """`base` with fresh or inherited LoRA weights, in the dtype of the base's weights.
+
+    Raises:
+        InputError: layers that are not in the model, or no searched weights to inherit.
+    """
+    if genotype is None:
+        lora_config = LoraConfig(
+            r=config.rank,
+            lora_alpha=config.scaling * config.rank,
+            target_modules=config.target_modules,
+        )
+    else:
+        if config.rank is not None:
+            ranks = dict.fromkeys(genotype.ranks, config.rank)
+            genotype = Genotype(ranks, genotype.scaling, base_model=genotype.base_model)
+        genotype = genotype.with_shapes(base)
+        lora_config = genotype.to_lora_config(base)
+    try:
+        # Float32 adapters on a bfloat16 base would make float32 copies of all activations.
+        model = get_peft_model(base, lora_config, autocast_adapter_dtype=False)
+    except ValueError as error:
+        raise InputError(f"target_modules={config.target_modules!r}: {error}") from error
+    if config.init == "inherit":
+        path = os.path.join(os.path.dirname(config.genotype), SUPERNET_NAME)
+        set_peft_model_state_dict(model, genotype.inherited_state(path))
+    return model
+
+
+def train(
+    model: PeftModel,
+    dataset: Dataset,
+    collator: Collator,
+    training: TrainingConfig,
+    output_dir: str,
+    *,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Train the adapter in place with transformers' Trainer and save it to output_dir.
+
+    Returns:
+        trainable_parameters (count), loss (mean over the last tenth of the steps), losses ([step,
+        loss] pairs), steps, seconds, versions.
+
+    Raises:
+        InputError: a loss that is not finite; the adapter of the last checkpoint stays.
+    """
+    trainer = _Trainer(
+        model=model,
+        args=_arguments(training, output_dir, seed),
+        train_dataset=dataset,
+        data_collator=collator,
+        callbacks=[_SaveAdapter(training.save_steps)],
+    )
+    start = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - start
+    if trainer.is_world_process_zero():
+        model.save_pretrained(output_dir)
+    return _record(trainer, seconds)
+
+
+def _arguments(training: TrainingConfig, output_dir: str, seed: int) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=output_dir,
+        max_steps=training.max_steps,
+        per_device_train_batch_size=training.batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        learning_rate=training.learning_rate,
+        weight_decay=training.weight_decay,
+        lr_scheduler_type=training.lr_scheduler,
+        warmup_steps=training.lr_warmup_steps,
+        max_grad_norm=training.max_grad_norm,
+        bf16=training.mixed_precision == "bf16",
+        fp16=training.mixed_precision == "fp16",
+        logging_steps=training.logging_steps,
+        logging_nan_inf_filter=False,  # our own check names the step
+        save_strategy="no",  # its checkpoints are pickles; _SaveAdapter writes safetensors
+        dataloader_num_workers=training.num_workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,  # the collator reads the columns
+        label_names=["labels"],
+        report_to=["tensorboard"] if find_spec("tensorboard") else [],
+        seed=seed,
+    )
+
+
+class _Trainer(Trainer):
+    """Stops at a loss that is not finite, before it enters the weights."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise InputError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}: stopped; lower "
+                "the learning rate, or look at the data"
+            )
+        return loss
+
+
+class _SaveAdapter(TrainerCallback):
+    """Every `save_steps` steps, the adapter alone to output_dir/checkpoint; 0: never."""
+
+    def __init__(self, save_steps: int):
+        self.save_steps = save_steps
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        due = self.save_steps > 0 and state.global_step % self.save_steps == 0
+        if due and state.is_world_process_zero:
+            model.save_pretrained(os.path.join(args.output_dir, "checkpoint"))
+
+
+def _record(trainer: Trainer, seconds: float) -> dict[str, Any]:
+    losses = [(log["step"], log["loss"]) for log in trainer.state.log_history if "loss" in log]
+    last = [loss for _, loss in losses[-max(1, len(losses) // 10) :]]
+    return {
+        "trainable_parameters": trainer.get_num_trainable_parameters(),
+        "loss": sum(last) / len(last) if last else None,
+        "losses": losses,
+        "steps": trainer.state.global_step,
+        "seconds": round(seconds, 3),
+        "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft)},
+    }

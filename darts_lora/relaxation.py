@@ -1,0 +1,44 @@
+"""From alpha to branch probabilities or samples: softmax, gumbel, gumbel_hard; temperatures.
+Not here: what the samples do to a layer (mixed_linear.py) and who trains alpha (architect.py)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Relaxation = Literal["gumbel_hard", "gumbel", "softmax"]
+
+
+def sample(alpha: Tensor, relaxation: Relaxation, temperature: float, rows: int | None) -> Tensor:
+    """One draw of branch weights for every layer, in one stacked operation.
+
+    Args:
+        alpha: (N, K) architecture weights.
+        relaxation: "softmax" is softmax(alpha / temperature), without noise; "gumbel" adds Gumbel
+            noise first (arXiv 1611.01144, eq. 2); "gumbel_hard" is its one-hot argmax, exact in
+            the forward pass, with the gradient of the soft sample (straight-through). A hard
+            sample has the probability softmax(alpha) at any temperature.
+        temperature: above 0.
+        rows: number of independent draws, one per example; None: one for the whole batch.
+
+    Returns:
+        (N, K), or (rows, N, K); each row sums to 1. Softmax gives (N, K) always.
+    """
+    if relaxation == "softmax":
+        return (alpha / temperature).softmax(-1)
+    shape = alpha.shape if rows is None else (rows, *alpha.shape)
+    gumbel = -torch.empty(shape, dtype=alpha.dtype, device=alpha.device).exponential_().log()
+    soft = ((alpha + gumbel) / temperature).softmax(-1)
+    if relaxation == "gumbel":
+        return soft
+    hard = torch.zeros_like(soft).scatter_(-1, soft.argmax(-1, keepdim=True), 1.0)
+    # exactly one-hot: the difference is 0.0, not a rounding error that leaks into idle branches
+    return hard + (soft - soft.detach()) if soft.requires_grad else hard
+
+
+def temperature_at(progress: float, temperature: tuple[float, float]) -> float:
+    """Geometric interpolation from start to end; `progress` of the search in [0, 1]."""
+    start, end = temperature
+    return start * (end / start) ** progress

@@ -1,0 +1,315 @@
+"""RankSearch: the loop on accelerate: warm-up, alternation, logging, when to log and to save.
+Not here: a step of alpha (architect.py), files (checkpoint.py), views (tensorboard.py)."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, gather_object, set_seed
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import get_scheduler
+
+from darts_lora.architect import Architect
+from darts_lora.checkpoint import (
+    checkpoints,
+    load_checkpoint,
+    random_state,
+    restore_random_state,
+    save_checkpoint,
+)
+from darts_lora.config import TrainingConfig, check_writable
+from darts_lora.discretize import discretize
+from darts_lora.errors import InputError
+from darts_lora.files import write_whole
+from darts_lora.genotype import Genotype
+from darts_lora.relaxation import temperature_at
+from darts_lora.stream import BatchStream
+from darts_lora.supernet import Supernet
+from darts_lora.verdict import normalised_entropy, verdict
+
+
+def model_loss(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The loss that a transformers model computes from a batch with labels."""
+    return model(**batch).loss
+
+
+class RankSearch:
+    """Bilevel search: LoRA weights on training batches, alpha on validation batches.
+
+    The first `warmup_steps` weight steps draw ranks uniformly and leave alpha alone; then every
+    `arch_every`-th weight step is followed by an architecture step.
+
+    Args:
+        supernet: the model with its rank branches.
+        train_dataloader, val_dataloader: batches of two disjoint splits, for `loss_fn`.
+        training: steps, learning rate and the like of the weights.
+        output_dir: checkpoints/, tensorboard/, metrics.jsonl, supernet.safetensors and
+            genotype.json go there; None: nothing is written.
+        loss_fn: (model, batch) -> scalar loss.
+        accelerator: default: one made from `training`.
+
+    Raises:
+        InputError: a data loader without a batch, a warm-up that leaves no architecture step, an
+            output_dir that cannot be written.
+    """
+
+    def __init__(
+        self,
+        supernet: Supernet,
+        train_dataloader: DataLoader,
+        val_dataloader: DataLoader,
+        *,
+        training: TrainingConfig | None = None,
+        output_dir: str | None = None,
+        loss_fn: Callable[[torch.nn.Module, Any], Tensor] = model_loss,
+        accelerator: Accelerator | None = None,
+    ):
+        self.supernet, self.training = supernet, training or TrainingConfig()
+        self.output_dir, self.loss_fn = output_dir, loss_fn
+        config, steps = supernet.config, self.training.max_steps
+        self.warmup_steps = steps // 4 if config.warmup_steps is None else config.warmup_steps
+        if self.warmup_steps >= steps:
+            raise InputError(
+                f"warmup_steps={self.warmup_steps}: must be below max_steps={steps}, "
+                "or alpha is never trained"
+            )
+        for name, loader in (("train", train_dataloader), ("validation", val_dataloader)):
+            if len(loader) == 0:
+                raise InputError(f"{name} data loader: gives no batch")
+        if output_dir is not None:
+            check_writable(output_dir)
+        self.accelerator = accelerator or Accelerator(
+            mixed_precision=self.training.mixed_precision,
+            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
+        )
+        set_seed(config.seed, device_specific=True)
+        self._prepare(train_dataloader, val_dataloader)
+        self.step = 0
+        self.validation_loss = math.nan
+
+    def _prepare(self, train_dataloader: DataLoader, val_dataloader: DataLoader) -> None:
+        supernet, training = self.supernet, self.training
+        # alpha is replicated and reduced by the Architect: DDP must not wait for its gradient
+        alphas = [f"{name}.alpha" for name in supernet.layers]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(supernet.model, alphas)
+        optimizer = torch.optim.AdamW(
+            supernet.weight_parameters(),
+            lr=training.learning_rate,
+            weight_decay=training.weight_decay,
+        )
+        self.model, self.optimizer, train, validation = self.accelerator.prepare(
+            supernet.model, optimizer, train_dataloader, val_dataloader
+        )
+        self.train_stream, self.val_stream = BatchStream(train), BatchStream(validation)
+        several = self.accelerator.num_processes > 1
+        self.architect = Architect(
+            supernet,
+            inner_learning_rate=training.learning_rate,
+            reduce=(lambda g: self.accelerator.reduce(g, "mean")) if several else None,
+        )
+        arch_steps = math.ceil(
+            (training.max_steps - self.warmup_steps) / supernet.config.arch_every
+        )
+        # not prepared: accelerate would step them once for every process
+        self.schedulers = [
+            get_scheduler(
+                training.lr_scheduler, self.optimizer, training.lr_warmup_steps, training.max_steps
+            ),
+            get_scheduler(
+                supernet.config.arch_lr_scheduler, self.architect.optimizer, 0, arch_steps
+            ),
+        ]
+
+    def run(self, resume: bool = False) -> Genotype:
+        """Search, and discretize: under the budget where there is one, else by argmax.
+
+        Args:
+            resume: go on from the newest checkpoint in output_dir.
+
+        Returns:
+            The genotype; its found_by["verdict"] says whether the search learnt anything.
+
+        Raises:
+            InputError: nothing to resume from, or the loss became infinite or NaN (the message
+                names the step; the last good checkpoint stays).
+        """
+        if resume:
+            self._resume()
+        views = self._open_views()
+        self.model.train()
+        started, losses = time.monotonic(), []
+        bar = tqdm(
+            range(self.step, self.training.max_steps),
+            initial=self.step,
+            total=self.training.max_steps,
+            desc="search",
+            unit="step",
+            disable=not self.accelerator.is_main_process,
+            mininterval=0.5,
+        )
+        for step in bar:
+            losses.append(self._one_step(step))
+            self.step = step + 1
+            last = self.step == self.training.max_steps
+            save = last or (self.training.save_steps and self.step % self.training.save_steps == 0)
+            if self.step % self.training.logging_steps == 0 or save:
+                record = self._record(losses, time.monotonic() - started)
+                losses = []
+                bar.set_postfix_str(_progress_text(record, self.supernet.budget))
+                if views is not None:
+                    views.write(record, self.supernet)
+            if save and self.output_dir is not None:
+                self._save_checkpoint()
+        if views is not None:
+            views.close()
+        return self._finish()
+
+    def _one_step(self, step: int) -> Tensor:
+        """A weight step and, after the warm-up, an architecture step; the training loss."""
+        supernet, config = self.supernet, self.supernet.config
+        searched = step - self.warmup_steps
+        progress = max(searched, 0) / max(self.training.max_steps - self.warmup_steps - 1, 1)
+        supernet.relaxation = config.relaxation if searched >= 0 else "gumbel_hard"
+        supernet.temperature = temperature_at(progress, config.temperature)
+        loss, batch = self._weight_step()
+        if searched >= 0 and searched % config.arch_every == 0:
+            metrics = self.architect.step(
+                lambda b: self.loss_fn(supernet.model, b), next(self.val_stream), batch
+            )
+            self.schedulers[1].step()
+            self.validation_loss = metrics["loss"]
+        return loss
+
+    def _weight_step(self) -> tuple[Tensor, Any]:
+        parts = self.training.gradient_accumulation_steps
+        total = 0.0
+        for part in range(parts):
+            batch = next(self.train_stream)
+            more = part < parts - 1
+            with self.accelerator.no_sync(self.model) if more else contextlib.nullcontext():
+                loss = self.loss_fn(self.model, batch) / parts
+                self.accelerator.backward(loss)
+            total = total + loss.detach()
+        if self.training.max_grad_norm:
+            weights = self.supernet.weight_parameters()
+            self.accelerator.clip_grad_norm_(weights, self.training.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.schedulers[0].step()
+        return total, batch
+
+    def _record(self, losses: list[Tensor], seconds: float) -> dict[str, Any]:
+        """Figures of the steps since the last record; the one place that waits for the device."""
+        train_losses = torch.stack(losses).float().tolist()
+        for back, loss in enumerate(reversed(train_losses)):
+            if not math.isfinite(loss):
+                self._stop_non_finite("training loss", self.step - back)
+        with torch.no_grad():
+            probabilities = self.supernet.probabilities()
+            expected = float(self.supernet.expected_parameters())
+        validation = float(self.validation_loss)
+        if self.step > self.warmup_steps and not math.isfinite(validation):
+            self._stop_non_finite("validation loss", self.step)
+        if not bool(probabilities.isfinite().all()):
+            self._stop_non_finite("alpha", self.step)
+        multiplier = self.architect.multiplier
+        record = {
+            "step": self.step,
+            "train_loss": sum(train_losses) / len(train_losses),
+            "validation_loss": validation if math.isfinite(validation) else None,
+            "entropy": normalised_entropy(probabilities),
+            "expected_parameters": expected,
+            "multiplier": None if multiplier is None else float(multiplier.factor),
+            "temperature": self.supernet.temperature,
+            "learning_rate": self.schedulers[0].get_last_lr()[0],
+            "seconds": round(seconds, 3),
+        }
+        return record
+
+    def _stop_non_finite(self, what: str, step: int) -> None:
+        kept = checkpoints(self.output_dir)
+        where = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was written"
+        raise InputError(
+            f"learning_rate={self.training.learning_rate}: the {what} is infinite or NaN at step "
+            f"{step}; {where}; lower the learning rate or use another mixed_precision"
+        )
+
+    def _open_views(self):
+        if self.output_dir is None or not self.accelerator.is_main_process:
+            return None
+        from darts_lora.tensorboard import SearchViews
+
+        return SearchViews(self.output_dir, first_step=self.step)
+
+    def _finish(self) -> Genotype:
+        genotype = discretize(self.supernet)
+        config = self.supernet.config
+        genotype.found_by |= {
+            "relaxation": config.relaxation,
+            "order": config.order,
+            "steps": self.training.max_steps,
+            "warmup_steps": self.warmup_steps,
+            "seed": config.seed,
+            "verdict": verdict(self.supernet, self.architect, genotype),
+        }
+        if self.output_dir is not None and self.accelerator.is_main_process:
+            state = {k: v.contiguous().cpu() for k, v in self.supernet.state_dict().items()}
+            path = os.path.join(self.output_dir, "supernet.safetensors")
+            write_whole(path, lambda temporary: save_file(state, temporary))
+            genotype.save(os.path.join(self.output_dir, "genotype.json"))
+        self.accelerator.wait_for_everyone()
+        return genotype
+
+    def _save_checkpoint(self) -> None:
+        state = {
+            "step": self.step,
+            "supernet": self.supernet.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.accelerator.scaler and self.accelerator.scaler.state_dict(),
+            "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
+            "architect": self.architect.state_dict(),
+            "streams": [self.train_stream.position, self.val_stream.position],
+            "random": gather_object([random_state(self.accelerator.device)]),
+        }
+        if self.accelerator.is_main_process:
+            save_checkpoint(self.output_dir, state)
+
+    def _resume(self) -> None:
+        state = load_checkpoint(self.output_dir, self.accelerator.num_processes)
+        if state["step"] > self.training.max_steps:
+            raise InputError(
+                f"max_steps={self.training.max_steps}: the checkpoint is at step {state['step']}"
+            )
+        self.step = state["step"]
+        self.supernet.load_state_dict(state["supernet"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        for scheduler, saved in zip(self.schedulers, state["schedulers"], strict=True):
+            scheduler.load_state_dict(saved)
+        self.architect.load_state_dict(state["architect"])
+        streams = (self.train_stream, self.val_stream)
+        for stream, position in zip(streams, state["streams"], strict=True):
+            stream.move_to(position)
+        # last: opening a stream draws random numbers
+        restore_random_state(state["random"][self.accelerator.process_index])
+
+
+def _progress_text(record: dict[str, Any], budget: float | None) -> str:
+    size = record["expected_parameters"]
+    parts = [f"train {record['train_loss']:.4f}"]
+    if record["validation_loss"] is not None:
+        parts.append(f"val {record['validation_loss']:.4f}")
+    parts.append(f"size {size / budget:.0%} of budget" if budget else f"size {size:,.0f}")
+    return ", ".join([*parts, f"entropy {record['entropy']:.2f}"])

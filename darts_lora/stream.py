@@ -1,0 +1,52 @@
+"""BatchStream: a data loader's batches without end, from any position.
+Not here: what is in a batch (collator.py) and how rows are split (data.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain, islice
+from typing import Any
+
+from accelerate import skip_first_batches
+from torch.utils.data import DataLoader
+
+
+class BatchStream:
+    """Endless batches of a data loader that accelerate prepared; each epoch in its own order.
+
+    Attributes:
+        position: (epoch, batches taken from it), for `move_to` in a resumed run.
+    """
+
+    def __init__(self, dataloader: DataLoader):
+        self.dataloader = dataloader
+        self.position = (0, 0)
+        self._batches: Iterator | None = None
+
+    def __next__(self) -> Any:
+        if self._batches is None:
+            self._batches = self._open(*self.position)
+        epoch, taken = self.position
+        try:
+            batch = next(self._batches)
+        except StopIteration:
+            epoch, taken = epoch + 1, 0
+            self._batches = self._open(epoch, taken)
+            batch = next(self._batches)
+        self.position = (epoch, taken + 1)
+        return batch
+
+    def move_to(self, position: tuple[int, int]) -> None:
+        """Go on behind `position`. Opening a data loader draws a random number: it is drawn here,
+        and not at the next batch, so that the caller can restore the generators afterwards."""
+        self.position = tuple(position)
+        opened = self._open(*self.position)
+        self._batches = chain(list(islice(opened, 1)), opened)
+
+    def _open(self, epoch: int, taken: int) -> Iterator:
+        self.dataloader.set_epoch(epoch)
+        if not taken:
+            return iter(self.dataloader)
+        rest = skip_first_batches(self.dataloader, taken)
+        rest.set_epoch(epoch)
+        return iter(rest)

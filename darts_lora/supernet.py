@@ -1,0 +1,199 @@
+"""Supernet: puts the layers into a model, samples all gates once a forward, gives the two parameter
+groups, takes the layers out again. Not here: arithmetic of a layer, or any optimizer."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+
+import torch
+from einops import einsum
+from peft import LoraConfig
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from torch import Tensor, nn
+
+from darts_lora.config import SearchConfig
+from darts_lora.cost import parameters_per_rank, rank_costs, resolve_budget
+from darts_lora.errors import InputError
+from darts_lora.mixed_linear import MixedRankLinear
+from darts_lora.relaxation import Relaxation, sample
+
+
+def match_modules(
+    model: nn.Module,
+    target_modules: str | list[str],
+    exclude_modules: str | list[str] | None = None,
+) -> list[str]:
+    """Names of the modules that PEFT would put a LoRA on, in the model's order; PEFT decides.
+
+    Raises:
+        InputError: nothing matches; the message names the nearest module names.
+    """
+    lora = LoraConfig(target_modules=target_modules, exclude_modules=exclude_modules)
+    lora = _maybe_include_all_linear_layers(lora, model)
+    names = [name for name, _ in model.named_modules() if name]
+    matched = [name for name in names if check_target_module_exists(lora, name)]
+    if not matched:
+        wanted = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+        known = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if _linear_like(m)})
+        near = [m for w in wanted for m in difflib.get_close_matches(w, known + names, cutoff=0.3)]
+        raise InputError(
+            f"target_modules={target_modules!r}, exclude_modules={exclude_modules!r}: matches no "
+            f"module; nearest names: {', '.join(dict.fromkeys(near or known))}"
+        )
+    return matched
+
+
+def _linear_like(module: nn.Module) -> bool:
+    return hasattr(module, "in_features") and hasattr(module, "out_features")
+
+
+class Supernet:
+    """A model whose target layers hold rank branches and alphas; all else is frozen.
+
+    Before each forward of `model`, the gates of all layers are drawn in one stacked operation; they
+    stay until the next forward, so gradient checkpointing (non-reentrant) recomputes with the same.
+    A plain forward and backward trains the weights only; alpha takes part inside
+    `arch_gradients()`, which the Architect uses.
+
+    Args:
+        model: any module; its first tensor input (or `input_ids`) has the batch's rows in front.
+        config: the search's options.
+
+    Attributes:
+        layers: name -> MixedRankLinear, in the model's order (N of them).
+        costs: (N, K) float64, trainable parameters of each candidate.
+        budget: trainable parameters, None without a budget.
+        relaxation, temperature: what the next forwards use; a search loop changes them.
+
+    Raises:
+        InputError: no target matches, a target is not a linear layer, a rank or the budget does not
+            fit the layers.
+    """
+
+    def __init__(self, model: nn.Module, config: SearchConfig):
+        self.model, self.config = model, config
+        self.relaxation: Relaxation = config.relaxation
+        self.temperature = config.temperature[0]
+        names = match_modules(model, config.target_modules, config.exclude_modules)
+        targets = {name: model.get_submodule(name) for name in names}
+        self._check_targets(targets)
+        shapes = [(m.in_features, m.out_features) for m in targets.values()]
+        self.costs = rank_costs(shapes, config.ranks)
+        self.parameters_per_rank = sum(parameters_per_rank(*shape) for shape in shapes)
+        self.budget = resolve_budget(
+            self.costs, self.parameters_per_rank, config.budget_rank, config.budget_parameters
+        )
+
+        self._required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+        model.requires_grad_(False)
+        self.layers: dict[str, MixedRankLinear] = {}
+        with torch.random.fork_rng():  # the caller's random state is not ours to move
+            torch.manual_seed(config.seed)
+            for name, module in targets.items():
+                self.layers[name] = MixedRankLinear(
+                    module,
+                    config.ranks,
+                    scaling=config.scaling,
+                    branches=config.branches,
+                    dropout=config.dropout,
+                )
+                model.set_submodule(name, self.layers[name])
+        self._arch_gradients = False
+        self._hook = model.register_forward_pre_hook(self._draw_gates, with_kwargs=True)
+
+    def _check_targets(self, targets: dict[str, nn.Module]) -> None:
+        largest = self.config.ranks[-1]
+        for name, module in targets.items():
+            if not _linear_like(module):
+                raise InputError(
+                    f"target_modules={self.config.target_modules!r}: {name} is a "
+                    f"{type(module).__name__}, not a linear layer; name it in exclude_modules"
+                )
+            smaller = min(module.in_features, module.out_features)
+            if largest > smaller:
+                raise InputError(
+                    f"ranks={list(self.config.ranks)}: rank {largest} is above {smaller}, the "
+                    f"smaller side of {name} ({module.in_features} -> {module.out_features}); "
+                    "lower the ranks or name the layer in exclude_modules"
+                )
+
+    def _draw_gates(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        alpha = self.stacked_alpha()
+        if not self._arch_gradients:
+            alpha = alpha.detach()
+        rows = _batch_rows(args, kwargs) if self.config.sampling == "example" else None
+        drawn = sample(alpha, self.relaxation, self.temperature, rows)
+        membership = next(iter(self.layers.values())).membership
+        gates = self.config.scaling * einsum(drawn, membership, "... n k, r k -> n ... r")
+        for layer, layer_gates in zip(self.layers.values(), gates.unbind(0), strict=True):
+            layer.gates = layer_gates
+
+    @contextlib.contextmanager
+    def arch_gradients(self):
+        """Forwards inside connect the loss to alpha."""
+        self._arch_gradients = True
+        try:
+            yield
+        finally:
+            self._arch_gradients = False
+
+    def stacked_alpha(self) -> Tensor:
+        """All alphas, (N, K) float32, differentiable."""
+        return torch.stack([layer.alpha for layer in self.layers.values()])
+
+    def weight_parameters(self) -> list[nn.Parameter]:
+        """A and B of every layer: what the weight step trains."""
+        return [p for layer in self.layers.values() for p in (layer.lora_A, layer.lora_B)]
+
+    def arch_parameters(self) -> list[nn.Parameter]:
+        """alpha of every layer: what the architecture step trains."""
+        return [layer.alpha for layer in self.layers.values()]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """ "<name>.lora_A", "<name>.lora_B", "<name>.alpha" of every layer, not copied."""
+        return {
+            f"{name}.{part}": getattr(layer, part).detach()
+            for name, layer in self.layers.items()
+            for part in ("lora_A", "lora_B", "alpha")
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Copy in what state_dict gave.
+
+        Raises:
+            InputError: names or shapes are not those of this supernet.
+        """
+        own = self.state_dict()
+        if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in state.items()}:
+            raise InputError("supernet state: names or shapes are not those of this supernet")
+        for key, value in own.items():
+            value.copy_(state[key])
+
+    def probabilities(self) -> Tensor:
+        """softmax(alpha) of every layer, (N, K) float32, differentiable."""
+        return self.stacked_alpha().softmax(-1)
+
+    def expected_parameters(self) -> Tensor:
+        """Expected trainable parameters of a sampled architecture, scalar, differentiable."""
+        probabilities = self.probabilities()
+        return (probabilities * self.costs.to(probabilities)).sum()
+
+    def remove(self) -> nn.Module:
+        """Take the layers out: the model is what it was, bit for bit; `layers` stays readable."""
+        self._hook.remove()
+        for name, layer in self.layers.items():
+            layer.gates = None
+            self.model.set_submodule(name, layer.base_layer)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self._required_grad[name])
+        return self.model
+
+
+def _batch_rows(args: tuple, kwargs: dict) -> int | None:
+    """Rows of the batch: the leading size of the first tensor; the text's, not the images'."""
+    named = [kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
+    for value in (*args, *named, *kwargs.values()):
+        if isinstance(value, Tensor) and value.dim() > 0:
+            return value.shape[0]
+    return None

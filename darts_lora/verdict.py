@@ -1,0 +1,79 @@
+"""Whether a search learnt anything: entropy, and how far its ranks are from chance.
+Not here: the search, and how figures are shown."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from darts_lora.architect import Architect
+from darts_lora.genotype import Genotype
+from darts_lora.supernet import Supernet
+
+
+def normalised_entropy(probabilities: Tensor) -> float:
+    """Mean over the layers of the entropy of (N, K) probabilities, over log K; in [0, 1]."""
+    if probabilities.shape[-1] == 1:
+        return 0.0
+    entropy = torch.special.entr(probabilities).sum(-1).mean()
+    return float(entropy) / math.log(probabilities.shape[-1])
+
+
+def agreement(gradient_sums: Tensor) -> tuple[float, float]:
+    """How far two halves of the architecture steps wanted the same, and what chance gives.
+
+    Args:
+        gradient_sums: (2, N, K), the loss's gradients of alpha summed over even and over odd steps:
+            two halves that saw other batches and other samples.
+
+    Returns:
+        The correlation of the halves over layers and candidates, each candidate's mean over the
+        layers taken out (that part says only what is wanted everywhere), and the standard deviation
+        of the same figure under noise.
+    """
+    even, odd = (half - half.mean(0) for half in gradient_sums.double().cpu())
+    correlation = (even * odd).sum() / (even.norm() * odd.norm()).clamp_min(1e-30)
+    layers, candidates = even.shape
+    # each layer's gradients sum to 0 over the candidates, each candidate's over the layers
+    freedom = max((layers - 1) * (candidates - 1), 1)
+    return float(correlation), 1 / math.sqrt(freedom)
+
+
+def verdict(supernet: Supernet, architect: Architect, genotype: Genotype) -> dict[str, Any]:
+    """The figures that say whether another search would find these ranks again."""
+    halves_agree, by_chance = agreement(architect.gradient_sums)
+    with torch.no_grad():
+        return {
+            "learnt": halves_agree > 3 * by_chance,
+            "agreement": halves_agree,
+            "agreement_by_chance": by_chance,
+            "entropy": normalised_entropy(supernet.probabilities()),
+            "expected_parameters": float(supernet.expected_parameters()),
+            "chosen_parameters": genotype.num_parameters,
+            "budget_parameters": supernet.budget,
+        }
+
+
+def verdict_text(figures: dict[str, Any]) -> str:
+    """The verdict in plain words."""
+    halves = (
+        f"two halves of the architecture steps agree to {figures['agreement']:.2f} "
+        f"(noise: 0 +- {figures['agreement_by_chance']:.2f})"
+    )
+    if figures["learnt"]:
+        first = f"The search learnt which layers need rank: {halves}."
+    else:
+        first = (
+            f"The ranks cannot be told from chance: {halves}. Search for more steps, with a lower "
+            "arch_learning_rate or larger batches."
+        )
+    size = (
+        f"Parameters: {figures['chosen_parameters']:,} chosen, "
+        f"{figures['expected_parameters']:,.0f} expected by alpha"
+    )
+    if figures["budget_parameters"]:
+        size += f", budget {figures['budget_parameters']:,.0f}"
+    return f"{first} Entropy {figures['entropy']:.2f} of 1. {size}."

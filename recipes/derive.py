@@ -1,0 +1,59 @@
+"""The derive recipe: another genotype from a finished search, without searching again.
+Not here: the choice itself (darts_lora/discretize.py)."""
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+from darts_lora import Genotype, InputError, discretize
+from darts_lora.cli import run
+from darts_lora.show import show
+
+
+@dataclass
+class DeriveRun:
+    """Which search, and which choice."""
+
+    search_dir: str = "runs/search"
+    """Folder of a finished search: its genotype.json holds the probabilities."""
+    method: Literal["argmax", "budget"] | None = None
+    """argmax: the most probable rank of each layer; budget: the best choice within the budget;
+    default: budget where one is known, else argmax."""
+    budget_rank: float | None = None
+    """Budget: as many trainable parameters as a uniform LoRA of this rank."""
+    budget_parameters: int | None = None
+    """Budget: trainable parameters (count); default of both: the budget of the search."""
+    output: str | None = None
+    """File for the new genotype; default: genotype_<choice>.json in search_dir."""
+
+
+def main(options: DeriveRun) -> None:
+    """Derive another genotype from a search: another budget, or the argmax."""
+    source = os.path.join(options.search_dir, "genotype.json")
+    if not os.path.isfile(source):
+        raise InputError(
+            f"search_dir={options.search_dir!r}: has no genotype.json; "
+            "run accelerate launch recipes/search.py first"
+        )
+    genotype = discretize(
+        Genotype.load(source),
+        options.method,
+        budget_rank=options.budget_rank,
+        budget_parameters=options.budget_parameters,
+    )
+    output = options.output or os.path.join(options.search_dir, f"genotype_{_choice(options)}.json")
+    genotype.save(output)
+    show(genotype)
+    print(f"Genotype: {output}. Next: accelerate launch recipes/finetune.py --genotype {output}")
+
+
+def _choice(options: DeriveRun) -> str:
+    if options.budget_rank is not None:
+        return f"rank{options.budget_rank:g}"
+    if options.budget_parameters is not None:
+        return f"{options.budget_parameters}"
+    return options.method or "derived"
+
+
+if __name__ == "__main__":
+    run(main, DeriveRun)

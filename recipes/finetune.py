@@ -1,0 +1,32 @@
+"""Retrains what a search found as a plain PEFT adapter.
+
+accelerate launch recipes/finetune.py                       # what recipes/search.py left
+accelerate launch recipes/finetune.py --init inherit        # from the searched weights
+accelerate launch recipes/finetune.py --rank 4 --output_dir runs/uniform4    # a baseline
+"""
+
+from darts_lora.cli import is_main_process, run, save_config
+from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
+from darts_lora.finetune import FinetuneConfig, finetune
+
+
+def main(
+    options: FinetuneConfig, model: ModelConfig, data: DataConfig, training: TrainingConfig
+) -> None:
+    """Retrain a genotype as a plain PEFT adapter, on training and validation rows together.
+
+    Model, data and training options default to those of the search that found the genotype.
+    """
+    _, record = finetune(options, model, data, training)
+    if is_main_process():
+        save_config(options.output_dir, options, model, data, training)
+        print(
+            f"{record['trainable_parameters']:,} trainable parameters, loss {record['loss']:.4f} "
+            f"after {record['steps']} steps ({record['seconds']:.0f} s); adapter in "
+            f"{options.output_dir}\nNext: accelerate launch recipes/evaluate.py "
+            f"--adapter {options.output_dir}"
+        )
+
+
+if __name__ == "__main__":
+    run(main, FinetuneConfig, ModelConfig, DataConfig, TrainingConfig, previous="genotype")

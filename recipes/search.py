@@ -1,0 +1,102 @@
+"""The search recipe: arguments, data, model, RankSearch, and what the user sees at the end.
+Not here: any step of the search (darts_lora/search.py)."""
+
+import os
+from dataclasses import dataclass
+
+from accelerate import Accelerator
+
+from darts_lora import RankSearch, SearchConfig, Supernet
+from darts_lora.cli import run, save_config
+from darts_lora.collator import Collator
+from darts_lora.config import DataConfig, ModelConfig, TrainingConfig, check_writable
+from darts_lora.data import load_splits, make_dataloader, split_indices
+from darts_lora.files import write_json
+from darts_lora.models import load_model, load_processor
+from darts_lora.show import show
+from darts_lora.verdict import verdict_text
+
+EMBEDDED_CONFIG = os.path.join(os.path.dirname(__file__), "configs", "embedded.yaml")
+
+
+@dataclass
+class SearchRun:
+    """Where the run writes."""
+
+    output_dir: str = "runs/search"
+    """Folder for the genotype, checkpoints, TensorBoard files and the resolved configuration."""
+    resume: bool = False
+    """Go on from the newest checkpoint in output_dir."""
+
+
+def main(
+    options: SearchRun,
+    search: SearchConfig,
+    model: ModelConfig,
+    data: DataConfig,
+    training: TrainingConfig,
+) -> None:
+    """Search the LoRA rank of every layer of a model (accelerate launch recipes/search.py).
+
+    Without arguments: the embedded vision-language model and data, recipes/configs/embedded.yaml.
+    """
+    check_writable(options.output_dir)
+    processor = load_processor(model)
+    splits = load_splits(data)
+    collator = Collator(processor, data.max_length)
+    supervised = {name: collator.check(split) for name, split in splits.items()}
+    supernet = Supernet(load_model(model), search)
+    loaders = {
+        name: make_dataloader(
+            split,
+            collator,
+            training.batch_size,
+            shuffle=True,
+            seed=search.seed,
+            num_workers=training.num_workers,
+            drop_last=True,
+        )
+        for name, split in splits.items()
+    }
+    rank_search = RankSearch(
+        supernet,
+        loaders["train"],
+        loaders["validation"],
+        training=training,
+        output_dir=options.output_dir,
+    )
+    accelerator = rank_search.accelerator
+    if accelerator.is_main_process:
+        save_config(options.output_dir, search, model, data, training)
+        write_json(os.path.join(options.output_dir, "split.json"), split_indices(splits))
+    _describe(accelerator, supernet, splits, supervised)
+    genotype = rank_search.run(options.resume)
+    if accelerator.is_main_process:
+        show(genotype)
+        print(verdict_text(genotype.found_by["verdict"]))
+        path = os.path.join(options.output_dir, "genotype.json")
+        print(f"Genotype: {path}. Next: accelerate launch recipes/finetune.py --genotype {path}")
+
+
+def _describe(accelerator: Accelerator, supernet: Supernet, splits, supervised) -> None:
+    for name, split in splits.items():
+        accelerator.print(
+            f"{name}: {len(split):,} rows, {supervised[name]:.0%} of the text's tokens supervised"
+        )
+    budget = f"{supernet.budget:,.0f} parameters" if supernet.budget else "none"
+    accelerator.print(
+        f"{len(supernet.layers)} layers, candidate ranks {list(supernet.config.ranks)}, "
+        f"budget: {budget} (uniform rank 1: {supernet.parameters_per_rank:,})"
+    )
+
+
+if __name__ == "__main__":
+    run(
+        main,
+        SearchRun,
+        SearchConfig,
+        ModelConfig,
+        DataConfig,
+        TrainingConfig,
+        default_config=EMBEDDED_CONFIG,
+    )

@@ -1,0 +1,175 @@
+"""The architecture step: exact gradients, what it leaves alone, the budget, the README's loop.
+Not here: the loop of RankSearch (test_search.py)."""
+
+import copy
+
+import pytest
+import torch
+from small_models import randomise, residual
+from torch.func import functional_call
+
+from darts_lora import Architect, InputError, SearchConfig, Supernet
+
+
+def make(dtype=torch.float64, inner_learning_rate=0.05, **options):
+    config = SearchConfig(**{"ranks": (0, 1, 2, 4), "relaxation": "softmax", **options})
+    supernet = Supernet(residual(), config)
+    supernet.model.to(dtype)
+    randomise(supernet)
+    return supernet, Architect(supernet, inner_learning_rate=inner_learning_rate)
+
+
+def batches(dtype=torch.float64, rows=8):
+    return tuple(
+        (torch.randn(rows, 16, dtype=dtype), torch.randn(rows, 16, dtype=dtype)) for _ in range(2)
+    )
+
+
+def loss_of(supernet):
+    return lambda batch: (supernet.model(batch[0]) - batch[1]).pow(2).mean()
+
+
+def alpha_gradient(architect, loss_fn, val_batch, train_batch):
+    """What the step hands to alpha's optimizer."""
+    seen = []
+    architect.optimizer.register_step_pre_hook(
+        lambda optimizer, *_: seen.append(
+            torch.stack([p.grad.clone() for p in optimizer.param_groups[0]["params"]])
+        )
+    )
+    architect.step(loss_fn, val_batch, train_batch)
+    return seen[0]
+
+
+def exact_unrolled(supernet, val_batch, train_batch, rate):
+    """d/d alpha of L_val(w - rate * dL_train/dw, alpha), by autograd through the inner step."""
+    model = supernet.model
+    values = dict(model.named_parameters())
+    weights = [n for n, p in values.items() if n.endswith(("lora_A", "lora_B"))]
+    alphas = [n for n in values if n.endswith("alpha")]
+
+    def loss(values, batch):
+        with supernet.arch_gradients():
+            return (functional_call(model, values, (batch[0],)) - batch[1]).pow(2).mean()
+
+    # the pre-forward hook reads the alphas of the layers, as do the values passed here
+    inner = torch.autograd.grad(
+        loss(values, train_batch), [values[n] for n in weights], create_graph=True
+    )
+    moved = {n: values[n] - rate * g for n, g in zip(weights, inner, strict=True)}
+    outer = loss({**values, **moved}, val_batch)
+    return torch.stack(torch.autograd.grad(outer, [values[n] for n in alphas]))
+
+
+def test_unrolled_gradient_against_the_exact_one():
+    supernet, architect = make(order=2)
+    train, val = batches()
+    exact = exact_unrolled(supernet, val, train, 0.05)
+    first_order = exact_unrolled(supernet, val, train, 0.0)
+    found = alpha_gradient(architect, loss_of(supernet), val, train)
+    assert (found - exact).norm() / exact.norm() < 1e-6
+    assert (first_order - exact).norm() / exact.norm() > 1e-2  # the second order matters here
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_equals_the_first_order_at_inner_rate_zero(order):
+    supernet, architect = make(order=order, inner_learning_rate=0.0)
+    train, val = batches()
+    exact = exact_unrolled(supernet, val, train, 0.0)
+    found = alpha_gradient(architect, loss_of(supernet), val, train)
+    assert (found - exact).norm() / exact.norm() < 1e-12
+
+
+def test_unrolled_passes_draw_the_same_samples():
+    supernet, architect = make(order=2, relaxation="gumbel_hard", dropout=0.5)
+    train, val = batches()
+    drawn = []
+    layer = next(iter(supernet.layers.values()))
+
+    def loss_fn(batch):
+        loss = loss_of(supernet)(batch)
+        drawn.append((layer.gates.detach().clone(), torch.rand(1)))
+        return loss
+
+    architect.step(loss_fn, val, train)
+    assert len(drawn) == 4
+    assert all(torch.equal(g, drawn[0][0]) and torch.equal(r, drawn[0][1]) for g, r in drawn)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("relaxation", ["gumbel_hard", "gumbel", "softmax"])
+def test_touches_nothing_but_alpha(order, relaxation):
+    supernet, architect = make(torch.float32, order=order, relaxation=relaxation, budget_rank=2)
+    train, val = batches(torch.float32)
+    loss_fn, weights = loss_of(supernet), supernet.weight_parameters()
+    optimizer = torch.optim.AdamW(weights)
+    loss_fn(train).backward()
+    optimizer.step()
+    before = [w.detach().clone() for w in weights], [w.grad.clone() for w in weights]
+    state = copy.deepcopy(optimizer.state_dict())
+    alphas = supernet.stacked_alpha().detach().clone()
+    architect.step(loss_fn, val, train)
+    assert all(torch.equal(w, b) for w, b in zip(weights, before[0], strict=True))
+    assert all(torch.equal(w.grad, b) for w, b in zip(weights, before[1], strict=True))
+    for new, old in zip(optimizer.state.values(), state["state"].values(), strict=True):
+        assert all(torch.equal(new[key], old[key]) for key in old)
+    assert not torch.equal(supernet.stacked_alpha(), alphas)
+    assert all(a.grad is None for a in supernet.arch_parameters())
+
+
+def test_weight_step_leaves_alpha_and_its_optimizer_alone():
+    supernet, architect = make(torch.float32, relaxation="gumbel_hard")
+    train, val = batches(torch.float32)
+    loss_fn = loss_of(supernet)
+    architect.step(loss_fn, val)
+    alphas = supernet.stacked_alpha().detach().clone()
+    state = copy.deepcopy(architect.optimizer.state_dict()["state"])
+    optimizer = torch.optim.AdamW(supernet.weight_parameters(), weight_decay=0.1)
+    for _ in range(3):
+        loss_fn(train).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.equal(supernet.stacked_alpha(), alphas)
+    assert all(a.grad is None for a in supernet.arch_parameters())
+    for new, old in zip(architect.optimizer.state.values(), state.values(), strict=True):
+        assert all(torch.equal(new[key], old[key]) for key in old)
+
+
+def test_unrolled_needs_a_training_batch():
+    supernet, architect = make(order=2)
+    with pytest.raises(InputError, match="train_batch=None"):
+        architect.step(loss_of(supernet), batches()[0])
+
+
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
+@pytest.mark.parametrize("start", [-3.0, 3.0])
+def test_ends_at_the_budget_from_either_side_whatever_the_losss_unit(start, scale):
+    """A loss that always wants more rank: the multiplier must hold it at the budget."""
+    supernet, architect = make(
+        torch.float32, relaxation="gumbel_hard", budget_rank=2, arch_learning_rate=0.05
+    )
+    with torch.no_grad():
+        for alpha in supernet.arch_parameters():
+            alpha.copy_(torch.tensor([0.0, 0.0, 0.0, start]))
+    wants = torch.linspace(1, 4, 4)[:, None] * torch.tensor([0.0, -1.0, -2.0, -4.0])
+
+    def loss_fn(noise):
+        return scale * (((supernet.stacked_alpha() + noise).softmax(-1)) * wants).sum()
+
+    for _ in range(800):
+        metrics = architect.step(loss_fn, 0.5 * torch.randn(4, 4))
+    assert float(metrics["expected_parameters"]) == pytest.approx(supernet.budget, rel=0.1)
+
+
+def test_state_round_trip():
+    supernet, architect = make(torch.float32, budget_rank=2)
+    loss_fn, (val, _) = loss_of(supernet), batches(torch.float32)
+    for _ in range(3):
+        architect.step(loss_fn, val)
+    twin, twin_architect = make(torch.float32, budget_rank=2)
+    twin.load_state_dict(supernet.state_dict())
+    twin_architect.load_state_dict(copy.deepcopy(architect.state_dict()))
+    architect.step(loss_fn, val)
+    twin_architect.step(loss_of(twin), val)
+    assert torch.equal(supernet.stacked_alpha(), twin.stacked_alpha())
+    assert torch.equal(architect.gradient_sums, twin_architect.gradient_sums)

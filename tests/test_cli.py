@@ -1,0 +1,113 @@
+"""The command line of the recipes: where a value comes from, and how bad ones are told."""
+
+import sys
+from dataclasses import dataclass
+
+import pytest
+
+from darts_lora.cli import load_config, parse, run, save_config
+from darts_lora.config import DataConfig, SearchConfig, TrainingConfig
+from darts_lora.errors import InputError
+
+
+@dataclass
+class Own:
+    """What this recipe does."""
+
+    source: str = "runs/none/result.json"
+    """File that the run before left."""
+    seed: int = 0
+    """Seed of everything."""
+
+
+@dataclass
+class Folder:
+    """Options of a recipe that has no seed of its own."""
+
+    folder: str
+    """Folder of the run before."""
+
+
+@pytest.fixture
+def previous(tmp_path):
+    """The result file of a run whose config.yaml resolved these options."""
+    (tmp_path / "config.yaml").write_text(
+        "learning_rate: 0.5\nbatch_size: 7\nmax_steps: 9\nseed: 3\nunknown: 1\n"
+    )
+    return str(tmp_path / "result.json")
+
+
+def test_a_value_is_of_the_command_line_then_the_file_then_the_run_before(tmp_path, previous):
+    config = tmp_path / "mine.yaml"
+    config.write_text("learning_rate: 1e-4\nbatch_size: 8\n")
+    args = ["--source", previous, "--config", str(config), "--batch_size", "2"]
+    own, training = parse(args, Own, TrainingConfig, previous="source")
+    assert (training.batch_size, training.learning_rate, training.max_steps) == (2, 1e-4, 9)
+    assert training.logging_steps == TrainingConfig().logging_steps
+    assert own.seed == 0, "the recipe's own options are not those of the run before"
+
+
+def test_the_run_before_may_be_named_by_its_folder_or_be_missing(tmp_path, previous):
+    _, training = parse(["--source", str(tmp_path)], Own, TrainingConfig, previous="source")
+    assert training.batch_size == 7
+    _, training = parse([], Own, TrainingConfig, previous="source")
+    assert training == TrainingConfig()
+
+
+def test_saved_options_come_back(tmp_path):
+    saved = [SearchConfig(ranks=(1, 3)), DataConfig(data_files={"train": "a.json"})]
+    path = save_config(str(tmp_path), *saved)
+    assert load_config(path)["ranks"] == [1, 3]
+    args = ["--folder", str(tmp_path)]
+    _, *again = parse(args, Folder, SearchConfig, DataConfig, previous="folder")
+    assert again == saved
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (["--foo", "1"], "unrecognized arguments: --foo 1"),
+        (["--batch_size", "x"], "\"batch_size\": Expected a <class 'int'>. Got value: x"),
+        (["--batch_size", "0"], "batch_size=0: must be an integer > 0"),
+        (["--config", "nowhere.yaml"], "File does not exist"),
+    ],
+)
+def test_bad_arguments(args, text):
+    with pytest.raises(InputError) as error:
+        parse(args, Own, TrainingConfig)
+    assert text in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["{", "- 1\n", "3"])
+def test_a_broken_config_of_the_run_before(tmp_path, text):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(InputError, match=r"config\.yaml: "):
+        parse(["--source", str(tmp_path)], Own, TrainingConfig, previous="source")
+
+
+@pytest.mark.parametrize(("rank", "printed"), [("0", "error: it is not there\n"), ("1", "")])
+def test_an_error_is_one_line_of_the_main_process_and_status_2(monkeypatch, capsys, rank, printed):
+    def main(own):
+        raise InputError("it is not there")
+
+    monkeypatch.setattr(sys, "argv", ["recipe.py"])
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit) as status:
+        run(main, Own)
+    assert status.value.code == 2
+    assert capsys.readouterr().err == printed
+
+
+def test_help_shows_every_option_with_its_default(monkeypatch, capsys):
+    def main(own, training):
+        """What the recipe is for."""
+
+    monkeypatch.setattr(sys, "argv", ["recipe.py", "--help"])
+    with pytest.raises(SystemExit) as status:
+        run(main, Own, TrainingConfig)
+    text = " ".join(capsys.readouterr().out.split())
+    assert status.value.code == 0
+    for part in ("What the recipe is for.", "File that the run before left.", "default: 1000"):
+        assert part in text
+    for name in TrainingConfig.__dataclass_fields__:
+        assert f"--{name} " in text

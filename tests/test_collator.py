@@ -1,0 +1,170 @@
+"""Rows to batches: what is learnt, what is masked, which rows are refused."""
+
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
+
+from darts_lora.collator import IGNORED, ROW, Collator
+from darts_lora.config import DataConfig, ModelConfig
+from darts_lora.data import load_splits
+from darts_lora.errors import InputError
+from darts_lora.models import load_processor
+
+SPECIAL = ["<pad>", "<s>", "</s>", "<image>", "[U]", "[A]"]
+CONTENT = (
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
+    "{{ '<image>' if part.type == 'image' else part.text }}{% endfor %}{% endif %}"
+)
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}[A]"
+    "{% generation %}" + CONTENT + "{{ eos_token }}{% endgeneration %}"
+    "{% else %}[U]"
+    + CONTENT
+    + "{% endif %}{% endfor %}{% if add_generation_prompt %}[A]{% endif %}"
+)
+UNMARKED = TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+
+
+def make_tokenizer(template, words="a b c d e f"):
+    vocabulary = {word: i for i, word in enumerate(SPECIAL + words.split())}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+        additional_special_tokens=["<image>", "[U]", "[A]"],
+    )  # fmt: skip
+    made.chat_template = template
+    return made
+
+
+def turns(*texts):
+    roles = ("user", "assistant") * len(texts)
+    return [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_text_rows_against_a_hand_made_expectation(side):
+    tokenizer = make_tokenizer(UNMARKED)
+    tokenizer.padding_side = side
+    rows = [
+        {"messages": turns("a b", "c d", "e", "f")},
+        {"prompt": "a", "completion": "b c"},
+    ]
+    batch = Collator(tokenizer)(rows)
+    #      <s> [U] a b [A] c d </s> [U] e [A] f </s>
+    assert batch["input_ids"].tolist() == [
+        [1, 4, 6, 7, 5, 8, 9, 2, 4, 10, 5, 11, 2],
+        [1, 4, 6, 5, 7, 8, 2, 0, 0, 0, 0, 0, 0],
+    ]
+    x = IGNORED
+    assert batch["labels"].tolist() == [
+        [x, x, x, x, x, 8, 9, 2, x, x, x, 11, 2],
+        [x, x, x, x, 7, 8, 2, x, x, x, x, x, x],
+    ]
+    assert batch["attention_mask"].sum(1).tolist() == [13, 7]
+    assert {len(value) for value in batch.values()} == {2}
+
+
+def test_prompts_are_padded_on_the_left_up_to_the_last_answer():
+    rows = [{"messages": turns("a b", "c d", "e", "f")}, {"prompt": "a", "completion": "b c"}]
+    batch, answers = Collator(make_tokenizer(UNMARKED)).prompts(rows)
+    assert answers == ["f", "b c"]
+    assert batch["input_ids"].tolist() == [
+        [1, 4, 6, 7, 5, 8, 9, 2, 4, 10, 5],
+        [0, 0, 0, 0, 0, 0, 0, 1, 4, 6, 5],
+    ]
+    assert batch["attention_mask"][1].tolist() == [0] * 7 + [1] * 4
+
+
+def test_a_model_without_a_chat_template_takes_the_texts_as_they_are():
+    batch = Collator(make_tokenizer(None))([{"prompt": "a b ", "completion": "c"}])
+    assert batch["input_ids"].tolist() == [[1, 6, 7, 8, 2]]
+    assert batch["labels"].tolist() == [[IGNORED] * 3 + [8, 2]]
+
+
+@pytest.fixture(scope="module")
+def llava():
+    """Processors that write one image mark as four tokens: with and without answer marks."""
+    images = CLIPImageProcessorPil(
+        size={"height": 4, "width": 4}, crop_size={"height": 4, "width": 4}
+    )
+    options = {"patch_size": 2, "vision_feature_select_strategy": "full"}
+
+    def make(template):
+        tokenizer = make_tokenizer(template)
+        return LlavaProcessor(images, tokenizer, chat_template=template, **options)
+
+    return make
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, UNMARKED], ids=["marks", "prefix"])
+def test_answers_are_found_behind_expanded_image_tokens(llava, template):
+    image = Image.new("RGB", (4, 4))
+    second = [{"type": "image"}, {"type": "text", "text": "b"}]
+    rows = [
+        {"messages": turns("a", "a b"), "image": image},
+        {
+            "messages": turns([{"type": "image"}, {"type": "text", "text": "a"}], "c", second, "d"),
+            "images": [image, image],
+        },
+    ]
+    batch = Collator(llava(template))(rows)
+    x, i = IGNORED, 3
+    assert batch["input_ids"].tolist() == [
+        [1, 4, i, i, i, i, 6, 5, 6, 7, 2, 0, 0, 0, 0, 0, 0, 0, 0],
+        [1, 4, i, i, i, i, 6, 5, 8, 2, 4, i, i, i, i, 7, 5, 9, 2],
+    ]
+    assert batch["labels"].tolist() == [
+        [x, x, x, x, x, x, x, x, 6, 7, 2, x, x, x, x, x, x, x, x],
+        [x, x, x, x, x, x, x, x, 8, 2, x, x, x, x, x, x, x, 9, 2],
+    ]
+
+
+def test_the_embedded_rows_marks_and_prefixes_agree():
+    rows = [load_splits(DataConfig())["train"][i] for i in (0, 1, 5, 9)]
+    collator = Collator(load_processor(ModelConfig()))
+    batch = collator(rows)
+    assert collator.marks_answers
+    collator.marks_answers = False
+    assert torch.equal(collator(rows)["labels"], batch["labels"])
+    image = collator.processor.image_token_id
+    assert (batch["input_ids"] == image).any() and not (batch["labels"] == image).any()
+    texts = [collator.tokenizer.decode(row[row != IGNORED]) for row in batch["labels"]]
+    for text, row in zip(texts, rows, strict=True):
+        assert row["messages"][-1]["content"] in text
+    assert batch["pixel_values"].shape[0] == len(rows)
+
+
+def test_rows_that_nothing_can_be_learnt_from_are_named():
+    collator = Collator(make_tokenizer(TEMPLATE), max_length=8)
+    good = {"prompt": "a", "completion": "b", ROW: 3}
+    assert collator.check([good]) == pytest.approx(2 / 6)
+    bad = [
+        ({"prompt": "a", "completion": "b c d e f", ROW: 4}, "row 4: 10 tokens, max_length=8"),
+        ({"messages": turns("a"), ROW: 5}, "row 5: the last message is not the assistant's answer"),
+        ({"question": "a", ROW: 6}, "row 6: no messages; columns: question, row_index"),
+    ]
+    silent = Collator(make_tokenizer(TEMPLATE.replace("{{ eos_token }}", "")))
+    for make_batch in (collator, collator.check):
+        for row, text in bad:
+            with pytest.raises(InputError, match=text):
+                make_batch([good, row])
+    for make_batch in (silent, silent.check):
+        with pytest.raises(
+            InputError, match="row 7: no token to learn from, all labels are masked"
+        ):
+            make_batch([{"prompt": "a", "completion": "", ROW: 7}])
+
+
+def test_an_image_that_is_not_there(llava):
+    row = {"prompt": "a", "completion": "b", "image": "no.png", ROW: 2}
+    with pytest.raises(InputError, match=r"row 2: image 'no\.png' does not open"):
+        Collator(llava(TEMPLATE))([row])
+
+
+def test_a_template_that_does_not_continue_its_own_prompt():
+    template = UNMARKED.replace("prompt %}[A]", "prompt %}[U]")
+    with pytest.raises(InputError, match="does not continue its own prompt"):
+        Collator(make_tokenizer(template))([{"prompt": "a", "completion": "b"}])

@@ -1,0 +1,73 @@
+"""Every option's bounds: the error names the option, the value and what would be right.
+Not here: options that need a model or data to check."""
+
+import dataclasses
+import os
+import re
+
+import pytest
+
+from darts_lora import InputError, SearchConfig
+from darts_lora.config import DataConfig, ModelConfig, TrainingConfig, check_writable
+
+
+@pytest.mark.parametrize(
+    ("config", "option", "value"),
+    [
+        *[(SearchConfig, "ranks", v) for v in ((), (1, 1), (-1, 2), (1.5,), ("4",), (0,), 4)],
+        *[(SearchConfig, "scaling", v) for v in (0, -1.0, float("nan"), "2")],
+        *[(SearchConfig, "branches", v) for v in ("both", None)],
+        *[(SearchConfig, "dropout", v) for v in (-0.1, 1.0, 1.5)],
+        (SearchConfig, "relaxation", "argmax"),
+        (SearchConfig, "sampling", "token"),
+        *[(SearchConfig, "temperature", v) for v in ((1.0,), (0.0, 1.0), 1.0, (1.0, "x"))],
+        *[(SearchConfig, "budget_rank", v) for v in (0, -4, float("inf"))],
+        *[(SearchConfig, "budget_parameters", v) for v in (0, 10.5)],
+        *[(SearchConfig, "arch_learning_rate", v) for v in (0.0, -1.0)],
+        *[(SearchConfig, "arch_betas", v) for v in ((0.5,), (0.5, 1.0), (-0.1, 0.9))],
+        (SearchConfig, "arch_weight_decay", -1.0),
+        (SearchConfig, "arch_lr_scheduler", "step"),
+        *[(SearchConfig, "arch_every", v) for v in (0, 1.5)],
+        *[(SearchConfig, "order", v) for v in (0, 3)],
+        *[(SearchConfig, "warmup_steps", v) for v in (-1, 0.5)],
+        (SearchConfig, "seed", -1),
+        (ModelConfig, "dtype", "int8"),
+        *[(DataConfig, "validation_fraction", v) for v in (0, 1, 1.5)],
+        *[(DataConfig, "max_length", v) for v in (0, None, 1.5)],
+        *[(TrainingConfig, "max_steps", v) for v in (0, -5, 1.5)],
+        (TrainingConfig, "batch_size", 0),
+        (TrainingConfig, "learning_rate", 0.0),
+        (TrainingConfig, "lr_scheduler", "exponential"),
+        (TrainingConfig, "max_grad_norm", -1.0),
+        (TrainingConfig, "mixed_precision", "fp8"),
+    ],
+)
+def test_out_of_bounds(config, option, value):
+    with pytest.raises(InputError, match=f"^{option}={re.escape(repr(value))}: .*must"):
+        config(**{option: value})
+
+
+def test_two_budgets():
+    with pytest.raises(InputError, match="budget_rank=4 and budget_parameters=100: give one"):
+        SearchConfig(budget_rank=4, budget_parameters=100)
+
+
+def test_defaults_hold_and_every_option_has_a_docstring():
+    for config in (SearchConfig, ModelConfig, DataConfig, TrainingConfig):
+        config()
+        source = open(
+            os.path.join(os.path.dirname(__file__), "..", "darts_lora", "config.py")
+        ).read()
+        body = source.split(f"class {config.__name__}")[1].split("\n@dataclass")[0]
+        for field in dataclasses.fields(config):
+            assert re.search(rf"    {field.name}: .*\n    \"\"\"", body), field.name
+    assert SearchConfig(ranks=[8, 0, 2]).ranks == (0, 2, 8)
+
+
+def test_output_dir_that_cannot_be_written(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(InputError, match=r"output_dir='.*file/run': cannot be written"):
+        check_writable(str(file / "run"))
+    check_writable(str(tmp_path / "new"))
+    assert os.listdir(tmp_path / "new") == []

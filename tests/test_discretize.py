@@ -1,0 +1,78 @@
+"""The choice of ranks against exhaustive search.
+Not here: what a genotype can do (test_genotype.py)."""
+
+import itertools
+
+import pytest
+import torch
+from small_models import randomise, residual
+
+from darts_lora import Genotype, InputError, SearchConfig, Supernet, discretize
+from darts_lora.cost import rank_costs
+from darts_lora.discretize import choose
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_best_within_the_budget_is_the_exhaustive_best(seed):
+    generator = torch.Generator().manual_seed(seed)
+    log_p = torch.randn(5, 4, generator=generator, dtype=torch.float64).mul(2).log_softmax(-1)
+    shapes = torch.randint(3, 40, (5, 2), generator=generator).tolist()
+    costs = rank_costs(shapes, (0, 1, 2, 4))
+    budget = float(costs[:, 3].sum()) * 0.4
+    best = max(
+        (c for c in itertools.product(range(4), repeat=5) if _total(costs, c) <= budget),
+        key=lambda c: _total(log_p, c),
+    )
+    choice = choose(log_p, costs, "budget", budget)
+    assert _total(costs, choice) <= budget
+    assert _total(log_p, choice) == pytest.approx(_total(log_p, best), abs=1e-12)
+
+
+def _total(table, choice):
+    return sum(float(table[i, k]) for i, k in enumerate(choice))
+
+
+def searched(**options):
+    supernet = Supernet(residual(), SearchConfig(ranks=(0, 1, 2, 4), **options))
+    randomise(supernet)
+    return supernet
+
+
+def test_argmax_without_and_budget_with_a_budget():
+    supernet = searched()
+    genotype = discretize(supernet)
+    best = supernet.stacked_alpha().argmax(-1).tolist()
+    assert list(genotype.ranks.values()) == [(0, 1, 2, 4)[k] for k in best]
+    assert genotype.found_by["discretize"] == "argmax"
+    supernet = searched(budget_rank=1.5)
+    genotype = discretize(supernet)
+    assert genotype.found_by["discretize"] == "budget"
+    assert genotype.num_parameters <= supernet.budget == 1.5 * 4 * 32
+
+
+def test_a_genotype_can_be_discretized_again(tmp_path):
+    supernet = searched(budget_rank=1.5)
+    discretize(supernet).save(tmp_path / "g.json")
+    loaded = Genotype.load(tmp_path / "g.json")
+    for options in ({}, {"budget_rank": 1}, {"budget_parameters": 300}, {"method": "argmax"}):
+        again, direct = discretize(loaded, **options), discretize(supernet, **options)
+        assert again.ranks == direct.ranks and again.found_by == direct.found_by
+    assert discretize(loaded, budget_rank=1).num_parameters <= 128
+
+
+def test_errors():
+    with pytest.raises(InputError, match="method='budget': give budget_rank"):
+        discretize(searched(), "budget")
+    with pytest.raises(InputError, match="method='best'"):
+        discretize(searched(), "best")
+    with pytest.raises(InputError, match="budget_rank=5: .* outside"):
+        discretize(searched(), budget_rank=5)
+    with pytest.raises(InputError, match="holds no probabilities"):
+        discretize(Genotype({"a": 1}))
+
+
+def test_520_layers_take_seconds():
+    log_p = torch.randn(520, 6, dtype=torch.float64).log_softmax(-1)
+    costs = rank_costs([(4096, 1024 + 16 * (i % 7)) for i in range(520)], (0, 4, 8, 16, 32, 64))
+    choice = choose(log_p, costs, "budget", float(costs[:, 2].sum()))
+    assert _total(costs, choice) <= float(costs[:, 2].sum())

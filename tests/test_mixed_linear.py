@@ -1,0 +1,135 @@
+"""MixedRankLinear against the explicit sum over branches, gradcheck and PEFT's own LoRA layer.
+Not here: gates of whole models (test_supernet.py)."""
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+
+from darts_lora import InputError, MixedRankLinear
+
+RANKS = (0, 1, 2, 4)
+BRANCHES = ("independent", "nested")
+
+
+def make(branches="independent", ranks=RANKS, scaling=2.0, seed=0):
+    torch.manual_seed(seed)
+    layer = MixedRankLinear(nn.Linear(6, 5), ranks, scaling=scaling, branches=branches).double()
+    nn.init.normal_(layer.lora_B)
+    nn.init.normal_(layer.alpha)
+    return layer
+
+
+def explicit(layer, x, weights):
+    """base(x) + s * sum_k weights_k * B_k A_k x, branch by branch; weights (K,) or (rows, K)."""
+    y = layer.base_layer(x)
+    for k, rank in enumerate(layer.ranks):
+        a, b = layer.branch_weights(rank)
+        weight = weights[..., k]
+        weight = weight.reshape(-1, *[1] * (x.dim() - 1)) if weight.dim() else weight
+        y = y + layer.scaling * weight * (x @ a.T @ b.T)
+    return y
+
+
+@pytest.mark.parametrize("branches", BRANCHES)
+def test_equals_the_explicit_sum_over_branches(branches):
+    layer, x = make(branches), torch.randn(3, 7, 6, dtype=torch.float64)
+    expected = explicit(layer, x, layer.probabilities())
+    assert (layer(x) - expected).abs().max() < 1e-12
+    assert layer.lora_A.shape[0] == (sum(RANKS) if branches == "independent" else max(RANKS))
+
+
+@pytest.mark.parametrize("branches", BRANCHES)
+def test_gates_of_each_row_equal_the_explicit_sum(branches):
+    layer, x = make(branches), torch.randn(4, 7, 6, dtype=torch.float64)
+    weights = torch.rand(4, len(RANKS), dtype=torch.float64)
+    layer.gates = layer.scaling * weights @ layer.membership.T
+    assert (layer(x) - explicit(layer, x, weights)).abs().max() < 1e-12
+    tiles = x.repeat_interleave(3, dim=0)  # three image tiles a row
+    assert (layer(tiles) - layer(x).repeat_interleave(3, dim=0)).abs().max() < 1e-12
+    packed = x[:3]  # leading size is no multiple of the rows: the first row's sample serves all
+    assert (layer(packed) - explicit(layer, packed, weights[0])).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("branches", BRANCHES)
+def test_gradients_of_input_weights_and_alpha(branches):
+    layer = make(branches)
+    x = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
+    parameters = (layer.lora_A, layer.lora_B, layer.alpha)
+    names = ("lora_A", "lora_B", "alpha")
+
+    def forward(x, *values):
+        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(forward, (x, *parameters))
+
+
+@pytest.mark.parametrize("branches", BRANCHES)
+@pytest.mark.parametrize("rank", RANKS)
+def test_one_hot_alpha_equals_peft(branches, rank):
+    layer, x = make(branches), torch.randn(3, 6, dtype=torch.float64)
+    with torch.no_grad():
+        layer.alpha.fill_(-torch.inf)
+        layer.alpha[RANKS.index(rank)] = 0
+    reference = nn.Sequential(layer.base_layer)
+    if rank > 0:
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["0"])
+        reference = inject_adapter_in_model(config, reference).double()
+        a, b = layer.branch_weights(rank)
+        reference[0].lora_A["default"].weight.data.copy_(a)
+        reference[0].lora_B["default"].weight.data.copy_(b)
+    assert (layer(x) - reference(x)).abs().max() < 1e-12
+
+
+def test_starts_as_the_base_layer_bit_for_bit():
+    for dtype in (torch.float32, torch.bfloat16):
+        base, x = nn.Linear(6, 5, dtype=dtype), torch.randn(3, 6, dtype=dtype)
+        expected = base(x)
+        layer = MixedRankLinear(base, RANKS)
+        assert torch.equal(layer(x), expected)
+        assert layer(x).dtype == dtype
+        assert layer.lora_A.dtype == layer.alpha.dtype == torch.float32
+        assert torch.equal(layer.alpha, torch.zeros(len(RANKS)))
+        assert not any(p.requires_grad for p in base.parameters())
+
+
+def test_probabilities_and_branch_weights():
+    layer = make()
+    assert torch.allclose(layer.probabilities(), layer.alpha.softmax(0))
+    a, b = layer.branch_weights(2)  # behind rank 1's column
+    assert torch.equal(a, layer.lora_A[1:3]) and torch.equal(b, layer.lora_B[:, 1:3])
+    a, _ = make("nested").branch_weights(2)
+    assert a.shape == (2, 6)
+    with pytest.raises(InputError, match="rank=3: must be one of the candidates"):
+        layer.branch_weights(3)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options", "message"),
+    [
+        ([], {}, r"ranks=\[\]"),
+        ([1, 1], {}, r"ranks=\[1, 1\]"),
+        ([-1, 2], {}, r"ranks=\[-1, 2\]"),
+        ([1.5], {}, r"ranks=\[1.5\]"),
+        ([True], {}, r"ranks=\[True\]"),
+        ([0], {}, r"ranks=\[0\]"),
+        ([8], {}, "rank 8 is above 5"),
+        ([1], {"branches": "other"}, "branches='other'"),
+        ([1], {"dropout": 1.0}, "dropout=1.0"),
+        ([1], {"scaling": 0.0}, "scaling=0.0"),
+    ],
+)
+def test_bad_input(ranks, options, message):
+    with pytest.raises(InputError, match=message):
+        MixedRankLinear(nn.Linear(6, 5), ranks, **options)
+
+
+def test_any_linear_like_base():
+    class Opaque(nn.Module):
+        in_features, out_features = 6, 5
+
+        def forward(self, x):
+            return x[..., :5] * 2
+
+    layer, x = MixedRankLinear(Opaque(), RANKS), torch.randn(3, 6)
+    assert torch.equal(layer(x), x[..., :5] * 2)
