@@ -82,14 +82,17 @@ def parse(
     parser = ArgumentParser(
         default_env=False,
         exit_on_error=False,
+        allow_abbrev=False,
         usage="%(prog)s [--config FILE.yaml] [--option value ...]",
         description=description,
     )
     parser.add_argument(
         "--config", action="config", help="YAML file of options; those after it win."
     )
-    for config_class in (own, *shared):
+    classes = (own, *shared)
+    for config_class in classes:
         parser.add_class_arguments(config_class)
+    args = _spell_out_flags(args, classes)
     try:
         values = parser.parse_args(args)
         if previous is not None:
@@ -98,7 +101,17 @@ def parse(
             values = parser.parse_args(args)
     except (ArgumentError, TypeError) as error:
         raise InputError(" ".join(str(error).split())) from error
-    return [c(**{f.name: values[f.name] for f in fields(c) if f.init}) for c in (own, *shared)]
+    return [c(**{f.name: values[f.name] for f in fields(c) if f.init}) for c in classes]
+
+
+def _spell_out_flags(args: list[str], classes: tuple[type, ...]) -> list[str]:
+    """`args` with "--resume" alone as "--resume=true", for every option that is true or false."""
+    flags = {f"--{f.name}" for c in classes for f in fields(c) if f.type in (bool, "bool")}
+    followers = [*args, "--"][1:]
+    return [
+        f"{arg}=true" if arg in flags and follower.startswith("--") else arg
+        for arg, follower in zip(args, followers, strict=True)
+    ]
 
 
 def _inherited(result: str | None, classes: tuple[type, ...]) -> dict[str, Any]:

@@ -3,6 +3,7 @@ Not here: what a row means and how it becomes a batch (collator.py). The only ro
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -57,7 +58,8 @@ def _load_source(config: DataConfig) -> DatasetDict:
     if name == "embedded":
         files = {split: str(EMBEDDED / "data" / f"{split}.parquet") for split in ("train", "test")}
         name, options["cache_dir"] = "parquet", _temporary_cache()
-    _check_files(files)
+    if "/" not in name and not os.path.isdir(name):  # a loader; else files are relative to name
+        _check_files(files)
     try:
         return load_dataset(name, data_files=files, **options)
     except Exception as error:  # datasets raises any kind here: files, formats, network, scripts

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -66,7 +66,9 @@ def evaluate(
     accelerator = Accelerator()
     rows = load_splits(data, ["test"])["test"]
     collator = Collator(load_processor(model), data.max_length)
-    adapted = _load_adapter(load_model(model), config.adapter).to(accelerator.device)
+    # Recomputing activations is for training; generation would lose its cache to it.
+    base = load_model(replace(model, gradient_checkpointing=False))
+    adapted = _load_adapter(base, config.adapter).to(accelerator.device)
     options = {
         "batch_size": config.eval_batch_size,
         "max_new_tokens": config.max_new_tokens,
@@ -86,8 +88,10 @@ def evaluate(
 
 def _load_adapter(base: nn.Module, folder: str) -> PeftModel:
     try:
-        # "Trainable" only so that PEFT can count the parameters.
-        return PeftModel.from_pretrained(base, folder, is_trainable=True)
+        # "Trainable" only so that PEFT can count the parameters; dtypes as finetune trained them.
+        return PeftModel.from_pretrained(
+            base, folder, is_trainable=True, autocast_adapter_dtype=False
+        )
     except (ValueError, RuntimeError, OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(
@@ -171,8 +175,16 @@ def _exact(
         max_new_tokens=longest,
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=_end_tokens(model, tokenizer),
     )
     new = tokens[:, prompt["input_ids"].shape[1] :]
     texts = tokenizer.batch_decode(new, skip_special_tokens=True)
     pairs = zip(texts, answers, strict=True)
     return [float(text.strip() == answer.strip()) for text, answer in pairs]
+
+
+def _end_tokens(model: nn.Module, tokenizer) -> list[int] | None:
+    """What ends an answer: for the model, and for the tokenizer, whose end token was learnt."""
+    known = model.generation_config.eos_token_id
+    tokens = {*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id} - {None}
+    return sorted(tokens) or None

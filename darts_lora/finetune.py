@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import time
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -17,7 +18,13 @@ from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
 from darts_lora.collator import Collator
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig, check_writable
@@ -77,9 +84,10 @@ def finetune(
     """
     check_writable(config.output_dir)
     genotype = _load_genotype(config.genotype)
-    base, collator = load_model(model), Collator(load_processor(model), data.max_length)
+    collator = Collator(load_processor(model), data.max_length)
     rows = concatenate_datasets(list(load_splits(data).values()))
     share = collator.check(rows)
+    base = load_model(model)  # the slowest, so behind what can be wrong before it
     set_seed(config.seed)  # the LoRA weights' initialisation
     adapted = add_adapter(base, config, genotype)
     record = {"genotype": config.genotype, "rank": config.rank, "init": config.init}
@@ -123,9 +131,21 @@ def add_adapter(base: nn.Module, config: FinetuneConfig, genotype: Genotype | No
     except ValueError as error:
         raise InputError(f"target_modules={config.target_modules!r}: {error}") from error
     if config.init == "inherit":
-        path = os.path.join(os.path.dirname(config.genotype), SUPERNET_NAME)
-        set_peft_model_state_dict(model, genotype.inherited_state(path))
+        _inherit(model, genotype, os.path.join(os.path.dirname(config.genotype), SUPERNET_NAME))
     return model
+
+
+def _inherit(model: PeftModel, genotype: Genotype, path: str) -> None:
+    """Copy the chosen branches in the supernet's file into the adapter: all, or an error."""
+    state = genotype.inherited_state(path)
+    try:
+        result = set_peft_model_state_dict(model, state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"init='inherit': {path} is of another model ({reason})") from error
+    missing = [key for key in result.missing_keys if "lora_" in key]
+    if missing or result.unexpected_keys:
+        raise InputError(f"init='inherit': {path} does not fill {missing + result.unexpected_keys}")
 
 
 def train(
@@ -140,11 +160,11 @@ def train(
     """Train the adapter in place with transformers' Trainer and save it to output_dir.
 
     Returns:
-        trainable_parameters (count), loss (mean over the last tenth of the steps), losses ([step,
-        loss] pairs), steps, seconds, versions.
+        trainable_parameters (count), losses ([step, mean since the entry before] pairs), loss (mean
+        of their last tenth), steps, seconds, versions.
 
     Raises:
-        InputError: a loss that is not finite; the adapter of the last checkpoint stays.
+        InputError: a loss that is not finite; the adapter of output_dir/checkpoint stays.
     """
     trainer = _Trainer(
         model=model,
@@ -153,6 +173,8 @@ def train(
         data_collator=collator,
         callbacks=[_SaveAdapter(training.save_steps)],
     )
+    trainer.remove_callback(ProgressCallback)  # prints whole dictionaries
+    trainer.add_callback(_Progress)
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start
@@ -174,7 +196,7 @@ def _arguments(training: TrainingConfig, output_dir: str, seed: int) -> Training
         max_grad_norm=training.max_grad_norm,
         bf16=training.mixed_precision == "bf16",
         fp16=training.mixed_precision == "fp16",
-        logging_steps=training.logging_steps,
+        logging_steps=min(training.logging_steps, training.max_steps),
         logging_nan_inf_filter=False,  # our own check names the step
         save_strategy="no",  # its checkpoints are pickles; _SaveAdapter writes safetensors
         dataloader_num_workers=training.num_workers,
@@ -187,16 +209,25 @@ def _arguments(training: TrainingConfig, output_dir: str, seed: int) -> Training
 
 
 class _Trainer(Trainer):
-    """Stops at a loss that is not finite, before it enters the weights."""
+    """Stops at a loss that is not finite, on any process, before it enters the weights."""
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
+        losses = self.accelerator.gather(loss.detach())
+        if not torch.isfinite(losses).all():
             raise InputError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}: stopped; lower "
-                "the learning rate, or look at the data"
+                f"the loss is {losses.sum().item()} at step {self.state.global_step + 1}: stopped; "
+                "lower the learning rate, or look at the data"
             )
         return loss
+
+
+class _Progress(ProgressCallback):
+    """The bar with the time left; beside it one number, the loss."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.4f}")
 
 
 class _SaveAdapter(TrainerCallback):
@@ -208,7 +239,10 @@ class _SaveAdapter(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         due = self.save_steps > 0 and state.global_step % self.save_steps == 0
         if due and state.is_world_process_zero:
-            model.save_pretrained(os.path.join(args.output_dir, "checkpoint"))
+            folder = os.path.join(args.output_dir, "checkpoint")
+            model.save_pretrained(f"{folder}.new")
+            shutil.rmtree(folder, ignore_errors=True)
+            os.rename(f"{folder}.new", folder)
 
 
 def _record(trainer: Trainer, seconds: float) -> dict[str, Any]:

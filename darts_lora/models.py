@@ -35,7 +35,7 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     if config.gradient_checkpointing:
         # The re-entrant kind gives no gradients where, as here, the model's input needs none.
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.config.use_cache = False
+        model.config.get_text_config().use_cache = False
     return model
 
 
@@ -64,7 +64,7 @@ def _load(loader: type, config: ModelConfig, **options):
     source = str(EMBEDDED / "model") if name == "embedded" else name
     try:
         return loader.from_pretrained(source, trust_remote_code=config.trust_remote_code, **options)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         kind = (
             "cannot be loaded" if os.path.isdir(source) else "no local folder, no model of the hub"

@@ -1,5 +1,5 @@
-"""Settings of the test run: few threads, no hub, repeatable.
-Not here: models and helpers of single tests."""
+"""Settings of the test run: few threads, no hub, repeatable; a small model and its data on disk.
+Not here: what these are made of (small_models.py), nor helpers of single tests."""
 
 import os
 
@@ -13,3 +13,37 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def vision_folder(tmp_path_factory) -> str:
+    """Folder of a random Mllama with its processor, as save_pretrained writes them."""
+    from small_models import vision_model, vision_processor
+
+    folder, processor = str(tmp_path_factory.mktemp("model")), vision_processor()
+    processor.save_pretrained(folder)
+    vision_model(processor).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_folder(tmp_path_factory) -> str:
+    """Folder of 40 training and 12 test rows for that model: train.parquet, test.parquet."""
+    from small_models import vision_rows
+
+    folder = tmp_path_factory.mktemp("data")
+    for split, count in {"train": 40, "test": 12}.items():
+        vision_rows(count).to_parquet(folder / f"{split}.parquet")
+    return str(folder)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def datasets_cache(tmp_path_factory) -> str:
+    """Where datasets caches what tests load: nothing is left in the home folder."""
+    import datasets
+
+    folder = tmp_path_factory.mktemp("datasets")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+        patch.setenv("HF_DATASETS_CACHE", str(folder))  # of the recipes' own processes
+        yield str(folder)

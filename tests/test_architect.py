@@ -5,10 +5,10 @@ import copy
 
 import pytest
 import torch
-from small_models import randomise, residual
 from torch.func import functional_call
 
 from darts_lora import Architect, InputError, SearchConfig, Supernet
+from small_models import randomise, residual
 
 
 def make(dtype=torch.float64, inner_learning_rate=0.05, **options):

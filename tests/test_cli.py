@@ -1,4 +1,5 @@
-"""The command line of the recipes: where a value comes from, and how bad ones are told."""
+"""The command line of the recipes: where a value comes from, and how bad ones are told.
+Not here: bounds of single options (test_config.py), nor the recipes themselves (recipes/)."""
 
 import sys
 from dataclasses import dataclass
@@ -6,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 
 from darts_lora.cli import load_config, parse, run, save_config
-from darts_lora.config import DataConfig, SearchConfig, TrainingConfig
+from darts_lora.config import DataConfig, ModelConfig, SearchConfig, TrainingConfig
 from darts_lora.errors import InputError
 
 
@@ -26,6 +27,16 @@ class Folder:
 
     folder: str
     """Folder of the run before."""
+
+
+@dataclass
+class Defaulted:
+    """Options of a recipe with defaults only."""
+
+    number: int = 1
+    """Some number."""
+    flag: bool = False
+    """Something to switch on."""
 
 
 @pytest.fixture
@@ -55,24 +66,76 @@ def test_the_run_before_may_be_named_by_its_folder_or_be_missing(tmp_path, previ
 
 
 def test_saved_options_come_back(tmp_path):
-    saved = [SearchConfig(ranks=(1, 3)), DataConfig(data_files={"train": "a.json"})]
+    saved = [
+        SearchConfig(ranks=(1, 3), target_modules=["q_proj"], temperature=(2.0, 0.2)),
+        DataConfig(data_files={"train": "a.json"}, test_split=None),
+    ]
     path = save_config(str(tmp_path), *saved)
     assert load_config(path)["ranks"] == [1, 3]
     args = ["--folder", str(tmp_path)]
     _, *again = parse(args, Folder, SearchConfig, DataConfig, previous="folder")
     assert again == saved
+    _, *again = parse(["--config", path], Defaulted, SearchConfig, DataConfig)
+    assert again == saved
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ([], False),
+        (["--flag"], True),
+        (["--flag", "--number", "3"], True),
+        (["--flag", "false"], False),
+        (["--flag=true"], True),
+    ],
+)
+def test_an_option_that_is_true_or_false_needs_no_value(args, expected):
+    (own,) = parse(args, Defaulted)
+    assert own.flag is expected
+
+
+@pytest.mark.parametrize(
+    ("args", "used"),
+    [
+        ([], True),
+        (["--number", "3"], True),
+        (["--dataset", "mine"], False),
+        (["--model_name_or_path=mine"], False),
+        (["--config", "other.yaml"], False),
+    ],
+)
+def test_the_default_config_is_for_the_embedded_default_alone(monkeypatch, tmp_path, args, used):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "embedded.yaml").write_text("split_seed: 7\nnumber: 2\n")
+    (tmp_path / "other.yaml").write_text("split_seed: 1\n")
+    seen = []
+    monkeypatch.setattr(sys, "argv", ["recipe.py", *args])
+    run(
+        lambda *configs: seen.extend(configs),
+        Defaulted, ModelConfig, DataConfig, default_config="embedded.yaml",
+    )  # fmt: skip
+    assert (seen[2].split_seed == 7) == used
+    assert not used or seen[0].number == (3 if args else 2), "the command line wins"
 
 
 @pytest.mark.parametrize(
     ("args", "text"),
     [
         (["--foo", "1"], "unrecognized arguments: --foo 1"),
+        (["--batch", "1"], "unrecognized arguments: --batch 1"),
+        (["--batch_size"], "--batch_size: expected one argument"),
+        (["--learning_rate", "nan"], '"learning_rate": Expected a'),
+        (["--config", "unknown.yaml"], "'batch_sise' is not accepted"),
+        (["--config", "broken.yaml"], "Problems parsing config"),
         (["--batch_size", "x"], "\"batch_size\": Expected a <class 'int'>. Got value: x"),
         (["--batch_size", "0"], "batch_size=0: must be an integer > 0"),
         (["--config", "nowhere.yaml"], "File does not exist"),
     ],
 )
-def test_bad_arguments(args, text):
+def test_bad_arguments(monkeypatch, tmp_path, args, text):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "unknown.yaml").write_text("batch_sise: 3\n")
+    (tmp_path / "broken.yaml").write_text("{")
     with pytest.raises(InputError) as error:
         parse(args, Own, TrainingConfig)
     assert text in str(error.value) and "\n" not in str(error.value)

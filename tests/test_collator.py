@@ -1,4 +1,5 @@
-"""Rows to batches: what is learnt, what is masked, which rows are refused."""
+"""Rows to batches: what is learnt, what is masked, which rows are refused.
+Not here: where rows come from (test_data.py)."""
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from darts_lora.config import DataConfig, ModelConfig
 from darts_lora.data import load_splits
 from darts_lora.errors import InputError
 from darts_lora.models import load_processor
+from small_models import vision_model, vision_processor, vision_rows
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<image>", "[U]", "[A]"]
 CONTENT = (
@@ -135,6 +137,23 @@ def test_the_embedded_rows_marks_and_prefixes_agree():
     for text, row in zip(texts, rows, strict=True):
         assert row["messages"][-1]["content"] in text
     assert batch["pixel_values"].shape[0] == len(rows)
+
+
+def test_a_mllama_batch_is_its_rows_one_by_one():
+    """Also what only the processor knows: tiles, aspect ratios, which tokens see the image."""
+    rows = list(vision_rows(12))
+    collator = Collator(vision_processor())
+    model = vision_model(collator.processor)
+    whole = collator(rows)
+    assert len(whole["aspect_ratio_ids"].unique()) == 3
+    with torch.no_grad():
+        logits = model(**whole).logits
+        for i, row in enumerate(rows):
+            one = collator([row])
+            length = one["input_ids"].shape[1]
+            assert torch.equal(whole["labels"][i, :length], one["labels"][0])
+            assert (whole["labels"][i, length:] == IGNORED).all()
+            assert torch.allclose(logits[i, :length], model(**one).logits[0], atol=1e-4)
 
 
 def test_rows_that_nothing_can_be_learnt_from_are_named():

@@ -2,6 +2,7 @@
 Not here: options that need a model or data to check."""
 
 import dataclasses
+import inspect
 import os
 import re
 
@@ -55,10 +56,7 @@ def test_two_budgets():
 def test_defaults_hold_and_every_option_has_a_docstring():
     for config in (SearchConfig, ModelConfig, DataConfig, TrainingConfig):
         config()
-        source = open(
-            os.path.join(os.path.dirname(__file__), "..", "darts_lora", "config.py")
-        ).read()
-        body = source.split(f"class {config.__name__}")[1].split("\n@dataclass")[0]
+        body = inspect.getsource(config)
         for field in dataclasses.fields(config):
             assert re.search(rf"    {field.name}: .*\n    \"\"\"", body), field.name
     assert SearchConfig(ranks=[8, 0, 2]).ranks == (0, 2, 8)

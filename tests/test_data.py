@@ -1,6 +1,8 @@
-"""Data sets: the fixed split, and what is wrong with a source."""
+"""Data sets: the fixed split, and what is wrong with a source.
+Not here: what a row becomes (test_collator.py)."""
 
 import json
+from itertools import chain
 
 import pytest
 
@@ -10,12 +12,6 @@ from darts_lora.data import load_splits, make_dataloader, split_indices
 from darts_lora.errors import InputError
 
 NAMES = ("train", "validation", "test")
-
-
-@pytest.fixture(autouse=True)
-def cache_in_tmp(tmp_path, monkeypatch):
-    """User files are cached where datasets is told to; the tests leave nothing in the home."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 def write(path, rows):
@@ -46,7 +42,7 @@ def test_rows_are_the_ones_that_the_indices_name(source):
     splits = load_splits(config, NAMES)
     indices = split_indices(splits)
     assert [len(indices[name]) for name in NAMES] == [27, 9, 4]
-    assert sorted(sum(indices.values(), [])) == list(range(40))
+    assert sorted(chain(*indices.values())) == list(range(40))
     for split in splits.values():
         assert split["prompt"] == [f"q{i}" for i in split[ROW]]
 
@@ -61,10 +57,33 @@ def test_sample_limits_come_before_the_split(source):
 def test_only_what_is_asked_for_must_be_there(source):
     config = DataConfig("json", {"test": source})
     assert len(load_splits(config, ["test"])["test"]) == 40
-    with pytest.raises(InputError, match="train_split='train': .* has only test"):
+    with pytest.raises(InputError, match=r"train_split='train': .* has only test"):
         load_splits(config)
-    with pytest.raises(InputError, match="test_split='test': .* has only train; null holds rows"):
+    with pytest.raises(InputError, match=r"test_split='test': .* has only train; null holds rows"):
         load_splits(DataConfig("json", source), ["test"])
+
+
+def test_the_splits_of_a_folder_with_images(data_folder):
+    splits = load_splits(DataConfig(data_folder), NAMES)
+    assert {name: len(split) for name, split in splits.items()} == {
+        "train": 28, "validation": 12, "test": 12
+    }  # fmt: skip
+    indices = split_indices(splits)
+    assert sorted(indices["train"] + indices["validation"]) == list(range(40))
+    assert indices["test"] == list(range(12))
+    row = splits["test"][4]
+    assert row["image"].size == (32, 16)
+    assert row["messages"][1] == {"role": "assistant", "content": "green"}
+    assert split_indices(load_splits(DataConfig(data_folder), NAMES)) == indices
+    other = split_indices(load_splits(DataConfig(data_folder, split_seed=1)))
+    assert other["validation"] != indices["validation"]
+
+
+def test_files_may_be_named_relative_to_a_folder(data_folder):
+    config = DataConfig(data_folder, {"test": "te*.parquet"})
+    assert len(load_splits(config, ["test"])["test"]) == 12
+    with pytest.raises(InputError, match=r"data_files=.* cannot be loaded \(.*no\.parquet"):
+        load_splits(DataConfig(data_folder, "no.parquet"))
 
 
 def test_missing_files_are_named(source):
@@ -82,7 +101,7 @@ def test_missing_columns_are_named_with_those_found(tmp_path):
 
 
 def test_empty_files_and_broken_files(tmp_path):
-    with pytest.raises(InputError, match="dataset='json', data_files=.* "):
+    with pytest.raises(InputError, match=r"dataset='json', data_files=.* "):
         load_splits(DataConfig("json", write(tmp_path / "empty.jsonl", [])))
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a", ')
     with pytest.raises(InputError, match="cannot be loaded"):

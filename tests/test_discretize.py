@@ -5,11 +5,11 @@ import itertools
 
 import pytest
 import torch
-from small_models import randomise, residual
 
 from darts_lora import Genotype, InputError, SearchConfig, Supernet, discretize
 from darts_lora.cost import rank_costs
 from darts_lora.discretize import choose
+from small_models import randomise, residual
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -65,7 +65,7 @@ def test_errors():
         discretize(searched(), "budget")
     with pytest.raises(InputError, match="method='best'"):
         discretize(searched(), "best")
-    with pytest.raises(InputError, match="budget_rank=5: .* outside"):
+    with pytest.raises(InputError, match=r"budget_rank=5: .* outside"):
         discretize(searched(), budget_rank=5)
     with pytest.raises(InputError, match="holds no probabilities"):
         discretize(Genotype({"a": 1}))

@@ -1,108 +1,163 @@
-"""Evaluation: loss and exact match against hand-made values, base beside adapter, errors."""
+"""Evaluation: loss and exact match against reference values, base beside adapter, bad input.
+Not here: the recipe around it (recipes/test_evaluate.py)."""
 
 import json
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import nn
 
+from darts_lora import InputError
 from darts_lora.collator import IGNORED, Collator
 from darts_lora.config import DataConfig, ModelConfig
 from darts_lora.data import load_splits
-from darts_lora.errors import InputError
 from darts_lora.evaluate import EvaluateConfig, evaluate, score
 from darts_lora.models import load_model, load_processor
 
-DATA = DataConfig(max_test_samples=10)
+
+@pytest.fixture(scope="module")
+def base_config(vision_folder):
+    return ModelConfig(vision_folder)
 
 
 @pytest.fixture(scope="module")
-def rows():
-    return load_splits(DATA, ["test"])["test"]
+def data(data_folder):
+    return DataConfig(data_folder)
 
 
 @pytest.fixture(scope="module")
-def collator():
-    return Collator(load_processor(ModelConfig()))
+def rows(data):
+    return load_splits(data, ["test"])["test"]
 
 
 @pytest.fixture(scope="module")
-def adapter(tmp_path_factory):
-    """Folder of a rank-2 adapter that changes the model."""
+def collator(base_config):
+    return Collator(load_processor(base_config))
+
+
+@pytest.fixture(scope="module")
+def adapter(base_config, tmp_path_factory):
+    """Folder of a rank-2 adapter that changes the model, and its parameters."""
     torch.manual_seed(0)
     config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
-    model = get_peft_model(load_model(ModelConfig()), config)
+    model = get_peft_model(load_model(base_config), config)
     folder = tmp_path_factory.mktemp("adapter")
     model.save_pretrained(folder)
-    return str(folder), model.get_nb_trainable_parameters()[0]
+    return folder, model.get_nb_trainable_parameters()[0]
 
 
-def test_the_loss_is_the_mean_over_supervised_tokens_at_any_batch_size(rows, collator):
-    model = load_model(ModelConfig())
-    batch = collator([rows[i] for i in range(len(rows))])
+@pytest.fixture(scope="module")
+def answered(base_config, rows, collator):
+    """The rows, with the answers that the model gives to each alone, token by token, no cache."""
+    model, answers = load_model(base_config), []
+    end = collator.tokenizer.eos_token_id
+    for row in rows:
+        (prompt, _), said = collator.prompts([row]), []
+        while len(said) < 4 and end not in said:
+            tokens = torch.cat([prompt["input_ids"], torch.tensor([said]).long()], dim=1)
+            mask = prompt["cross_attention_mask"]
+            mask = torch.cat([mask, mask[:, -1:].expand(-1, len(said), -1, -1)], dim=1)
+            inputs = {**prompt, "input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+            with torch.no_grad():
+                logits = model(**inputs | {"cross_attention_mask": mask}, use_cache=False).logits
+            said.append(int(logits[0, -1].argmax()))
+        answers.append(collator.tokenizer.decode(said, skip_special_tokens=True))
+    assert len(set(answers)) > 4, "the answers must depend on the rows"
+    return with_answers(rows, answers)
+
+
+def with_answers(rows, answers):
+    questions = [messages[0] for messages in rows["messages"]]
+    turns = [
+        [question, {"role": "assistant", "content": answer}]
+        for question, answer in zip(questions, answers, strict=True)
+    ]
+    return rows.remove_columns("messages").add_column("messages", turns)
+
+
+@pytest.mark.parametrize("batch_size", [64, 5, 1])
+def test_the_loss_is_the_mean_over_supervised_tokens(base_config, rows, collator, batch_size):
+    model = load_model(base_config)
+    batch = collator(list(rows))
     with torch.no_grad():
         expected = model(**batch).loss.item()
-    for batch_size in (64, 3):
-        result = score(model, rows, collator, batch_size=batch_size)
-        assert result["loss"] == pytest.approx(expected, abs=1e-5)
-        assert result["rows"] == 10
-        assert result["supervised_tokens"] == int((batch["labels"] != IGNORED).sum())
+    result = score(model, rows, collator, batch_size=batch_size)
+    assert result["loss"] == pytest.approx(expected, abs=1e-5)
+    assert result["rows"] == 12
+    assert result["supervised_tokens"] == int((batch["labels"] != IGNORED).sum()) == 27
 
 
-class Parrot(nn.Module):
-    """Answers each prompt with the reference, in turn with the next word of the vocabulary."""
-
-    def __init__(self, collator, rows):
-        super().__init__()
-        self.tokenizer = collator.tokenizer
-        _, answers = collator.prompts([rows[i] for i in range(len(rows))])
-        self.answers = iter(answers)
-
-    def forward(self, input_ids, **inputs):
-        return SimpleNamespace(logits=torch.zeros(*input_ids.shape, len(self.tokenizer)))
-
-    def generate(self, input_ids, **inputs):
-        new = []
-        for i in range(len(input_ids)):
-            answer = self.tokenizer(next(self.answers), add_special_tokens=False)["input_ids"]
-            new.append(
-                answer[:1] + [self.tokenizer.eos_token_id] if i % 2 == 0 else [answer[0]] * 2
-            )
-        return torch.cat([input_ids, torch.tensor(new)], dim=1)
-
-
-def test_exact_match_counts_whole_answers(rows, collator):
-    result = score(Parrot(collator, rows), rows, collator)
-    assert result["exact_match"] == 0.5
-    assert result["loss"] == pytest.approx(
-        torch.tensor(float(len(collator.tokenizer))).log().item()
+@pytest.mark.parametrize("batch_size", [64, 5])
+def test_answers_in_batches_are_those_of_each_row_alone(
+    base_config, answered, collator, batch_size
+):
+    """Questions of two lengths, images of three shapes: padding and both image masks count."""
+    result = score(
+        load_model(base_config), answered, collator, batch_size=batch_size, max_new_tokens=4
     )
+    assert result["exact_match"] == 1.0
 
 
-def test_base_and_adapter_side_by_side(adapter, rows, collator):
+def test_exact_match_counts_whole_answers(base_config, answered, collator):
+    model = load_model(base_config)
+    texts = [messages[1]["content"] for messages in answered["messages"]]
+    longer = [f"{text} very".strip() if i % 3 == 0 else text for i, text in enumerate(texts)]
+    result = score(model, with_answers(answered, longer), collator, max_new_tokens=4)
+    assert result["exact_match"] == pytest.approx(8 / 12)
+    long = [i for i, text in enumerate(texts) if len(text.split()) > 1]
+    begun = with_answers(answered.select(long), [texts[i].split()[0] for i in long])
+    assert len(begun) > 2
+    assert score(model, begun, collator)["exact_match"] == 0.0, "the model's answer goes on"
+
+
+def test_the_tokenizers_end_token_ends_answers_too(base_config, answered, collator):
+    model = load_model(base_config)
+    model.generation_config.eos_token_id = None
+    assert score(model, answered, collator, max_new_tokens=4)["exact_match"] == 1.0
+
+
+def test_base_and_adapter_side_by_side(adapter, base_config, data, rows, collator):
     folder, parameters = adapter
-    results = evaluate(EvaluateConfig(folder), ModelConfig(), DATA)
-    base = score(load_model(ModelConfig()), rows, collator)
+    results = evaluate(EvaluateConfig(str(folder)), base_config, data)
+    base = score(load_model(base_config), rows, collator)
     assert results["base"] == {**base, "trainable_parameters": 0}
     assert results["adapter"]["trainable_parameters"] == parameters
     assert abs(results["adapter"]["loss"] - base["loss"]) > 1e-3
-    with open(f"{folder}/evaluation.json") as file:
-        assert json.load(file) == results
-    alone = evaluate(EvaluateConfig(folder, compare_base=False), ModelConfig(), DATA)
+    assert json.loads((folder / "evaluation.json").read_text()) == results
+    # what only training needs, and the comparison, change nothing
+    recomputing = replace(base_config, gradient_checkpointing=True)
+    alone = evaluate(EvaluateConfig(str(folder), compare_base=False), recomputing, data)
     assert alone == {"adapter": results["adapter"]}
 
 
-def test_bad_input(adapter, tmp_path):
-    with pytest.raises(InputError, match="eval_batch_size=0: must be an integer >= 1"):
-        EvaluateConfig(eval_batch_size=0)
-    with pytest.raises(InputError, match="max_new_tokens=0: must be an integer >= 1"):
-        EvaluateConfig(max_new_tokens=0)
-    with pytest.raises(InputError, match="run `accelerate launch recipes/finetune.py` first"):
-        evaluate(EvaluateConfig(str(tmp_path)), ModelConfig(), DATA)
-    (tmp_path / "adapter_config.json").write_text(
-        json.dumps({"peft_type": "LORA", "r": 2, "target_modules": ["no_such_layer"]})
-    )
+def test_a_loss_that_is_not_finite_is_written_as_null(base_config, rows, collator):
+    model = load_model(base_config)
+    torch.nn.init.constant_(model.lm_head.weight, float("nan"))
+    assert score(model, rows, collator)["loss"] is None
+
+
+@pytest.mark.parametrize("option", ["eval_batch_size", "max_new_tokens"])
+@pytest.mark.parametrize("value", [0, 1.5, True])
+def test_bad_options(option, value):
+    with pytest.raises(InputError, match=rf"{option}={value}: must be an integer >= 1"):
+        EvaluateConfig(**{option: value})
+
+
+def test_an_adapter_that_is_not_there_or_of_another_model(adapter, base_config, data, tmp_path):
+    with pytest.raises(InputError, match=r"run `accelerate launch recipes/finetune\.py` first"):
+        evaluate(EvaluateConfig(str(tmp_path)), base_config, data)
+    config = json.loads((adapter[0] / "adapter_config.json").read_text())
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**config, "target_modules": ["no_such_layer"]}))
     with pytest.raises(InputError, match="cannot be loaded into the model"):
-        evaluate(EvaluateConfig(str(tmp_path)), ModelConfig(), DATA)
+        evaluate(EvaluateConfig(str(tmp_path)), base_config, data)
+    path.write_text(json.dumps({**config, "r": 3}))
+    weights = (adapter[0] / "adapter_model.safetensors").read_bytes()
+    for content in (weights, weights[:100]):  # of other ranks; truncated
+        (tmp_path / "adapter_model.safetensors").write_bytes(content)
+        with pytest.raises(InputError, match="cannot be loaded into the model"):
+            evaluate(EvaluateConfig(str(tmp_path)), base_config, data)
+    path.write_text("{")
+    with pytest.raises(InputError, match="cannot be loaded into the model"):
+        evaluate(EvaluateConfig(str(tmp_path)), base_config, data)

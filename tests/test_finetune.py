@@ -1,7 +1,9 @@
-"""Retraining as a plain PEFT adapter: what is trained, what is saved, when it stops."""
+"""Retraining as a plain PEFT adapter: what is trained, what is saved, when it stops.
+Not here: the recipe around it (recipes/test_finetune.py)."""
 
 import json
-import os
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,22 +11,32 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from darts_lora.collator import Collator
+from darts_lora import Genotype, InputError, SearchConfig, Supernet, discretize
+from darts_lora import finetune as finetune_module
+from darts_lora.collator import ROW, Collator
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
-from darts_lora.data import load_splits
-from darts_lora.errors import InputError
+from darts_lora.data import load_splits, split_indices
 from darts_lora.finetune import FinetuneConfig, add_adapter, finetune
-from darts_lora.genotype import Genotype
 from darts_lora.models import load_model, load_processor
+from small_models import randomise
 
-DATA = DataConfig(max_train_samples=40)
 TRAINING = TrainingConfig(max_steps=3, batch_size=4, logging_steps=1, save_steps=2)
 
 
 @pytest.fixture(scope="module")
-def genotype(tmp_path_factory):
-    """A genotype file with ranks 0, 2 and 4 in turn over the embedded model's linear layers."""
-    modules = load_model(ModelConfig()).named_modules()
+def base_config(vision_folder):
+    return ModelConfig(vision_folder)
+
+
+@pytest.fixture(scope="module")
+def data(data_folder):
+    return DataConfig(data_folder)
+
+
+@pytest.fixture(scope="module")
+def genotype(base_config, tmp_path_factory):
+    """A genotype file with ranks 0, 2 and 4 in turn over the small model's linear layers."""
+    modules = load_model(base_config).named_modules()
     names = [name for name, m in modules if isinstance(m, nn.Linear) and name != "lm_head"]
     path = tmp_path_factory.mktemp("search") / "genotype.json"
     Genotype({name: (0, 2, 4)[i % 3] for i, name in enumerate(names)}).save(path)
@@ -32,116 +44,192 @@ def genotype(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(genotype, tmp_path_factory):
+def run(genotype, base_config, data, tmp_path_factory):
     """A finetune of three steps: its folder, its model and its record."""
-    folder = str(tmp_path_factory.mktemp("finetune"))
-    model, record = finetune(
-        FinetuneConfig(genotype, output_dir=folder), ModelConfig(), DATA, TRAINING
-    )
+    folder = tmp_path_factory.mktemp("finetune")
+    config = FinetuneConfig(genotype, output_dir=str(folder))
+    model, record = finetune(config, base_config, data, TRAINING)
     return folder, model, record
 
 
-def batch():
-    rows = load_splits(DATA)["validation"]
-    return Collator(load_processor(ModelConfig()))([rows[i] for i in range(4)])
+@pytest.fixture(scope="module")
+def batch(base_config, data):
+    rows = load_splits(data)["validation"]
+    return Collator(load_processor(base_config))([rows[i] for i in range(8)])
 
 
-def logits(model):
-    with torch.no_grad():
-        return model.eval()(**batch()).logits
+@torch.no_grad()
+def logits(model, batch):
+    return model.eval()(**batch).logits
 
 
-def test_the_saved_adapter_alone_gives_the_same_logits(run):
+def test_the_saved_adapter_alone_gives_the_same_logits(run, base_config, batch):
     folder, model, _ = run
-    expected = logits(model)
-    base = load_model(ModelConfig())
-    assert (logits(base) - expected).abs().max() > 1e-4, "training must have changed something"
+    expected = logits(model, batch)
+    base = load_model(base_config)
+    assert (logits(base, batch) - expected).abs().max() > 1e-3, "training must change something"
     loaded = PeftModel.from_pretrained(base, folder)
-    assert (logits(loaded) - expected).abs().max() <= 1e-5
-    assert (logits(loaded.merge_and_unload()) - expected).abs().max() <= 1e-5
+    assert (logits(loaded, batch) - expected).abs().max() <= 1e-5
+    assert (logits(loaded.merge_and_unload(), batch) - expected).abs().max() <= 1e-5
 
 
-def test_the_record_and_the_ranks(run, genotype):
-    folder, model, record = run
-    with open(os.path.join(folder, "finetune.json")) as file:
-        assert json.load(file) == json.loads(json.dumps(record))
-    ranks = Genotype.load(genotype).with_shapes(load_model(ModelConfig()))
+def test_the_record_and_the_ranks(run, genotype, base_config):
+    folder, _, record = run
+    assert json.loads((folder / "finetune.json").read_text()) == json.loads(json.dumps(record))
+    ranks = Genotype.load(genotype).with_shapes(load_model(base_config))
     assert record["trainable_parameters"] == ranks.num_parameters
     assert record["rows"] == 40 and record["steps"] == 3
     assert [step for step, _ in record["losses"]] == [1, 2, 3]
+    assert record["loss"] == record["losses"][-1][1] > 0
     assert 0 < record["supervised_share"] < 1
-    state = load_file(os.path.join(folder, "adapter_model.safetensors"))
+    state = load_file(folder / "adapter_model.safetensors")
     for name, rank in ranks.ranks.items():
         a = state.get(f"base_model.model.{name}.lora_A.weight")
         assert (0 if a is None else len(a)) == rank
-    assert sorted(os.listdir(os.path.join(folder, "checkpoint")))[:2] == [
-        "README.md",
-        "adapter_config.json",
-    ]
 
 
-def test_the_same_seed_gives_the_same_adapter(run, genotype, tmp_path):
+def test_each_pattern_hits_one_module_and_rank_0_none(run, genotype):
+    _, model, _ = run
+    config, ranks = model.peft_config["default"], Genotype.load(genotype).ranks
+    names = [name for name, _ in model.base_model.model.named_modules()]
+    for key, rank in config.rank_pattern.items():
+        (hit,) = [n for n in names if re.match(rf"(.*\.)?({key})$", n)]  # PEFT's own rule
+        assert ranks[hit] == rank
+    for name, rank in ranks.items():
+        adapted = model.base_model.model.get_submodule(name)
+        assert hasattr(adapted, "lora_A") == (rank > 0)
+        assert rank == 0 or adapted.scaling["default"] == 2.0
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(40, 1), (8, 5)])
+def test_the_first_loss_is_the_base_models_over_all_tokens(
+    genotype, base_config, data, tmp_path, batch_size, accumulation
+):
+    """Fresh LoRA weights change nothing; answers have unlike lengths: tokens count, not batches."""
+    rows = [row for split in load_splits(data).values() for row in split]
+    with torch.no_grad():
+        expected = load_model(base_config)(**Collator(load_processor(base_config))(rows)).loss
+    training = TrainingConfig(1, batch_size, accumulation)
     config = FinetuneConfig(genotype, output_dir=str(tmp_path))
-    finetune(config, ModelConfig(), DATA, TRAINING)
+    _, record = finetune(config, base_config, data, training)
+    assert record["loss"] == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_the_same_seed_gives_the_same_adapter(run, genotype, base_config, data, tmp_path):
     name = "adapter_model.safetensors"
-    first, second = load_file(os.path.join(run[0], name)), load_file(tmp_path / name)
-    assert all(torch.equal(first[key], second[key]) for key in first)
+    first, states = load_file(run[0] / name), []
+    for seed in (0, 1):
+        config = FinetuneConfig(genotype, output_dir=str(tmp_path), seed=seed)
+        finetune(config, base_config, data, TRAINING)
+        states.append(load_file(tmp_path / name))
+    assert all(torch.equal(first[key], states[0][key]) for key in first)
+    assert not any(torch.equal(first[key], states[1][key]) for key in first)
 
 
-def test_a_uniform_rank_uses_the_layers_of_the_genotype(genotype):
+def test_a_run_shorter_than_the_log_interval_has_a_loss_all_the_same(
+    genotype, base_config, data, tmp_path, capsys
+):
+    training = replace(TRAINING, logging_steps=50, save_steps=0)
+    config = FinetuneConfig(genotype, output_dir=str(tmp_path))
+    _, record = finetune(config, base_config, data, training)
+    assert [step for step, _ in record["losses"]] == [3] and record["loss"] > 0
+    assert not (tmp_path / "checkpoint").exists()
+    out, err = capsys.readouterr()
+    assert "{'" not in out + err, "no dictionaries on the screen"
+    assert "3/3" in err and f"loss={record['loss']:.4f}" in err
+
+
+@pytest.mark.parametrize("test_split", ["test", None])
+def test_training_and_validation_rows_are_all_used_and_test_rows_never(
+    monkeypatch, genotype, base_config, data, tmp_path, test_split
+):
+    data, seen = replace(data, test_split=test_split), []
+
+    def spy(model, dataset, *args, **options):
+        seen.extend(dataset[ROW])
+        return {}
+
+    monkeypatch.setattr(finetune_module, "train", spy)
+    finetune(FinetuneConfig(genotype, output_dir=str(tmp_path)), base_config, data, TRAINING)
+    held = split_indices(load_splits(data, ["test"]))["test"] if test_split is None else []
+    assert len(held) == (4 if test_split is None else 0)
+    assert sorted(seen + held) == list(range(40))
+
+
+def test_a_uniform_rank_uses_the_layers_of_the_genotype(genotype, base_config):
     found = Genotype.load(genotype)
-    model = add_adapter(load_model(ModelConfig()), FinetuneConfig(genotype, rank=3), found)
+    model = add_adapter(load_model(base_config), FinetuneConfig(genotype, rank=3), found)
     ranks = {n: len(p) for n, p in model.named_parameters() if "lora_A" in n}
     assert set(ranks.values()) == {3} and len(ranks) == len(found.ranks)
 
 
-def test_a_uniform_rank_without_a_genotype():
+def test_a_uniform_rank_without_a_genotype(base_config):
     config = FinetuneConfig(None, rank=2, target_modules=["q_proj"], scaling=4.0)
-    model = add_adapter(load_model(ModelConfig()), config, None)
+    model = add_adapter(load_model(base_config), config, None)
     adapted = [n for n, _ in model.named_parameters() if "lora_A" in n]
     assert adapted and all("q_proj" in name for name in adapted)
     assert model.peft_config["default"].lora_alpha == 8
+    config = FinetuneConfig(None, rank=2, target_modules="nothing")
     with pytest.raises(InputError, match="target_modules='nothing': "):
-        add_adapter(
-            load_model(ModelConfig()), FinetuneConfig(None, rank=2, target_modules="nothing"), None
-        )
+        add_adapter(load_model(base_config), config, None)
 
 
-def test_inherited_weights_are_those_of_the_chosen_branches(genotype, tmp_path):
-    base = load_model(ModelConfig())
-    found = Genotype.load(genotype)
-    names = list(found.ranks)[:3]
-    shapes = {n: (m.in_features, m.out_features) for n, m in base.named_modules() if n in names}
-    path = str(tmp_path / "genotype.json")
-    small = Genotype({n: found.ranks[n] for n in names}, candidates=[0, 2, 4], branches="nested")
-    small.save(path)
-    with pytest.raises(InputError, match="searched weights"):
-        add_adapter(base, FinetuneConfig(path, init="inherit"), small)
-
-    searched = {}
-    for name, (inputs, outputs) in shapes.items():
-        searched[f"{name}.lora_A"] = torch.randn(4, inputs)
-        searched[f"{name}.lora_B"] = torch.randn(outputs, 4)
-    save_file(searched, tmp_path / "supernet.safetensors")
-    model = add_adapter(load_model(ModelConfig()), FinetuneConfig(path, init="inherit"), small)
-    state = model.state_dict()
-    for name, rank in small.ranks.items():
-        if rank:
-            a = state[f"base_model.model.{name}.lora_A.default.weight"]
-            b = state[f"base_model.model.{name}.lora_B.default.weight"]
-            assert torch.equal(a, searched[f"{name}.lora_A"][:rank])
-            assert torch.equal(b, searched[f"{name}.lora_B"][:, :rank])
+@pytest.fixture(scope="module")
+def searched(base_config, batch, tmp_path_factory):
+    """A search's folder, and the logits of its supernet where each layer takes its choice."""
+    supernet = Supernet(load_model(base_config), SearchConfig(ranks=(0, 2, 4)))
+    randomise(supernet)
+    genotype = discretize(supernet)
+    assert set(genotype.ranks.values()) == {0, 2, 4}
+    with torch.no_grad():
+        for name, layer in supernet.layers.items():
+            layer.alpha.fill_(-1e9)[(0, 2, 4).index(genotype.ranks[name])] = 0
+    folder = tmp_path_factory.mktemp("searched")
+    genotype.save(folder / "genotype.json")
+    save_file(supernet.state_dict(), folder / "supernet.safetensors")
+    return folder, logits(supernet.model, batch)
 
 
-def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_checkpoint(genotype, tmp_path):
+def test_an_inherited_adapter_begins_where_the_supernet_ended(searched, base_config, data, batch):
+    folder, expected = searched
+    config = FinetuneConfig(
+        str(folder / "genotype.json"), init="inherit", output_dir=str(folder / "finetune")
+    )
+    still = replace(TRAINING, max_steps=1, learning_rate=1e-12)
+    model, record = finetune(config, base_config, data, still)
+    assert record["init"] == "inherit"
+    base = logits(load_model(base_config), batch)
+    assert (base - expected).abs().max() > 1e-1
+    assert (logits(model, batch) - expected).abs().max() <= 1e-4
+
+
+def test_searched_weights_that_do_not_fit(searched, base_config, tmp_path):
+    folder, _ = searched
+    genotype = Genotype.load(folder / "genotype.json")
+    path = tmp_path / "genotype.json"
+    genotype.save(path)
+    config = FinetuneConfig(str(path), init="inherit")
+    with pytest.raises(InputError, match=r"searched weights .*supernet\.safetensors"):
+        add_adapter(load_model(base_config), config, genotype)
+    state = load_file(folder / "supernet.safetensors")
+    foreign = {name: torch.zeros(len(x), 3) for name, x in state.items() if "lora_" in name}
+    save_file(foreign, tmp_path / "supernet.safetensors")
+    with pytest.raises(InputError, match=r"init='inherit': .* is of another model"):
+        add_adapter(load_model(base_config), config, genotype)
+
+
+def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_checkpoint(
+    genotype, base_config, data, tmp_path
+):
     training = TrainingConfig(
         max_steps=9, batch_size=4, learning_rate=1e30, max_grad_norm=0, save_steps=1
     )
     config = FinetuneConfig(genotype, output_dir=str(tmp_path))
-    with pytest.raises(InputError, match=r"the loss is \S+ at step [2-9]: stopped; lower"):
-        finetune(config, ModelConfig(), DATA, training)
-    assert (tmp_path / "checkpoint" / "adapter_model.safetensors").exists()
+    with pytest.raises(InputError, match=r"the loss is (nan|inf) at step [2-9]: stopped; lower"):
+        finetune(config, base_config, data, training)
+    assert load_file(tmp_path / "checkpoint" / "adapter_model.safetensors")
     assert not (tmp_path / "adapter_model.safetensors").exists()
+    assert not list(tmp_path.glob("checkpoint.*"))
 
 
 @pytest.mark.parametrize(
@@ -160,14 +248,46 @@ def test_bad_options(options, text):
     assert text in str(error.value)
 
 
-def test_what_is_missing_is_named_with_what_to_do(tmp_path):
-    config = FinetuneConfig(str(tmp_path / "genotype.json"), output_dir=str(tmp_path))
-    with pytest.raises(InputError, match="no such file; run `accelerate launch recipes/search.py`"):
-        finetune(config, ModelConfig(), DATA, TRAINING)
-    path = str(tmp_path / "foreign.json")
-    Genotype({"model.no.such.layer": 2}).save(path)
-    with pytest.raises(InputError, match="model.no.such.layer"):
-        finetune(FinetuneConfig(path, output_dir=str(tmp_path)), ModelConfig(), DATA, TRAINING)
+FOREIGN = '{"version": 1, "ranks": {"model.no.such.layer": 2}}'
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (None, "no such file; run `accelerate launch recipes/search.py`"),
+        (FOREIGN, "first 'model.no.such.layer'; is it the model that was searched"),
+        (FOREIGN[:-9], "cannot be read"),
+        ('{"loss": 0.5}', "ranks must map module names to integers"),
+        ("[]", "holds a list, not a genotype"),
+    ],
+)
+def test_a_genotype_that_cannot_be_used_stops_before_training(
+    monkeypatch, tmp_path, base_config, data, content, text
+):
+    monkeypatch.setattr(finetune_module, "train", lambda *a, **k: pytest.fail("trained"))
+    path = tmp_path / "genotype.json"
+    if content is not None:
+        path.write_text(content)
+    config = FinetuneConfig(str(path), output_dir=str(tmp_path / "out"))
+    with pytest.raises(InputError) as error:
+        finetune(config, base_config, data, TRAINING)
+    assert text in str(error.value)
+
+
+def test_an_output_folder_that_cannot_be_written(genotype, base_config, data, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="output_dir=.*cannot be written"):
-        finetune(FinetuneConfig(path, output_dir=str(tmp_path / "file")), *[None] * 3)
+    config = FinetuneConfig(genotype, output_dir=str(tmp_path / "file"))
+    with pytest.raises(InputError, match=r"output_dir=.*cannot be written"):
+        finetune(config, base_config, data, TRAINING)
+
+
+def test_rows_without_an_answer_stop_before_the_model_is_loaded(
+    monkeypatch, genotype, base_config, tmp_path
+):
+    monkeypatch.setattr(finetune_module, "load_model", lambda *a: pytest.fail("loaded"))
+    turns = [{"role": "user", "content": "colour"}]
+    (tmp_path / "train.jsonl").write_text(3 * (json.dumps({"messages": turns}) + "\n"))
+    data = DataConfig("json", str(tmp_path / "train.jsonl"))
+    config = FinetuneConfig(genotype, output_dir=str(tmp_path / "out"))
+    with pytest.raises(InputError, match=r"row \d: the last message is not the assistant's answer"):
+        finetune(config, base_config, data, TRAINING)

@@ -7,11 +7,11 @@ import pytest
 import torch
 from peft import get_peft_model, set_peft_model_state_dict
 from safetensors.torch import save_file
-from small_models import randomise, residual
 from torch import nn
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 
 from darts_lora import Genotype, InputError, SearchConfig, Supernet, discretize
+from small_models import randomise, residual
 
 
 class Awkward(nn.Module):
@@ -50,7 +50,7 @@ def test_lora_config_of_one_uniform_rank():
 def test_lora_config_errors():
     with pytest.raises(InputError, match="every rank is 0"):
         Genotype({"proj": 0}).to_lora_config()
-    with pytest.raises(InputError, match="1 of its 2 modules are no linear .* first 'other'"):
+    with pytest.raises(InputError, match=r"1 of its 2 modules are no linear .* first 'other'"):
         Genotype({"proj": 1, "other": 0}).to_lora_config(Awkward())
     with pytest.raises(InputError, match="no linear layers"):
         Genotype({"part": 1}).to_lora_config(Awkward())
@@ -147,5 +147,5 @@ def test_inherited_weights_give_the_supernets_output(tmp_path, branches):
     assert torch.allclose(peft(x), expected, atol=1e-5)
     with pytest.raises(InputError, match="module 'other' is not in the supernet"):
         Genotype({"other": 1}).inherited_state(tmp_path / "s")
-    with pytest.raises(InputError, match="searched weights .*nothing"):
+    with pytest.raises(InputError, match=r"searched weights .*nothing"):
         genotype.inherited_state(tmp_path / "nothing")

@@ -5,7 +5,6 @@ import copy
 
 import pytest
 import torch
-from small_models import randomise, residual
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -13,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from darts_lora import InputError, MixedRankLinear, SearchConfig, Supernet
 from darts_lora.supernet import match_modules
+from small_models import randomise, residual
 
 
 def config(**options):

@@ -1,0 +1,173 @@
+"""The planted-rank benchmark: does a search find ranks that are known? A table and planted.json.
+Not here: the problems (planted_problems.py) and the methods (planted_methods.py)."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from statistics import mean
+
+from planted_methods import METHODS, Training, measure
+from planted_problems import DIFFICULTIES
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from darts_lora import InputError
+from darts_lora.cli import run, save_config
+from darts_lora.config import check_writable
+from darts_lora.files import write_json
+
+QUICK_METHODS = ["gumbel_hard, independent", "gumbel_hard, nested", "uniform", "random"]
+QUICK_STEPS = {"search_steps": 1200, "adalora_steps": 500, "retrain_steps": 300}
+
+
+@dataclass
+class PlantedRun:
+    """Which problems and methods, and where the result goes."""
+
+    output_dir: str = "runs/planted"
+    """Folder for planted.json and config.yaml."""
+    problems: list[str] | None = None
+    """Problems to run: easy, hard-1500, hard-5000 (training rows); default: all three."""
+    methods: list[str] | None = None
+    """Methods to run beside the oracle, by their names in the table; default: all of them."""
+    seeds: int = 5
+    """How many problems of each sort (count); they are drawn with the seeds 0, 1, 2 ..."""
+    workers: int = 2
+    """Processes that work side by side, one thread each (count)."""
+    quick: bool = False
+    """A short look: the easy problem, one seed, four methods, and fewer steps than the defaults."""
+
+    def __post_init__(self):
+        for name, known in (("problems", DIFFICULTIES), ("methods", METHODS)):
+            unknown = set(getattr(self, name) or ()) - set(known)
+            if unknown:
+                raise InputError(f"{name}={sorted(unknown)}: not among {'; '.join(known)}")
+        for name in ("seeds", "workers"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)}: must be an integer >= 1")
+
+
+def main(options: PlantedRun, training: Training) -> None:
+    """Search ranks that were planted and compare the plans found, each retrained from scratch."""
+    if options.quick:
+        options, training = shortened(options, training)
+    check_writable(options.output_dir)
+    save_config(options.output_dir, options, training)
+    path, started = os.path.join(options.output_dir, "planted.json"), time.monotonic()
+    records: list[dict] = []
+    for record in run_jobs(jobs(options), options.workers, training):
+        records.append(record)
+        result = {
+            "options": asdict(options) | asdict(training),
+            "seconds": round(time.monotonic() - started, 1),
+            "summary": summarise(records),
+            "records": records,
+        }
+        write_json(path, result)  # after each method, so that nothing is lost
+    Console().print(result_table(result["summary"]))
+    print(f"{result['seconds']:,.0f} s; all figures: {path}")
+
+
+def shortened(options: PlantedRun, training: Training) -> tuple[PlantedRun, Training]:
+    """The options of --quick; problems and methods that were named stay."""
+    options = replace(
+        options,
+        problems=options.problems or ["easy"],
+        methods=options.methods or QUICK_METHODS,
+        seeds=1,
+    )
+    steps = {n: min(getattr(training, n), most) for n, most in QUICK_STEPS.items()}
+    return options, replace(training, **steps)
+
+
+def jobs(options: PlantedRun) -> list[tuple[str, int, str]]:
+    """(problem, seed, method) of each measurement, problem by problem, the oracle always among
+    them."""
+    methods = dict.fromkeys(["oracle", *(options.methods or METHODS)])
+    problems = options.problems or list(DIFFICULTIES)
+    return [(p, s, m) for p in problems for s in range(options.seeds) for m in methods]
+
+
+def run_jobs(todo: list[tuple], workers: int, training: Training) -> Iterator[dict]:
+    """The records in the order in which they are done."""
+    context = multiprocessing.get_context("spawn")  # forked threads of torch can hang
+    with (
+        ProcessPoolExecutor(workers, mp_context=context) as pool,
+        tqdm(total=len(todo), desc="planted", unit="run") as bar,
+    ):
+        futures = [pool.submit(measure, *job, training) for job in todo]
+        try:
+            for future in as_completed(futures):
+                record = future.result()
+                bar.set_postfix_str(f"{record['problem']}: {record['method']}")
+                bar.update()
+                yield record
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def summarise(records: list[dict]) -> list[dict]:
+    """One row for each problem and method, over the seeds whose oracle is there as well."""
+    oracle = {(r["problem"], r["seed"]): r["test_loss"] for r in records if r["method"] == "oracle"}
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for problem in DIFFICULTIES:  # the order of the table, whatever was done first
+        for method in METHODS:
+            groups[problem, method] = [
+                r
+                for r in records
+                if (r["problem"], r["method"]) == (problem, method)
+                and (problem, r["seed"]) in oracle
+            ]
+    rows = []
+    for (problem, method), group in groups.items():
+        ratios = [r["test_loss"] / oracle[problem, r["seed"]] for r in group]
+        if ratios:
+            rows.append(
+                {
+                    "problem": problem,
+                    "method": method,
+                    "seeds": len(group),
+                    "exact": mean(r["exact"] for r in group),
+                    "loss_of_oracle": mean(ratios),
+                    "loss_of_oracle_min": min(ratios),
+                    "loss_of_oracle_max": max(ratios),
+                    "parameters_of_budget": mean(r["parameters_of_budget"] for r in group),
+                    "seconds": mean(r["seconds"] for r in group),
+                }
+            )
+    return rows
+
+
+def result_table(summary: list[dict]) -> Table:
+    """The summary for the screen, a section for each problem."""
+    table = Table(title="planted ranks", title_justify="left", expand=False)
+    table.add_column("problem")
+    table.add_column("method")
+    for heading in ("exact ranks", "loss / oracle's", "min to max", "of budget", "seconds"):
+        table.add_column(heading, justify="right")
+    shown = None
+    for row in summary:
+        if shown not in (None, row["problem"]):
+            table.add_section()
+        table.add_row(
+            "" if row["problem"] == shown else row["problem"],
+            row["method"],
+            f"{row['exact']:.0%}",
+            f"{row['loss_of_oracle']:.2f}",
+            f"{row['loss_of_oracle_min']:.2f} to {row['loss_of_oracle_max']:.2f}",
+            f"{row['parameters_of_budget']:.0%}",
+            f"{row['seconds']:.1f}",
+        )
+        shown = row["problem"]
+    return table
+
+
+if __name__ == "__main__":
+    run(main, PlantedRun, Training)

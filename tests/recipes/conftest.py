@@ -1,0 +1,80 @@
+"""What the recipe tests share: recipes in processes of their own, one finetuned adapter.
+Not here: the small model and its data (../conftest.py)."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from torch import nn
+
+from darts_lora import Genotype
+from darts_lora.config import ModelConfig
+from darts_lora.models import load_model
+
+ROOT = Path(__file__).parents[2]
+LAUNCH = (sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu")
+
+
+@pytest.fixture(scope="session")
+def launch(datasets_cache):
+    """launch("finetune", option, value ...) -> the finished process of that recipe.
+
+    `alone=True` runs it by python instead of accelerate launch: it starts faster.
+    """
+
+    def run(recipe: str, *options, alone: bool = False, status: int = 0):
+        env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+        start = [sys.executable] if alone else LAUNCH
+        done = subprocess.run(
+            [*start, f"recipes/{recipe}.py", *map(str, options)],
+            cwd=ROOT,
+            env={**env, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == status, done.stderr[-3000:]
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def search_dir(vision_folder, data_folder, tmp_path_factory) -> Path:
+    """What a search leaves: genotype.json with probabilities, and the options it ran with."""
+    folder = tmp_path_factory.mktemp("search")
+    model = load_model(ModelConfig(vision_folder))
+    shapes = {
+        name: (m.in_features, m.out_features)
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear) and name != "lm_head"
+    }
+    Genotype(
+        {name: (0, 2, 4)[i % 3] for i, name in enumerate(shapes)},
+        shapes=shapes,
+        candidates=[0, 2, 4],
+        probabilities={
+            name: [[0.6, 0.3, 0.1], [0.2, 0.5, 0.3], [0.1, 0.2, 0.7]][i % 3]
+            for i, name in enumerate(shapes)
+        },
+        base_model=vision_folder,
+        found_by={"budget_parameters": None},
+    ).save(folder / "genotype.json")
+    options = {
+        "model_name_or_path": vision_folder, "dataset": data_folder, "max_length": 32,
+        "max_steps": 4, "batch_size": 8, "logging_steps": 2, "learning_rate": 0.01,
+        "ranks": [0, 2, 4], "seed": 5,
+    }  # fmt: skip
+    (folder / "config.yaml").write_text(yaml.safe_dump(options))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finetuned(launch, search_dir, tmp_path_factory):
+    """A finetune of four steps: its folder and its finished process."""
+    folder = tmp_path_factory.mktemp("finetune")
+    options = ("--genotype", search_dir / "genotype.json", "--output_dir", folder)
+    return folder, launch("finetune", *options, "--save_steps", 2)

@@ -1,0 +1,55 @@
+"""recipes/finetune.py: what a user gives, sees and gets.
+Not here: the training itself (../test_finetune.py)."""
+
+import json
+import re
+
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from darts_lora import Genotype
+from darts_lora.cli import load_config
+from darts_lora.config import ModelConfig
+from darts_lora.models import load_model
+
+
+def test_it_retrains_with_the_options_of_the_search(finetuned, vision_folder, search_dir):
+    folder, _ = finetuned
+    options = load_config(folder / "config.yaml")
+    assert options["model_name_or_path"] == vision_folder
+    assert (options["max_steps"], options["batch_size"], options["learning_rate"]) == (4, 8, 0.01)
+    assert options["save_steps"] == 2, "given on the command line"
+    assert options["seed"] == 0, "the search's seed is its own"
+    record = json.loads((folder / "finetune.json").read_text())
+    genotype = Genotype.load(search_dir / "genotype.json")
+    assert record["trainable_parameters"] == genotype.num_parameters
+    assert record["steps"] == 4 and record["rows"] == 40
+    assert [step for step, _ in record["losses"]] == [2, 4]
+
+
+def test_it_leaves_a_plain_peft_adapter(finetuned, vision_folder):
+    folder, _ = finetuned
+    model = PeftModel.from_pretrained(load_model(ModelConfig(vision_folder)), folder)
+    for state in (load_file(folder / f / "adapter_model.safetensors") for f in ("", "checkpoint")):
+        ranks = {len(tensor) for name, tensor in state.items() if "lora_A" in name}
+        assert ranks == {2, 4}
+        assert any(t.abs().sum() > 0 for name, t in state.items() if "lora_B" in name)
+    assert model.peft_config["default"].r == 4
+
+
+def test_what_the_user_sees(finetuned):
+    folder, done = finetuned
+    record = json.loads((folder / "finetune.json").read_text())
+    assert f"{record['trainable_parameters']:,} trainable parameters" in done.stdout
+    assert f"loss {record['loss']:.4f} after 4 steps" in done.stdout
+    assert f"recipes/evaluate.py --adapter {folder}" in done.stdout
+    assert re.search(r"4/4 \[\d+:\d+<00:00", done.stderr), "a bar with the time left"
+    assert "Traceback" not in done.stderr and "{'" not in done.stdout + done.stderr
+
+
+def test_bad_input_is_one_line_and_status_2(launch, tmp_path):
+    options = ("--genotype", "nowhere.json", "--output_dir", tmp_path)
+    done = launch("finetune", *options, alone=True, status=2)
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: genotype='nowhere.json': no such file; run ")
+    assert not list(tmp_path.iterdir())

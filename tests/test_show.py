@@ -1,0 +1,69 @@
+"""Tables of a genotype: each layer stands where it belongs, sums are right.
+Not here: the views in TensorBoard (test_tensorboard.py)."""
+
+import io
+
+from rich.console import Console
+
+from darts_lora import Genotype
+from darts_lora.show import by_part, rank_tables, show
+
+RANKS = {
+    "vision.layers.0.mlp.fc1": 16,
+    "vision.layers.1.mlp.fc1": 0,
+    "vision.layers.1.mlp.fc2": 4,
+    "text.layers.3.q_proj": 2,
+    "text.layers.10.q_proj": 8,
+    "projector": 1,
+}
+SHAPES = {name: (10, 6) for name in RANKS}
+
+
+def cells(table):
+    return [list(row) for row in zip(*(column.cells for column in table.columns), strict=True)]
+
+
+def printed(genotype, width=100):
+    console = Console(file=io.StringIO(), width=width)
+    show(genotype, console)
+    return console.file.getvalue()
+
+
+def test_names_are_taken_apart_at_their_first_number():
+    assert by_part(["a.layers.2.x", "a.layers.10.x", "a.layers.2.sub.0.y", "b"]) == {
+        "a.layers": {
+            "x": {2: "a.layers.2.x", 10: "a.layers.10.x"},
+            "sub.0.y": {2: "a.layers.2.sub.0.y"},
+        },
+        "b": {"-": {0: "b"}},
+    }
+
+
+def test_each_layer_has_its_place_in_the_table_of_its_part():
+    tables = {table.title: table for table in rank_tables(Genotype(RANKS, shapes=SHAPES))}
+    assert list(tables) == ["vision.layers", "text.layers", "projector"]
+    assert cells(tables["vision.layers"]) == [
+        ["mlp.fc1", "16  0", "8.0", "256"],
+        ["mlp.fc2", " .  4", "4.0", "64"],
+    ]
+    assert tables["text.layers"].columns[1].header == " 3 10"
+    assert cells(tables["text.layers"]) == [["q_proj", " 2  8", "5.0", "160"]]
+    assert cells(tables["projector"]) == [["-", " 1", "1.0", "16"]]
+
+
+def test_the_total_counts_adapted_layers_and_parameters():
+    assert "5 of 6 layers adapted, 496 trainable parameters" in printed(
+        Genotype(RANKS, shapes=SHAPES)
+    )
+
+
+def test_ranks_alone_have_no_parameters():
+    text = printed(Genotype(RANKS))
+    assert "parameters" not in text and "mlp.fc2" in text
+
+
+def test_a_narrow_screen_loses_no_layer():
+    ranks = {f"text.layers.{i}.q_proj": 10 + i for i in range(40)}
+    text = printed(Genotype(ranks), width=60)
+    assert all(f"{rank} " in text for rank in ranks.values())
+    assert "…" not in text

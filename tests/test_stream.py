@@ -1,0 +1,69 @@
+"""BatchStream: endless batches, each epoch in its own order, from any position.
+Not here: the search that resumes from one (test_search.py)."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration
+
+from darts_lora.data import make_dataloader
+from darts_lora.stream import BatchStream
+
+ROWS, BATCH = 10, 4  # two whole batches and a rest of two rows
+
+
+def stream(seed=0, drop_last=False):
+    loader = make_dataloader(
+        list(range(ROWS)), torch.tensor, BATCH, shuffle=True, drop_last=drop_last
+    )
+    settings = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed)
+    return BatchStream(Accelerator(cpu=True, dataloader_config=settings).prepare(loader))
+
+
+def take(batches, count):
+    return [next(batches).tolist() for _ in range(count)]
+
+
+def test_every_epoch_has_each_row_once_in_an_order_of_its_own():
+    taken = take(stream(), 9)
+    epochs = [[row for batch in taken[i : i + 3] for row in batch] for i in (0, 3, 6)]
+    assert all(sorted(epoch) == list(range(ROWS)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_the_seed_alone_decides_the_order():
+    first = take(stream(), 7)
+    torch.rand(3)  # the state of the global generator does not matter
+    assert take(stream(), 7) == first != take(stream(seed=1), 7)
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("taken", [0, 1, 2, 3, 4, 6, 8])
+def test_move_to_goes_on_exactly_where_another_stopped(taken, drop_last):
+    whole = stream(drop_last=drop_last)
+    take(whole, taken)
+    position = whole.position
+    moved = stream(drop_last=drop_last)
+    moved.move_to(list(position))  # as a checkpoint gives it back
+    assert moved.position == position
+    assert take(moved, 6) == take(whole, 6)
+    assert moved.position == whole.position
+
+
+def test_the_position_counts_epochs_and_batches():
+    batches = stream()
+    positions = []
+    for _ in range(4):
+        next(batches)
+        positions.append(batches.position)
+    assert positions == [(0, 1), (0, 2), (0, 3), (1, 1)]
+
+
+@pytest.mark.parametrize("taken", [0, 1, 2])
+def test_generators_restored_after_move_to_stay_as_they_were(taken):
+    """Samples of the search are drawn from the global generator: batches must not use it then."""
+    moved = stream()
+    moved.move_to((0, taken))
+    before = torch.get_rng_state()
+    next(moved)
+    assert torch.equal(torch.get_rng_state(), before)
