@@ -67,6 +67,8 @@ class FinetuneConfig:
             raise InputError("init='inherit': a search leaves weights for its genotype alone")
         if not (math.isfinite(self.scaling) and self.scaling > 0):
             raise InputError(f"scaling={self.scaling!r}: must be a number > 0")
+        if type(self.seed) is not int or self.seed < 0:
+            raise InputError(f"seed={self.seed!r}: must be an integer >= 0")
 
 
 def finetune(

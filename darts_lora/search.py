@@ -212,9 +212,10 @@ class RankSearch:
     def _record(self, losses: list[Tensor], seconds: float) -> dict[str, Any]:
         """Figures of the steps since the last record; the one place that waits for the device."""
         train_losses = torch.stack(losses).float().tolist()
-        for back, loss in enumerate(reversed(train_losses)):
+        first = self.step - len(train_losses) + 1
+        for step, loss in enumerate(train_losses, start=first):
             if not math.isfinite(loss):
-                self._stop_non_finite("training loss", self.step - back)
+                self._stop_non_finite("training loss", step)
         with torch.no_grad():
             probabilities = self.supernet.probabilities()
             expected = float(self.supernet.expected_parameters())

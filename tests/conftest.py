@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"  # read on import: fixtures import what reads it
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 
@@ -35,6 +35,22 @@ def data_folder(tmp_path_factory) -> str:
     for split, count in {"train": 40, "test": 12}.items():
         vision_rows(count).to_parquet(folder / f"{split}.parquet")
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def base_config(vision_folder):
+    """ModelConfig of that model."""
+    from darts_lora.config import ModelConfig
+
+    return ModelConfig(vision_folder)
+
+
+@pytest.fixture(scope="session")
+def data(data_folder):
+    """DataConfig of those rows."""
+    from darts_lora.config import DataConfig
+
+    return DataConfig(data_folder)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,20 +10,9 @@ from peft import LoraConfig, get_peft_model
 
 from darts_lora import InputError
 from darts_lora.collator import IGNORED, Collator
-from darts_lora.config import DataConfig, ModelConfig
 from darts_lora.data import load_splits
 from darts_lora.evaluate import EvaluateConfig, evaluate, score
 from darts_lora.models import load_model, load_processor
-
-
-@pytest.fixture(scope="module")
-def base_config(vision_folder):
-    return ModelConfig(vision_folder)
-
-
-@pytest.fixture(scope="module")
-def data(data_folder):
-    return DataConfig(data_folder)
 
 
 @pytest.fixture(scope="module")

@@ -14,23 +14,13 @@ from torch import nn
 from darts_lora import Genotype, InputError, SearchConfig, Supernet, discretize
 from darts_lora import finetune as finetune_module
 from darts_lora.collator import ROW, Collator
-from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
+from darts_lora.config import DataConfig, TrainingConfig
 from darts_lora.data import load_splits, split_indices
 from darts_lora.finetune import FinetuneConfig, add_adapter, finetune
 from darts_lora.models import load_model, load_processor
 from small_models import randomise
 
 TRAINING = TrainingConfig(max_steps=3, batch_size=4, logging_steps=1, save_steps=2)
-
-
-@pytest.fixture(scope="module")
-def base_config(vision_folder):
-    return ModelConfig(vision_folder)
-
-
-@pytest.fixture(scope="module")
-def data(data_folder):
-    return DataConfig(data_folder)
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +48,10 @@ def batch(base_config, data):
     return Collator(load_processor(base_config))([rows[i] for i in range(8)])
 
 
+def weights(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
 @torch.no_grad()
 def logits(model, batch):
     return model.eval()(**batch).logits
@@ -82,7 +76,7 @@ def test_the_record_and_the_ranks(run, genotype, base_config):
     assert [step for step, _ in record["losses"]] == [1, 2, 3]
     assert record["loss"] == record["losses"][-1][1] > 0
     assert 0 < record["supervised_share"] < 1
-    state = load_file(folder / "adapter_model.safetensors")
+    state = weights(folder)
     for name, rank in ranks.ranks.items():
         a = state.get(f"base_model.model.{name}.lora_A.weight")
         assert (0 if a is None else len(a)) == rank
@@ -116,14 +110,30 @@ def test_the_first_loss_is_the_base_models_over_all_tokens(
 
 
 def test_the_same_seed_gives_the_same_adapter(run, genotype, base_config, data, tmp_path):
-    name = "adapter_model.safetensors"
-    first, states = load_file(run[0] / name), []
+    first, states = weights(run[0]), []
     for seed in (0, 1):
         config = FinetuneConfig(genotype, output_dir=str(tmp_path), seed=seed)
         finetune(config, base_config, data, TRAINING)
-        states.append(load_file(tmp_path / name))
+        states.append(weights(tmp_path))
     assert all(torch.equal(first[key], states[0][key]) for key in first)
-    assert not any(torch.equal(first[key], states[1][key]) for key in first)
+    # three steps of 1e-3 move no weight by more: what is apart by 0.01 began apart
+    begun = [key for key in first if "lora_A" in key]
+    assert not any(torch.allclose(first[key], states[1][key], atol=1e-2) for key in begun)
+
+
+def test_recomputing_activations_changes_nothing(run, genotype, base_config, data, tmp_path):
+    recomputing = replace(base_config, gradient_checkpointing=True)
+    finetune(FinetuneConfig(genotype, output_dir=str(tmp_path)), recomputing, data, TRAINING)
+    first, second = weights(run[0]), weights(tmp_path)
+    for key in first:
+        assert torch.allclose(first[key], second[key], atol=1e-6), key
+
+
+def test_the_adapter_has_the_dtype_of_the_base(genotype, base_config, data, tmp_path):
+    config = FinetuneConfig(genotype, output_dir=str(tmp_path))
+    model, _ = finetune(config, replace(base_config, dtype="bfloat16"), data, TRAINING)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert {value.dtype for value in weights(tmp_path).values()} == {torch.bfloat16}
 
 
 def test_a_run_shorter_than_the_log_interval_has_a_loss_all_the_same(
@@ -196,8 +206,7 @@ def test_an_inherited_adapter_begins_where_the_supernet_ended(searched, base_con
         str(folder / "genotype.json"), init="inherit", output_dir=str(folder / "finetune")
     )
     still = replace(TRAINING, max_steps=1, learning_rate=1e-12)
-    model, record = finetune(config, base_config, data, still)
-    assert record["init"] == "inherit"
+    model, _ = finetune(config, base_config, data, still)
     base = logits(load_model(base_config), batch)
     assert (base - expected).abs().max() > 1e-1
     assert (logits(model, batch) - expected).abs().max() <= 1e-4
@@ -221,13 +230,11 @@ def test_searched_weights_that_do_not_fit(searched, base_config, tmp_path):
 def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_checkpoint(
     genotype, base_config, data, tmp_path
 ):
-    training = TrainingConfig(
-        max_steps=9, batch_size=4, learning_rate=1e30, max_grad_norm=0, save_steps=1
-    )
+    training = replace(TRAINING, max_steps=9, learning_rate=1e30, max_grad_norm=0, save_steps=1)
     config = FinetuneConfig(genotype, output_dir=str(tmp_path))
     with pytest.raises(InputError, match=r"the loss is (nan|inf) at step [2-9]: stopped; lower"):
         finetune(config, base_config, data, training)
-    assert load_file(tmp_path / "checkpoint" / "adapter_model.safetensors")
+    assert weights(tmp_path / "checkpoint")
     assert not (tmp_path / "adapter_model.safetensors").exists()
     assert not list(tmp_path.glob("checkpoint.*"))
 
@@ -240,12 +247,19 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_checkpoint(
         ({"rank": 0}, "rank=0: must be an integer >= 1"),
         ({"rank": 2, "init": "inherit"}, "leaves weights for its genotype alone"),
         ({"scaling": 0.0}, "scaling=0.0: must be a number > 0"),
+        ({"seed": -1}, "seed=-1: must be an integer >= 0"),
     ],
 )
 def test_bad_options(options, text):
     with pytest.raises(InputError) as error:
         FinetuneConfig(**options)
     assert text in str(error.value)
+
+
+def test_an_output_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"output_dir=.*cannot be written"):
+        finetune(FinetuneConfig(output_dir=str(tmp_path / "file")), *[None] * 3)
 
 
 FOREIGN = '{"version": 1, "ranks": {"model.no.such.layer": 2}}'
@@ -258,7 +272,6 @@ FOREIGN = '{"version": 1, "ranks": {"model.no.such.layer": 2}}'
         (FOREIGN, "first 'model.no.such.layer'; is it the model that was searched"),
         (FOREIGN[:-9], "cannot be read"),
         ('{"loss": 0.5}', "ranks must map module names to integers"),
-        ("[]", "holds a list, not a genotype"),
     ],
 )
 def test_a_genotype_that_cannot_be_used_stops_before_training(
@@ -272,13 +285,6 @@ def test_a_genotype_that_cannot_be_used_stops_before_training(
     with pytest.raises(InputError) as error:
         finetune(config, base_config, data, TRAINING)
     assert text in str(error.value)
-
-
-def test_an_output_folder_that_cannot_be_written(genotype, base_config, data, tmp_path):
-    (tmp_path / "file").write_text("")
-    config = FinetuneConfig(genotype, output_dir=str(tmp_path / "file"))
-    with pytest.raises(InputError, match=r"output_dir=.*cannot be written"):
-        finetune(config, base_config, data, TRAINING)
 
 
 def test_rows_without_an_answer_stop_before_the_model_is_loaded(

@@ -5,17 +5,16 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
+from torch.utils.data import DataLoader
 
-from darts_lora.data import make_dataloader
 from darts_lora.stream import BatchStream
 
 ROWS, BATCH = 10, 4  # two whole batches and a rest of two rows
 
 
 def stream(seed=0, drop_last=False):
-    loader = make_dataloader(
-        list(range(ROWS)), torch.tensor, BATCH, shuffle=True, drop_last=drop_last
-    )
+    # without a generator of its own: opening it draws from the global one
+    loader = DataLoader(list(range(ROWS)), BATCH, shuffle=True, drop_last=drop_last)
     settings = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed)
     return BatchStream(Accelerator(cpu=True, dataloader_config=settings).prepare(loader))
 

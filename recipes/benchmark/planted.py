@@ -87,11 +87,11 @@ def shortened(options: PlantedRun, training: Training) -> tuple[PlantedRun, Trai
 
 
 def jobs(options: PlantedRun) -> list[tuple[str, int, str]]:
-    """(problem, seed, method) of each measurement, problem by problem, the oracle always among
-    them."""
+    """(problem, seed, method) of each measurement, seed by seed: a run that is cut off has compared
+    all methods on the seeds that it finished."""
     methods = dict.fromkeys(["oracle", *(options.methods or METHODS)])
     problems = options.problems or list(DIFFICULTIES)
-    return [(p, s, m) for p in problems for s in range(options.seeds) for m in methods]
+    return [(p, s, m) for s in range(options.seeds) for p in problems for m in methods]
 
 
 def run_jobs(todo: list[tuple], workers: int, training: Training) -> Iterator[dict]:
@@ -148,22 +148,22 @@ def summarise(records: list[dict]) -> list[dict]:
 def result_table(summary: list[dict]) -> Table:
     """The summary for the screen, a section for each problem."""
     table = Table(title="planted ranks", title_justify="left", expand=False)
-    table.add_column("problem")
-    table.add_column("method")
-    for heading in ("exact ranks", "loss / oracle's", "min to max", "of budget", "seconds"):
-        table.add_column(heading, justify="right")
+    table.add_column("problem", no_wrap=True)
+    table.add_column("method", no_wrap=True)
+    for heading in ("exact", "loss / oracle's", "budget", "s"):
+        table.add_column(heading, justify="right", no_wrap=True)
     shown = None
     for row in summary:
-        if shown not in (None, row["problem"]):
+        if row["problem"] != shown:
             table.add_section()
+        low, high = row["loss_of_oracle_min"], row["loss_of_oracle_max"]
         table.add_row(
             "" if row["problem"] == shown else row["problem"],
             row["method"],
             f"{row['exact']:.0%}",
-            f"{row['loss_of_oracle']:.2f}",
-            f"{row['loss_of_oracle_min']:.2f} to {row['loss_of_oracle_max']:.2f}",
+            f"{row['loss_of_oracle']:.2f} ({low:.2f}-{high:.2f})",
             f"{row['parameters_of_budget']:.0%}",
-            f"{row['seconds']:.1f}",
+            f"{row['seconds']:.0f}",
         )
         shown = row["problem"]
     return table

@@ -20,7 +20,7 @@ from planted_problems import DIFFICULTIES, RANKS, Problem, Samples, make_problem
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from darts_lora import Genotype, RankSearch, SearchConfig, Supernet
+from darts_lora import Genotype, InputError, RankSearch, SearchConfig, Supernet
 from darts_lora.config import TrainingConfig
 
 Plan = dict[str, int]
@@ -40,10 +40,16 @@ class Training:
     """Weight steps of every retraining, and of the adapter whose SVD is cut."""
     batch_size: int = 256
     """Rows of a batch."""
-    learning_rate: float = 3e-2
+    learning_rate: float = 1e-2
     """Peak learning rate of the LoRA weights (AdamW, cosine)."""
     adalora_learning_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
     """Peak learning rates that AdaLoRA tries; its validation loss chooses."""
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            values = value if isinstance(value, tuple) else (value,)
+            if not values or min(values) <= 0:
+                raise InputError(f"{name}={value!r}: must be above 0")
 
 
 def mse(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -122,7 +128,7 @@ def adalora(problem: Problem, seed: int, training: Training) -> list[Plan]:
 
 
 def _adalora(problem: Problem, seed: int, training: Training, rate: float) -> tuple[float, Plan]:
-    """Validation loss and ranks of one run; the schedule's shares are those of its paper."""
+    """Validation loss and ranks of one run; ranks fall from 10 % to 70 % of the steps."""
     steps = training.adalora_steps
     config = AdaLoraConfig(
         target_modules=list(problem.ranks),
@@ -160,8 +166,10 @@ class _WithLoss(nn.Module):
 
 def train_lora(problem: Problem, plan: Plan, seed: int, training: Training) -> nn.Module:
     """A copy of the problem's model with a plain PEFT LoRA of these ranks, trained from scratch on
-    training and validation rows."""
+    training and validation rows; without any rank above 0 there is nothing to train."""
     model = _WithLoss(copy.deepcopy(problem.model))
+    if not any(plan.values()):
+        return model.model
     genotype = Genotype({f"model.{name}": rank for name, rank in plan.items()})
     torch.manual_seed(seed)
     peft_model = get_peft_model(model, genotype.to_lora_config(model))

@@ -29,7 +29,7 @@ class Difficulty:
     """Standard deviation of the noise on all labels."""
 
 
-HARD = {"input_spread": 4.0, "gain_spread": 2.0, "singular_spread": 2.5, "label_noise": 0.4}
+HARD = {"input_spread": 20.0, "gain_spread": 8.0, "singular_spread": 4.0, "label_noise": 0.8}
 DIFFICULTIES = {
     difficulty.name: difficulty
     for difficulty in (

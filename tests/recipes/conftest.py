@@ -15,7 +15,7 @@ from darts_lora.config import ModelConfig
 from darts_lora.models import load_model
 
 ROOT = Path(__file__).parents[2]
-LAUNCH = (sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu")
+LAUNCH = (sys.executable, "-m", "accelerate.commands.launch")
 
 
 @pytest.fixture(scope="session")
@@ -25,9 +25,12 @@ def launch(datasets_cache):
     `alone=True` runs it by python instead of accelerate launch: it starts faster.
     """
 
-    def run(recipe: str, *options, alone: bool = False, status: int = 0):
+    def run(recipe: str, *options, alone: bool = False, status: int = 0, processes: int = 1):
         env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
-        start = [sys.executable] if alone else LAUNCH
+        start = [sys.executable] if alone else [*LAUNCH, "--num_processes", "1", "--cpu"]
+        if processes > 1:  # with --cpu, accelerate runs one process only
+            env["ACCELERATE_USE_CPU"] = "true"
+            start = [*LAUNCH, "--multi_gpu", "--num_processes", str(processes)]
         done = subprocess.run(
             [*start, f"recipes/{recipe}.py", *map(str, options)],
             cwd=ROOT,

@@ -1,0 +1,105 @@
+"""The planted-rank benchmark: its problems are what they say, and --quick finds the easy ranks.
+Not here: how well searches do on the hard problems (recipes/benchmark/README.md)."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+BENCHMARK = Path(__file__).parents[2] / "recipes" / "benchmark"
+
+
+@pytest.fixture
+def recipe(monkeypatch):
+    """The benchmark's modules: a recipe is a script, its folder is no package."""
+    monkeypatch.syspath_prepend(BENCHMARK)
+    import planted
+    import planted_methods
+    import planted_problems
+
+    return planted, planted_methods, planted_problems
+
+
+@pytest.mark.parametrize("difficulty", ["easy", "hard-1500", "hard-5000"])
+def test_planted_ranks_are_the_true_ones(recipe, difficulty):
+    _, _, problems = recipe
+    problem = problems.make_problem(problems.DIFFICULTIES[difficulty], seed=3)
+    for name, rank in problem.ranks.items():
+        assert np.linalg.matrix_rank(problem.changes[name].numpy(), tol=1e-4) == rank
+    assert sorted(problem.ranks.values()) == sorted(problems.PLANTED)
+    shapes = [problem.model.get_submodule(n).weight.shape for n in problem.ranks]
+    costs = [r * sum(s) for r, s in zip(problem.ranks.values(), shapes, strict=True)]
+    assert sum(costs) == problem.budget
+
+
+def test_labels_come_from_the_planted_changes(recipe):
+    _, methods, problems = recipe
+    difficulty = problems.DIFFICULTIES["hard-1500"]
+    problem = problems.make_problem(difficulty, seed=0)
+    assert (len(problem.train), len(problem.validation)) == (1500, 750)
+    with torch.no_grad():
+        before = float(methods.mse(problem.model, (problem.test.x, problem.test.y)))
+        for name, change in problem.changes.items():
+            problem.model.get_submodule(name).weight += change
+        after = float(methods.mse(problem.model, (problem.test.x, problem.test.y)))
+    assert after == pytest.approx(difficulty.label_noise**2, rel=0.02)
+    assert before > 1.5 * after
+
+
+def test_problems_repeat_and_differ_by_seed(recipe):
+    _, _, problems = recipe
+    state = torch.get_rng_state()
+    first, again, other = (
+        problems.make_problem(problems.DIFFICULTIES["easy"], seed) for seed in (0, 0, 1)
+    )
+    assert torch.equal(first.train.y, again.train.y) and first.ranks == again.ranks
+    assert not torch.equal(first.train.y, other.train.y)
+    assert torch.equal(state, torch.get_rng_state())  # the caller's random state is not touched
+
+
+@pytest.mark.parametrize("plan", ["uniform", "random_ranks", "svd", "adalora"])
+def test_baselines_use_the_budget(recipe, plan):
+    _, methods, problems = recipe
+    problem = problems.make_problem(problems.DIFFICULTIES["easy"], seed=0)
+    training = methods.Training(adalora_steps=30, retrain_steps=5, adalora_learning_rates=(0.01,))
+    for found in getattr(methods, plan)(problem, 0, training):
+        assert list(found) == list(problem.ranks)
+        assert sum(found.values()) == sum(problems.PLANTED)
+
+
+def test_summary_divides_by_the_oracle_of_the_same_seed(recipe):
+    planted, _, _ = recipe
+    common = {"problem": "easy", "exact": 1.0, "parameters_of_budget": 1.0, "seconds": 1.0}
+    rows = [("oracle", 0, 1.0), ("oracle", 1, 4.0), ("uniform", 0, 2.0), ("uniform", 1, 4.0)]
+    rows += [("uniform", 2, 9.0)]  # its oracle is not there yet
+    records = [{**common, "method": m, "seed": s, "test_loss": loss} for m, s, loss in rows]
+    oracle, uniform = planted.summarise(records)
+    assert (oracle["method"], oracle["loss_of_oracle"], oracle["seeds"]) == ("oracle", 1.0, 2)
+    assert (uniform["loss_of_oracle_min"], uniform["loss_of_oracle_max"]) == (1.0, 2.0)
+    assert (uniform["loss_of_oracle"], uniform["seeds"]) == (1.5, 2)
+
+
+def test_unknown_names_are_told(launch):
+    wrong = ("--problems", "[easy, nonesuch]")
+    done = launch("benchmark/planted", *wrong, alone=True, status=2)
+    assert done.stderr.startswith("error: ") and "nonesuch" in done.stderr
+
+
+def test_quick_finds_the_easy_ranks(launch, tmp_path):
+    done = launch("benchmark/planted", "--quick", "--output_dir", tmp_path, alone=True)
+    with open(tmp_path / "planted.json", encoding="utf-8") as file:
+        result = json.load(file)
+    assert set(result) == {"options", "seconds", "summary", "records"}
+    assert {len(record["planted_ranks"]) for record in result["records"]} == {8}
+    rows = {row["method"]: row for row in result["summary"]}
+    searches = [rows["gumbel_hard, independent"], rows["gumbel_hard, nested"]]
+    assert [row["exact"] for row in searches] == [1.0, 1.0]
+    for row in searches:
+        assert row["loss_of_oracle"] == pytest.approx(1.0, abs=1e-3)
+        assert row["loss_of_oracle"] < 0.5 * min(
+            rows[m]["loss_of_oracle"] for m in ("uniform", "random")
+        )
+        assert row["parameters_of_budget"] <= 1
+    assert "gumbel_hard, nested" in done.stdout

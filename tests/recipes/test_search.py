@@ -1,0 +1,97 @@
+"""recipes/search.py: what it leaves, what it prints, resume, two processes, bad input in one line.
+Not here: the loop itself (../test_search.py); the embedded default (test_readme.py)."""
+
+import json
+import re
+
+import pytest
+from safetensors.torch import load_file
+
+from darts_lora import Genotype
+from darts_lora.cli import load_config
+
+
+def options(vision_folder, data_folder, output_dir, **changed):
+    chosen = {
+        "model_name_or_path": vision_folder, "dataset": data_folder, "output_dir": output_dir,
+        "ranks": "[0,2,4]", "budget_rank": 2, "max_steps": 8, "batch_size": 4, "max_length": 32,
+        "logging_steps": 2, "save_steps": 4, **changed,
+    }  # fmt: skip
+    return [part for name, value in chosen.items() for part in (f"--{name}", value)]
+
+
+@pytest.fixture(scope="module")
+def searched(launch, vision_folder, data_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return folder, launch("search", *options(vision_folder, data_folder, folder))
+
+
+def test_what_it_leaves(searched, vision_folder):
+    folder, _ = searched
+    genotype = Genotype.load(folder / "genotype.json")
+    assert set(genotype.ranks.values()) <= {0, 2, 4} and len(genotype.ranks) > 20
+    assert genotype.num_parameters <= genotype.found_by["budget_parameters"]
+    assert genotype.base_model == vision_folder
+    config = load_config(folder / "config.yaml")
+    assert config["ranks"] == [0, 2, 4] and config["arch_learning_rate"] == 0.03
+    rows = json.loads((folder / "split.json").read_text())
+    assert len(rows["train"]) == 28 and len(rows["validation"]) == 12
+    assert not set(rows["train"]) & set(rows["validation"])
+    assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == [
+        "step-0000004.pt",
+        "step-0000008.pt",
+    ]
+    assert list((folder / "tensorboard").iterdir())
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    assert [r["step"] for r in records] == [2, 4, 6, 8]
+    assert any("cross_attn" in key for key in load_file(folder / "supernet.safetensors"))
+
+
+def test_what_the_user_sees(searched):
+    folder, done = searched
+    genotype = Genotype.load(folder / "genotype.json")
+    assert re.search(r"train: 28 rows, \d+% of the text's tokens supervised", done.stdout)
+    assert f"{len(genotype.ranks)} layers, candidate ranks [0, 2, 4]" in done.stdout
+    assert "model.vision_model.transformer.layers" in done.stdout
+    assert f"{genotype.num_parameters:,} trainable parameters" in done.stdout
+    assert re.search(r"(The search learnt|The ranks cannot be told from chance).*", done.stdout)
+    assert f"recipes/finetune.py --genotype {folder}/genotype.json" in done.stdout
+    assert re.search(r"8/8 \[\d+:\d+<00:00", done.stderr), "a bar with the time left"
+    assert "Traceback" not in done.stderr
+
+
+def test_resume_ends_as_the_run_in_one_go(searched, launch, vision_folder, data_folder, tmp_path):
+    folder, _ = searched
+    whole = Genotype.load(folder / "genotype.json")
+    (tmp_path / "checkpoints").mkdir()
+    middle = "checkpoints/step-0000004.pt"
+    (tmp_path / middle).write_bytes((folder / middle).read_bytes())
+    launch("search", *options(vision_folder, data_folder, tmp_path), "--resume", "true")
+    assert Genotype.load(tmp_path / "genotype.json") == whole
+
+
+def test_two_processes_search_together(launch, vision_folder, data_folder, tmp_path):
+    chosen = options(vision_folder, data_folder, tmp_path, batch_size=2, seed=1)
+    done = launch("search", *chosen, processes=2)
+    assert done.stdout.count("trainable parameters") == 1, "one process speaks"
+    genotype = Genotype.load(tmp_path / "genotype.json")
+    assert genotype.num_parameters <= genotype.found_by["budget_parameters"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"ranks": "[0,64]"}, "ranks=[0, 64]: rank 64 is above"),
+        ({"target_modules": "[q_porj]"}, "target_modules=['q_porj']"),
+        ({"output_dir": "/proc/nowhere"}, "output_dir='/proc/nowhere': cannot be written"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(
+    launch, vision_folder, data_folder, tmp_path, changed, message
+):
+    chosen = options(vision_folder, data_folder, **{"output_dir": tmp_path / "run", **changed})
+    done = launch("search", *chosen, alone=True, status=2)
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert message in line
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "genotype.json").exists()

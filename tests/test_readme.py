@@ -1,0 +1,89 @@
+"""What the README shows is run: its Python, and its commands one after the other in one folder.
+Not here: what the commands do in detail (recipes/), nor the installation (.ci/run)."""
+
+import contextlib
+import io
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from darts_lora import Genotype
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+# Full commands take minutes each: these options make them short.
+SHORT = {
+    "recipes/search.py": "--max_steps 8 --batch_size 8",
+    "recipes/finetune.py": "--max_steps 4 --batch_size 8",
+    "recipes/evaluate.py": "--max_test_samples 16",
+    "recipes/derive.py": "",
+    "recipes/benchmark/plans.py": "--seeds [0] --random_plans 1 --max_steps 4 --batch_size 4 "
+    "--max_test_samples 16",
+}
+NOT_HERE = ("pytest", "tensorboard", "recipes/benchmark/planted.py")  # .ci/run; test_planted.py
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands():
+    lines = [part for block in blocks("bash") for part in re.split(r"\n| && ", block) if part]
+    return [line for line in lines if not line.startswith("pip install")]
+
+
+def test_the_example_is_short_and_finds_what_it_says():
+    (example,) = blocks("python")
+    assert len(example.splitlines()) <= 25
+    names, printed = {}, io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(example, "README.md", "exec"), names)
+    said = re.search(r"print\(genotype\.ranks\)  # (.*)", example).group(1)
+    assert printed.getvalue().strip() == said
+    assert names["lora_config"].r == 2
+
+
+def test_every_command_is_known():
+    shown = {
+        (re.search(r"recipes/\S+\.py", line) or re.match(r"\w+", line))[0] for line in commands()
+    }
+    assert shown == {*SHORT, *NOT_HERE}
+
+
+@pytest.mark.parametrize("recipe", ["search", "finetune", "evaluate", "derive", "benchmark/plans"])
+def test_the_commands_one_after_the_other(recipe, folder):
+    """On the embedded default, each finds what the one before it left in runs/."""
+    (line,) = [line for line in commands() if f"recipes/{recipe}.py" in line]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    environment["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+    done = subprocess.run(
+        [*line.split(), *SHORT[f"recipes/{recipe}.py"].split()],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    made = {
+        "search": "search/genotype.json",
+        "finetune": "finetune/adapter_model.safetensors",
+        "evaluate": "finetune/evaluation.json",
+        "derive": "search/genotype_rank1.json",
+        "benchmark/plans": "plans/results.json",
+    }
+    assert (folder / "runs" / made[recipe]).is_file(), done.stdout
+    if recipe == "search":
+        genotype = Genotype.load(folder / "runs/search/genotype.json")
+        assert genotype.num_parameters <= genotype.found_by["budget_parameters"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("readme")
+    (place / "recipes").symlink_to(ROOT / "recipes")
+    return place
