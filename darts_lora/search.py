@@ -91,7 +91,10 @@ class RankSearch:
             check_writable(output_dir)
         self.accelerator = accelerator or Accelerator(
             mixed_precision=self.training.mixed_precision,
-            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
+            # one order of rows for all processes, although each draws samples of its own
+            dataloader_config=DataLoaderConfiguration(
+                use_seedable_sampler=True, data_seed=config.seed
+            ),
         )
         set_seed(config.seed, device_specific=True)
         self._prepare(train_dataloader, val_dataloader)

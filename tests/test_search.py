@@ -3,6 +3,9 @@ Not here: a single architecture step (test_architect.py), the recipe (recipes/te
 
 import itertools
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -238,3 +241,55 @@ def test_options_that_cannot_work_are_refused_before_any_step(tmp_path):
     make(tmp_path / "done").run()
     with pytest.raises(InputError, match="max_steps=8: the checkpoint is at step 12"):
         make(tmp_path / "done", max_steps=8).run(resume=True)
+
+
+TWO_PROCESSES = """
+import json
+from accelerate.utils import gather_object
+from test_search import loss_fn, make
+
+rows, gates = [], []
+def recording(model, batch):
+    loss = loss_fn(model, batch)
+    if not search.supernet._arch_gradients:
+        rows.append(batch[0].tolist())
+    gates.append(search.supernet.layers["blocks.0"].gates.ne(0).sum().item())
+    return loss
+
+search = make(loss=recording, max_steps=5, warmup_steps=3)  # 40 rows: 5 batches of 8 an epoch
+search.accelerator.wait_for_everyone()
+search.run()
+alpha = [search.supernet.stacked_alpha().tolist()]
+weights = [[w.detach().sum().item() for w in search.supernet.weight_parameters()]]
+found = [gather_object(x) for x in ([rows], [gates], alpha, weights)]
+if search.accelerator.is_main_process:
+    print("FOUND" + json.dumps(found))
+"""
+
+
+def test_two_processes_share_rows_and_alpha_but_not_samples(tmp_path):
+    (tmp_path / "script.py").write_text(TWO_PROCESSES)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch"),
+            *("--multi_gpu", "--num_processes=2", str(tmp_path / "script.py")),
+        ],
+        env={
+            **os.environ,
+            "ACCELERATE_USE_CPU": "true",
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.path.dirname(__file__),
+        },
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows, gates, alpha, weights = json.loads(done.stdout.split("FOUND")[1])
+    assert len(rows) == 2
+    epoch = [row for process in rows for batch in process[:2] for row in batch]
+    assert len(epoch) == len(set(epoch)) == 32, "no row twice before all were seen"
+    assert gates[0] != gates[1]
+    assert alpha[0] == alpha[1] and weights[0] == weights[1]
+    assert any(value != 0 for layer in alpha[0] for value in layer)

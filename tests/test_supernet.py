@@ -60,7 +60,7 @@ def test_rank_above_a_layers_smaller_side_names_the_layer():
 @pytest.mark.parametrize(
     ("budget", "message"),
     [
-        ({"budget_rank": 4.5}, r"budget_rank=4.5: .* uniform rank 1 to 4"),
+        ({"budget_rank": 4.5}, r"budget_rank=4\.5: .*\(uniform rank 1 to 4\)"),
         ({"budget_rank": 0.5}, "budget_rank=0.5"),
         ({"budget_parameters": 10**9}, "budget_parameters=1000000000"),
     ],
