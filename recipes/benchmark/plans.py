@@ -21,7 +21,6 @@ from darts_lora.collator import Collator
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig, check_writable
 from darts_lora.cost import rank_costs
 from darts_lora.data import load_splits, make_dataloader
-from darts_lora.discretize import choose
 from darts_lora.evaluate import score
 from darts_lora.files import write_json
 from darts_lora.finetune import FinetuneConfig, finetune
@@ -89,7 +88,7 @@ def _search(folder, search, model, data, training) -> Genotype:
 
 
 def _plans(searched: Genotype, uniform: int, seed: int, options: PlansRun) -> dict[str, Genotype]:
-    """Name -> genotype; a random plan is the best under the budget by random log-probabilities."""
+    """Name -> genotype: the searched ranks, the budget's uniform rank, random ranks."""
     plans = {
         "searched": searched,
         "uniform": replace(searched, ranks=dict.fromkeys(searched.ranks, uniform)),
@@ -97,12 +96,24 @@ def _plans(searched: Genotype, uniform: int, seed: int, options: PlansRun) -> di
     costs = rank_costs(searched.shapes.values(), searched.candidates)
     generator = torch.Generator().manual_seed(seed)
     for number in range(options.random_plans):
-        noise = torch.rand(costs.shape, generator=generator, dtype=torch.float64).log()
-        choice = choose(noise, costs, "budget", searched.found_by["budget_parameters"])
+        choice = _random_choice(costs, searched.found_by["budget_parameters"], generator)
         ranks = [searched.candidates[k] for k in choice]
         ranks = dict(zip(searched.shapes, ranks, strict=True))
         plans[f"random-{number}"] = replace(searched, ranks=ranks)
     return plans
+
+
+def _random_choice(costs: torch.Tensor, budget: float, generator: torch.Generator) -> list[int]:
+    """Raise random layers to random candidates until no raise fits into the budget."""
+    layers, candidates = costs.shape
+    choice = [0] * layers
+    total = costs[:, 0].sum()
+    for move in torch.randperm(layers * candidates, generator=generator).tolist():
+        layer, candidate = divmod(move, candidates)
+        raised = total + costs[layer, candidate] - costs[layer, choice[layer]]
+        if candidate > choice[layer] and raised <= budget:
+            choice[layer], total = candidate, raised
+    return choice
 
 
 def _retrain(folder, genotype, seed, model, data, training) -> None:
