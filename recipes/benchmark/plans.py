@@ -8,7 +8,10 @@ python recipes/benchmark/plans.py --seeds '[3]' --output_dir runs/plans    # one
 import json
 import os
 import statistics
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -39,6 +42,8 @@ class PlansRun:
     """Seeds of search, retraining and random plans; one comparison each."""
     random_plans: int = 5
     """Random plans for each seed (count)."""
+    workers: int = 1
+    """Searches and retrainings at a time (processes)."""
 
 
 def main(
@@ -54,12 +59,19 @@ def main(
         raise InputError(f"budget_rank={search.budget_rank}: a uniform plan needs a whole rank")
     folder = Path(check_writable(options.output_dir))
     save_config(options.output_dir, search, model, data, training)
-    for seed in options.seeds:
-        searched = _search(
-            folder / f"seed-{seed}", replace(search, seed=seed), model, data, training
-        )
-        for name, genotype in _plans(searched, int(search.budget_rank), seed, options).items():
-            _retrain(folder / f"seed-{seed}" / name, genotype, seed, model, data, training)
+    folders = [folder / f"seed-{seed}" for seed in options.seeds]
+    configs = [replace(search, seed=seed) for seed in options.seeds]
+    spawn, threads = get_context("spawn"), max(1, torch.get_num_threads() // options.workers)
+    with ProcessPoolExecutor(options.workers, spawn, torch.set_num_threads, (threads,)) as pool:
+        run_search = partial(_search, model=model, data=data, training=training)
+        searched = list(pool.map(run_search, folders, configs))
+        jobs = [
+            pool.submit(_retrain, place / name, genotype, config.seed, model, data, training)
+            for place, config, genotype in zip(folders, configs, searched, strict=True)
+            for name, genotype in _plans(genotype, config, options).items()
+        ]
+        for job in jobs:
+            job.result()
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("seed-*/*/result.json"))]
     write_json(folder / "results.json", results)
     Console().print(_table(results))
@@ -87,14 +99,14 @@ def _search(folder, search, model, data, training) -> Genotype:
     return Genotype.load(path)
 
 
-def _plans(searched: Genotype, uniform: int, seed: int, options: PlansRun) -> dict[str, Genotype]:
+def _plans(searched: Genotype, search: SearchConfig, options: PlansRun) -> dict[str, Genotype]:
     """Name -> genotype: the searched ranks, the budget's uniform rank, random ranks."""
     plans = {
         "searched": searched,
-        "uniform": replace(searched, ranks=dict.fromkeys(searched.ranks, uniform)),
+        "uniform": replace(searched, ranks=dict.fromkeys(searched.ranks, int(search.budget_rank))),
     }
     costs = rank_costs(searched.shapes.values(), searched.candidates)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(search.seed)
     for number in range(options.random_plans):
         choice = _random_choice(costs, searched.found_by["budget_parameters"], generator)
         ranks = [searched.candidates[k] for k in choice]
@@ -129,30 +141,24 @@ def _retrain(folder, genotype, seed, model, data, training) -> None:
 
 
 def _table(results: list[dict]) -> Table:
-    """Mean over the seeds, random plans together; the last column counts the seeds won."""
-    kinds: dict[str, dict[int, list[dict]]] = {}
+    """One row a kind of plan: means over its plans and seeds, and the spread of the loss."""
+    kinds: dict[str, list[dict]] = {}
     for result in results:
-        by_seed = kinds.setdefault(result["plan"].split("-")[0], {})
-        by_seed.setdefault(result["seed"], []).append(result)
-    table = Table(title="test rows, mean (min to max) over plans and seeds")
-    for column in ("plan", "runs", "parameters", "loss per token", "exact match"):
-        table.add_column(column, justify="left" if column == "plan" else "right")
-    for kind, by_seed in sorted(kinds.items(), reverse=True):
-        runs = [result for of_seed in by_seed.values() for result in of_seed]
-        figures = {key: [r[key] for r in runs] for key in ("parameters", "loss", "exact_match")}
+        kinds.setdefault(result["plan"].split("-")[0], []).append(result)
+    table = Table(title="plans retrained from scratch, on the test rows")
+    table.add_column("plan")
+    for column in ("runs", "parameters", "loss per token", "min", "max", "exact match"):
+        table.add_column(column, justify="right")
+    for kind, runs in sorted(kinds.items(), reverse=True):
+        losses = [run["loss"] for run in runs]
         table.add_row(
             kind,
             str(len(runs)),
-            f"{statistics.mean(figures['parameters']):,.0f}",
-            _spread(figures["loss"], ".4f"),
-            _spread(figures["exact_match"], ".1%"),
+            f"{statistics.mean(run['parameters'] for run in runs):,.0f}",
+            *(f"{value:.4f}" for value in (statistics.mean(losses), min(losses), max(losses))),
+            f"{statistics.mean(run['exact_match'] for run in runs):.1%}",
         )
     return table
-
-
-def _spread(values: list[float], form: str) -> str:
-    low, high = min(values), max(values)
-    return f"{statistics.mean(values):{form}} ({low:{form}} to {high:{form}})"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from darts_lora import Genotype, discretize
+from darts_lora import Genotype, SearchConfig, discretize
 
 PATH = Path(__file__).parents[2] / "recipes" / "benchmark" / "plans.py"
 
@@ -25,7 +25,8 @@ def test_plans_have_the_same_layers_and_keep_the_budget(plans, search_dir):
     searched = Genotype.load(search_dir / "genotype.json")
     per_rank = sum(sum(shape) for shape in searched.shapes.values())
     searched = discretize(searched, budget_rank=2)
-    made = plans._plans(searched, 2, seed=0, options=plans.PlansRun(random_plans=4))
+    config = SearchConfig(ranks=(0, 2, 4), budget_rank=2)
+    made = plans._plans(searched, config, plans.PlansRun(random_plans=4))
     assert list(made) == ["searched", "uniform", *(f"random-{i}" for i in range(4))]
     assert made["uniform"].num_parameters == 2 * per_rank
     assert set(made["uniform"].ranks.values()) == {2}
@@ -35,9 +36,10 @@ def test_plans_have_the_same_layers_and_keep_the_budget(plans, search_dir):
         assert set(plan.ranks.values()) == {0, 2, 4}
         assert 0.9 * 2 * per_rank < plan.num_parameters <= 2 * per_rank
     assert len({tuple(plan.ranks.values()) for plan in random}) == 4
-    again = plans._plans(searched, 2, seed=0, options=plans.PlansRun(random_plans=4))
+    again = plans._plans(searched, config, plans.PlansRun(random_plans=4))
     assert again == made
-    assert plans._plans(replace(searched), 2, 1, plans.PlansRun(random_plans=1)) != made
+    other = plans._plans(searched, replace(config, seed=1), plans.PlansRun(random_plans=4))
+    assert other["random-0"] != made["random-0"]
 
 
 def test_the_table_shows_means_and_spread(plans):
@@ -48,4 +50,6 @@ def test_the_table_shows_means_and_spread(plans):
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(plans._table(results))
     text = console.export_text()
-    assert "0.3000 (0.2000 to 0.4000)" in text and "0.1000 (0.1000 to 0.1000)" in text
+    rows = {words[1]: words for words in (line.split() for line in text.splitlines()) if words[1:]}
+    assert [rows["random"][i] for i in (7, 9, 11)] == ["0.3000", "0.2000", "0.4000"]
+    assert [rows["searched"][i] for i in (7, 9, 11)] == ["0.1000"] * 3
