@@ -3,12 +3,13 @@ Not here: the problems (planted_problems.py) and the methods (planted_methods.py
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from statistics import mean
 
 from planted_methods import METHODS, Training, measure
@@ -31,13 +32,13 @@ class PlantedRun:
     """Which problems and methods, and where the result goes."""
 
     output_dir: str = "runs/planted"
-    """Folder for planted.json and config.yaml."""
+    """Folder for planted.json and config.yaml; what is finished there is not run again."""
     problems: list[str] | None = None
     """Problems to run: easy, hard-1500, hard-5000 (training rows); default: all three."""
     methods: list[str] | None = None
     """Methods to run beside the oracle, by their names in the table; default: all of them."""
-    seeds: int = 5
-    """How many problems of each sort (count); they are drawn with the seeds 0, 1, 2 ..."""
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
+    """Seeds of the problems of each sort, of the searches and of the retrainings."""
     workers: int = 2
     """Processes that work side by side, one thread each (count)."""
     quick: bool = False
@@ -48,9 +49,10 @@ class PlantedRun:
             unknown = set(getattr(self, name) or ()) - set(known)
             if unknown:
                 raise InputError(f"{name}={sorted(unknown)}: not among {'; '.join(known)}")
-        for name in ("seeds", "workers"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)}: must be an integer >= 1")
+        if not self.seeds or min(self.seeds) < 0:
+            raise InputError(f"seeds={self.seeds}: must be integers >= 0, at least one")
+        if self.workers < 1:
+            raise InputError(f"workers={self.workers}: must be an integer >= 1")
 
 
 def main(options: PlantedRun, training: Training) -> None:
@@ -60,18 +62,38 @@ def main(options: PlantedRun, training: Training) -> None:
     check_writable(options.output_dir)
     save_config(options.output_dir, options, training)
     path, started = os.path.join(options.output_dir, "planted.json"), time.monotonic()
-    records: list[dict] = []
-    for record in run_jobs(jobs(options), options.workers, training):
+    records, seconds = finished(path, training)
+    done = {(r["problem"], r["seed"], r["method"]) for r in records}
+    todo = [job for job in jobs(options) if job not in done]
+    for record in run_jobs(todo, options.workers, training):
         records.append(record)
         result = {
             "options": asdict(options) | asdict(training),
-            "seconds": round(time.monotonic() - started, 1),
+            "seconds": round(seconds + time.monotonic() - started, 1),
             "summary": summarise(records),
             "records": records,
         }
         write_json(path, result)  # after each method, so that nothing is lost
-    Console().print(result_table(result["summary"]))
-    print(f"{result['seconds']:,.0f} s; all figures: {path}")
+    Console().print(result_table(summarise(records)))
+    print(f"{seconds + time.monotonic() - started:,.0f} s in all; all figures: {path}")
+
+
+def finished(path: str, training: Training) -> tuple[list[dict], float]:
+    """Records and seconds (s) of earlier runs into the same file.
+
+    Raises:
+        InputError: they were trained otherwise.
+    """
+    if not os.path.exists(path):
+        return [], 0.0
+    with open(path, encoding="utf-8") as file:
+        earlier = json.load(file)
+    wanted = json.loads(json.dumps(asdict(training)))
+    if {name: earlier["options"].get(name) for name in wanted} != wanted:
+        raise InputError(
+            f"{path}: holds figures of other training options; name another output_dir"
+        )
+    return earlier["records"], earlier["seconds"]
 
 
 def shortened(options: PlantedRun, training: Training) -> tuple[PlantedRun, Training]:
@@ -80,7 +102,7 @@ def shortened(options: PlantedRun, training: Training) -> tuple[PlantedRun, Trai
         options,
         problems=options.problems or ["easy"],
         methods=options.methods or QUICK_METHODS,
-        seeds=1,
+        seeds=options.seeds[:1],
     )
     steps = {n: min(getattr(training, n), most) for n, most in QUICK_STEPS.items()}
     return options, replace(training, **steps)
@@ -91,7 +113,7 @@ def jobs(options: PlantedRun) -> list[tuple[str, int, str]]:
     all methods on the seeds that it finished."""
     methods = dict.fromkeys(["oracle", *(options.methods or METHODS)])
     problems = options.problems or list(DIFFICULTIES)
-    return [(p, s, m) for s in range(options.seeds) for p in problems for m in methods]
+    return [(p, s, m) for s in options.seeds for p in problems for m in methods]
 
 
 def run_jobs(todo: list[tuple], workers: int, training: Training) -> Iterator[dict]:

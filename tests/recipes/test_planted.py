@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from darts_lora import InputError
+
 BENCHMARK = Path(__file__).parents[2] / "recipes" / "benchmark"
 
 
@@ -103,3 +105,16 @@ def test_quick_finds_the_easy_ranks(launch, tmp_path):
         )
         assert row["parameters_of_budget"] <= 1
     assert "gumbel_hard, nested" in done.stdout
+
+
+def test_what_is_finished_is_not_run_again(recipe, tmp_path):
+    planted, methods, _ = recipe
+    training = methods.Training()
+    path = str(tmp_path / "planted.json")
+    assert planted.finished(path, training) == ([], 0.0)
+    records = [{"problem": "easy", "seed": 0, "method": "oracle"}]
+    options = planted.asdict(training)
+    planted.write_json(path, {"options": options, "seconds": 3.5, "records": records})
+    assert planted.finished(path, training) == (records, 3.5)
+    with pytest.raises(InputError, match="other training options"):
+        planted.finished(path, methods.Training(search_steps=7))

@@ -15,7 +15,7 @@ def options(vision_folder, data_folder, output_dir, **changed):
     chosen = {
         "model_name_or_path": vision_folder, "dataset": data_folder, "output_dir": output_dir,
         "ranks": "[0,2,4]", "budget_rank": 2, "max_steps": 8, "batch_size": 4, "max_length": 32,
-        "logging_steps": 2, "save_steps": 4, **changed,
+        "logging_steps": 2, "save_steps": 4, "num_workers": 1, **changed,
     }  # fmt: skip
     return [part for name, value in chosen.items() for part in (f"--{name}", value)]
 
