@@ -34,7 +34,7 @@ def launch(datasets_cache):
         done = subprocess.run(
             [*start, f"recipes/{recipe}.py", *map(str, options)],
             cwd=ROOT,
-            env={**env, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
+            env={**env, "HF_HUB_OFFLINE": "1"},
             capture_output=True,
             text=True,
             timeout=120,
