@@ -15,7 +15,7 @@ from datasets import Dataset, DatasetDict, load_dataset
 from torch.utils.data import DataLoader
 
 from darts_lora.collator import LAYOUTS, ROW
-from darts_lora.config import DataConfig
+from darts_lora.config import DataConfig, TrainingConfig
 from darts_lora.errors import InputError
 from darts_lora.models import EMBEDDED
 
@@ -156,3 +156,24 @@ def make_dataloader(
         drop_last=drop_last and len(dataset) >= batch_size,
         pin_memory=torch.cuda.is_available(),
     )
+
+
+def search_dataloaders(
+    splits: dict[str, Dataset],
+    collate: Callable[[list[dict]], Any],
+    training: TrainingConfig,
+    seed: int,
+) -> list[DataLoader]:
+    """Shuffled batches of the training and of the validation split, for a RankSearch."""
+    return [
+        make_dataloader(
+            splits[name],
+            collate,
+            training.batch_size,
+            shuffle=True,
+            seed=seed,
+            num_workers=training.num_workers,
+            drop_last=True,
+        )
+        for name in ("train", "validation")
+    ]

@@ -10,7 +10,7 @@ from darts_lora import RankSearch, SearchConfig, Supernet
 from darts_lora.cli import run, save_config
 from darts_lora.collator import Collator
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig, check_writable
-from darts_lora.data import load_splits, make_dataloader, split_indices
+from darts_lora.data import load_splits, search_dataloaders, split_indices
 from darts_lora.files import write_json
 from darts_lora.models import load_model, load_processor
 from darts_lora.show import show
@@ -46,22 +46,9 @@ def main(
     collator = Collator(processor, data.max_length)
     supervised = {name: collator.check(split) for name, split in splits.items()}
     supernet = Supernet(load_model(model), search)
-    loaders = {
-        name: make_dataloader(
-            split,
-            collator,
-            training.batch_size,
-            shuffle=True,
-            seed=search.seed,
-            num_workers=training.num_workers,
-            drop_last=True,
-        )
-        for name, split in splits.items()
-    }
     rank_search = RankSearch(
         supernet,
-        loaders["train"],
-        loaders["validation"],
+        *search_dataloaders(splits, collator, training, search.seed),
         training=training,
         output_dir=options.output_dir,
     )

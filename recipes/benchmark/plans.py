@@ -23,7 +23,7 @@ from darts_lora.cli import run, save_config
 from darts_lora.collator import Collator
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig, check_writable
 from darts_lora.cost import rank_costs
-from darts_lora.data import load_splits, make_dataloader
+from darts_lora.data import load_splits, search_dataloaders
 from darts_lora.evaluate import score
 from darts_lora.files import write_json
 from darts_lora.finetune import FinetuneConfig, finetune
@@ -81,19 +81,7 @@ def _search(folder, search, model, data, training) -> Genotype:
     path = folder / "search" / "genotype.json"
     if not path.exists():
         collator = Collator(load_processor(model), data.max_length)
-        splits = load_splits(data)
-        loaders = [
-            make_dataloader(
-                splits[name],
-                collator,
-                training.batch_size,
-                shuffle=True,
-                seed=search.seed,
-                num_workers=training.num_workers,
-                drop_last=True,
-            )
-            for name in ("train", "validation")
-        ]
+        loaders = search_dataloaders(load_splits(data), collator, training, search.seed)
         supernet = Supernet(load_model(model), search)
         RankSearch(supernet, *loaders, training=training, output_dir=str(path.parent)).run()
     return Genotype.load(path)
