@@ -8,6 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -214,7 +215,9 @@ class RankSearch:
 
     def _record(self, losses: list[Tensor], seconds: float) -> dict[str, Any]:
         """Figures of the steps since the last record; the one place that waits for the device."""
-        train_losses = torch.stack(losses).float().tolist()
+        # over all processes: what one of them cannot go on with stops all of them
+        reduce = partial(self.accelerator.reduce, reduction="mean")
+        train_losses = reduce(torch.stack(losses).float()).tolist()
         first = self.step - len(train_losses) + 1
         for step, loss in enumerate(train_losses, start=first):
             if not math.isfinite(loss):
@@ -222,7 +225,8 @@ class RankSearch:
         with torch.no_grad():
             probabilities = self.supernet.probabilities()
             expected = float(self.supernet.expected_parameters())
-        validation = float(self.validation_loss)
+        validation = torch.as_tensor(self.validation_loss, device=self.accelerator.device)
+        validation = float(reduce(validation.float()))
         if self.step > self.warmup_steps and not math.isfinite(validation):
             self._stop_non_finite("validation loss", self.step)
         if not bool(probabilities.isfinite().all()):

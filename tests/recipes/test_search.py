@@ -66,7 +66,7 @@ def test_resume_ends_as_the_run_in_one_go(searched, launch, vision_folder, data_
     (tmp_path / "checkpoints").mkdir()
     middle = "checkpoints/step-0000004.pt"
     (tmp_path / middle).write_bytes((folder / middle).read_bytes())
-    launch("search", *options(vision_folder, data_folder, tmp_path), "--resume", "true")
+    launch("search", *options(vision_folder, data_folder, tmp_path), "--resume")
     assert Genotype.load(tmp_path / "genotype.json") == whole
 
 
