@@ -14,6 +14,7 @@ from statistics import mean
 
 from planted_methods import METHODS, Training, measure
 from planted_problems import DIFFICULTIES
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -169,7 +170,7 @@ def summarise(records: list[dict]) -> list[dict]:
 
 def result_table(summary: list[dict]) -> Table:
     """The summary for the screen, a section for each problem."""
-    table = Table(title="planted ranks", title_justify="left", expand=False)
+    table = Table(title="planted ranks", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("problem", no_wrap=True)
     table.add_column("method", no_wrap=True)
     for heading in ("exact", "loss / oracle's", "budget", "s"):
@@ -183,12 +184,16 @@ def result_table(summary: list[dict]) -> Table:
             "" if row["problem"] == shown else row["problem"],
             row["method"],
             f"{row['exact']:.0%}",
-            f"{row['loss_of_oracle']:.2f} ({low:.2f}-{high:.2f})",
+            f"{_short(row['loss_of_oracle'])} ({_short(low)}-{_short(high)})",
             f"{row['parameters_of_budget']:.0%}",
             f"{row['seconds']:.0f}",
         )
         shown = row["problem"]
     return table
+
+
+def _short(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio < 9.995 else f"{ratio:.0f}"
 
 
 if __name__ == "__main__":
