@@ -1,4 +1,5 @@
-"""Evaluates an adapter on the test rows, beside its base model.
+"""Evaluates an adapter on the test rows, beside its base model: arguments, and the table.
+Not here: how loss and exact match are counted (darts_lora/evaluate.py).
 
 accelerate launch recipes/evaluate.py                            # what recipes/finetune.py left
 accelerate launch recipes/evaluate.py --adapter runs/uniform4 --max_test_samples 200

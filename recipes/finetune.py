@@ -1,4 +1,5 @@
-"""Retrains what a search found as a plain PEFT adapter.
+"""Retrains what a search found as a plain PEFT adapter: arguments, and what the user sees.
+Not here: the training (darts_lora/finetune.py).
 
 accelerate launch recipes/finetune.py                       # what recipes/search.py left
 accelerate launch recipes/finetune.py --init inherit        # from the searched weights
