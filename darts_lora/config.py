@@ -69,12 +69,12 @@ class SearchConfig:
     """Layers to leave out, as in PEFT: a list of name suffixes or a regex."""
     scaling: float = 2.0
     """The factor s = lora_alpha / r before every branch, the same for all ranks."""
-    # independent: on hard planted problems the loss of the ranks found is 0-5 % lower than nested
+    # independent: 1.006 of the oracle's loss on the hard planted problems, nested 1.012 (5 seeds)
     branches: Literal["independent", "nested"] = "independent"
     """independent: each rank has its own A and B; nested: a rank is a prefix of the next larger."""
     dropout: float = 0.0
     """Dropout probability of the adapter's input, in [0, 1)."""
-    # gumbel_hard finds all planted ranks where softmax finds a third of them: in a plain mixture B
+    # gumbel_hard finds all easy planted ranks where softmax finds 60 %: in a plain mixture B
     # grows to undo a small gate, so alpha learns which branch grows fastest, not what it is worth
     relaxation: Literal["gumbel_hard", "gumbel", "softmax"] = "gumbel_hard"
     """How alpha becomes gates: straight-through samples, soft samples, or a plain mixture."""
