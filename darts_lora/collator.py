@@ -1,5 +1,5 @@
-"""Rows of a data set -> batches: chat messages, images, labels on the assistant's answers only.
-Not here: where rows come from (data.py), nor which processor is used (models.py)."""
+"""Rows -> batches of tensors: chat template, images, labels on the assistant's answers only.
+Not here: what a row means (rows.py), where rows come from (data.py), how a model is loaded."""
 
 from __future__ import annotations
 
@@ -10,59 +10,31 @@ from itertools import islice
 from typing import Any
 
 import torch
-from PIL import Image
+from torch import Tensor
 
 from darts_lora.errors import InputError
-
-IGNORED = -100  # the label that no loss counts
-ROW = "row_index"  # column we add: a row's number in the split of the source
-IMAGE_COLUMNS = ("images", "image")
-LAYOUTS = (("messages",), ("prompt", "completion"))
-# For models without a chat template: the texts as they are, an end token after each answer.
-PLAIN_TEMPLATE = (
-    "{{ bos_token or '' }}{% for message in messages %}{% if message.role == 'assistant' %}"
-    "{% generation %}{{ message.content }}{{ eos_token or '' }}{% endgeneration %}"
-    "{% else %}{{ message.content }}{% endif %}{% endfor %}"
+from darts_lora.rows import (
+    IMAGE_COLUMNS,
+    ROW,
+    SOURCE,
+    row_images,
+    row_layout,
+    row_messages,
+    row_name,
 )
 
-
-def row_images(row: dict) -> list[Image.Image]:
-    """The row's images, from column `images` or `image`.
-
-    Raises:
-        InputError: an image file that does not open.
-    """
-    found = row.get("images") or row.get("image") or []
-    found = found if isinstance(found, list) else [found]
-    try:
-        return [Image.open(image) if isinstance(image, str) else image for image in found]
-    except OSError as error:
-        raise InputError(f"{_name(row)}: image {error.filename!r} does not open") from error
-
-
-def row_messages(row: dict) -> list[dict[str, Any]]:
-    """The row as chat messages, {"role", "content"}, from `messages` or `prompt`/`completion`.
-
-    Raises:
-        InputError: the row has neither, or no assistant's answer at its end.
-    """
-    if row.get("messages"):
-        messages = row["messages"]
-    elif "prompt" in row and "completion" in row:
-        messages = _turns(row["prompt"], "user") + _turns(row["completion"], "assistant")
-    else:
-        raise InputError(f"{_name(row)}: no messages; columns: {', '.join(row)}")
-    if messages[-1]["role"] != "assistant":
-        raise InputError(f"{_name(row)}: the last message is not the assistant's answer")
-    return messages
-
-
-def _turns(value: str | list[dict], role: str) -> list[dict]:
-    return [{"role": role, "content": value}] if isinstance(value, str) else value
-
-
-def _name(row: dict) -> str:
-    return f"row {row[ROW]}" if ROW in row else "a row"
+IGNORED = -100  # the label that no loss counts
+# For models without a chat template, and for rows of plain text: the texts as they are, an end
+# token after each answer.
+PLAIN_TEMPLATE = (
+    "{{ bos_token or '' }}{% for message in messages %}{% if message.role == 'assistant' %}"
+    "{% generation %}{% if message.content is string %}{{ message.content }}{% else %}"
+    "{% for part in message.content %}{{ part.text or '' }}{% endfor %}{% endif %}"
+    "{{ eos_token or '' }}{% endgeneration %}"
+    "{% elif message.content is string %}{{ message.content }}{% else %}"
+    "{% for part in message.content %}{% if part.type == 'image' %}{{ image_token or '' }}"
+    "{% else %}{{ part.text or '' }}{% endif %}{% endfor %}{% endif %}{% endfor %}"
+)
 
 
 class Collator:
@@ -81,10 +53,9 @@ class Collator:
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.multimodal = self.tokenizer is not processor
         template = processor.chat_template or PLAIN_TEMPLATE
-        self.template = template["default"] if isinstance(template, dict) else template
-        self.marks_answers = re.search(r"\{%-?\s*generation\b", self.template) is not None
+        self.chat_template = template["default"] if isinstance(template, dict) else template
 
-    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: list[dict]) -> dict[str, Tensor]:
         """A training batch, padded on the right; every tensor's leading dimension is the row.
 
         Returns:
@@ -109,7 +80,8 @@ class Collator:
         return {**batch, "labels": labels}
 
     def check(self, rows: Iterable[dict], limit: int = 10_000) -> float:
-        """Read the first `limit` rows' texts (no images) and raise what a batch of them would.
+        """Read the first `limit` rows' texts (no images) and raise what a batch of them would; of a
+        stream, whose rows cost more, a fortieth of that.
 
         Returns:
             The share of the text's tokens that the loss counts, in (0, 1].
@@ -117,22 +89,24 @@ class Collator:
         Raises:
             InputError: as for a batch.
         """
-        if hasattr(rows, "column_names"):  # a data set: do not decode images for nothing
-            rows = rows.remove_columns([c for c in IMAGE_COLUMNS if c in rows.column_names])
         learnt = tokens = 0
-        for row in islice(rows, limit):
+        for row in _first(rows, limit):
             plain, mask = self._plain_mask(row, self._conversation(row))
             self._check_length(row, len(plain))
             _check_learnt(row, any(mask))
             learnt, tokens = learnt + sum(mask), tokens + len(plain)
         return learnt / tokens
 
-    def prompts(self, rows: list[dict]) -> tuple[dict[str, torch.Tensor], list[str]]:
-        """A batch for `generate`, padded on the left, up to each row's last answer; the answers."""
+    def evaluation(self, rows: list[dict]) -> dict[str, Any]:
+        """A batch for evaluation: "whole" as for training; but for rows of plain text also "prompt"
+        for `generate`, padded on the left, up to each row's last answer, and the "answers"."""
         conversations = [self._conversation(row) for row in rows]
+        if any(row_layout(row) == ("text",) for row in rows):
+            return {"whole": self(rows)}
         questions = [conversation[:-1] for conversation in conversations]
         batch = self._encode(rows, questions, padding_side="left", add_generation_prompt=True)
-        return batch, [_text(conversation[-1]["content"]) for conversation in conversations]
+        answers = [_text(conversation[-1]["content"]) for conversation in conversations]
+        return {"whole": self(rows), "prompt": batch, "answers": answers}
 
     def _conversation(self, row: dict) -> list[dict]:
         """The row's messages as the chat template wants them: processors take lists of parts."""
@@ -143,17 +117,24 @@ class Collator:
             message["content"] = _parts(message["content"])
         placed = sum(part["type"] == "image" for m in messages for part in m["content"])
         missing = len(row_images(row)) - placed
+        if missing < 0 and any(column in row for column in IMAGE_COLUMNS):
+            raise InputError(
+                f"{row_name(row)}: {placed} places for images, {missing + placed} images"
+            )
         first = next((m for m in messages if m["role"] == "user"), messages[0])
         first["content"] = [{"type": "image"}] * missing + first["content"]
         return messages
 
     def _encode(self, rows, conversations, *, padding_side, add_generation_prompt=False) -> dict:
-        texts = self.processor.apply_chat_template(
-            conversations,
-            chat_template=self.template,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-        )
+        texts = [
+            self.processor.apply_chat_template(
+                conversation,
+                chat_template=self._template(conversation),
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+            for conversation in conversations
+        ]
         images = [row_images(row) for row in rows] if self.multimodal else []
         bos = self.tokenizer.bos_token
         try:
@@ -167,7 +148,7 @@ class Collator:
                 return_tensors="pt",
             )
         except ValueError as error:
-            names = ", ".join(map(_name, rows))
+            names = ", ".join(map(row_name, rows))
             raise InputError(f"{names}: the processor cannot take them ({error})") from error
         for row, length in zip(rows, batch["attention_mask"].sum(1).tolist(), strict=True):
             self._check_length(row, length)
@@ -177,8 +158,8 @@ class Collator:
     def _check_length(self, row: dict, length: int) -> None:
         if length > self.max_length:
             raise InputError(
-                f"{_name(row)}: {length} tokens, max_length={self.max_length}; "
-                "shorten or leave out the row, or raise max_length"
+                f"{row_name(row, row_layout(row)[-1])}: {length} tokens, max_length="
+                f"{self.max_length}; shorten or leave out the row, or raise max_length"
             )
 
     def _answer_mask(self, row: dict, conversation: list[dict], tokens: list[int]) -> list[bool]:
@@ -192,13 +173,15 @@ class Collator:
         for start, target, size in blocks:
             placed[target : target + size] = mask[start : start + size]
         if sum(placed) != sum(mask):
-            raise InputError(f"{_name(row)}: cannot find the answer among the processor's tokens")
+            raise InputError(
+                f"{row_name(row)}: cannot find the answer among the processor's tokens"
+            )
         return placed
 
     def _plain_mask(self, row: dict, conversation: list[dict]) -> tuple[list[int], list[bool]]:
         """Tokens and answer mask before the processor expands images: by the template's own marks,
         else by prefix (an answer begins where the prompt before it ends)."""
-        if self.marks_answers:
+        if re.search(r"\{%-?\s*generation\b", self._template(conversation)):
             plain = self._tokens(conversation, return_assistant_tokens_mask=True)
             return plain["input_ids"], [bool(m) for m in plain["assistant_masks"]]
         ids = self._tokens(conversation)["input_ids"]
@@ -210,7 +193,7 @@ class Collator:
             until = self._tokens(conversation[: i + 1])["input_ids"]
             if ids[: len(before)] != before or ids[: len(until)] != until:
                 raise InputError(
-                    f"{_name(row)}: the chat template does not continue its own prompt; "
+                    f"{row_name(row)}: the chat template does not continue its own prompt; "
                     "give it a {% generation %} block around the answer"
                 )
             mask[len(before) : len(until)] = [True] * (len(until) - len(before))
@@ -218,13 +201,100 @@ class Collator:
 
     def _tokens(self, conversation: list[dict], **options) -> dict:
         return self.tokenizer.apply_chat_template(
-            conversation, chat_template=self.template, tokenize=True, return_dict=True, **options
+            conversation,
+            chat_template=self._template(conversation),
+            tokenize=True,
+            return_dict=True,
+            **options,
         )
+
+    def _template(self, conversation: list[dict]) -> str:
+        """Rows of plain text, an answer without a question, are no chat."""
+        whole = len(conversation) == 1 and conversation[0]["role"] == "assistant"
+        return PLAIN_TEMPLATE if whole else self.chat_template
+
+
+class LabelCollator:
+    """Rows with `text` (and `text_pair`) and `label` -> batches for a classification model.
+
+    Args:
+        tokenizer: the model's.
+        max_length: longest sequence in tokens.
+        label_ids: name -> number of the model's classes; a label is one or the other.
+    """
+
+    def __init__(self, tokenizer, max_length: int, label_ids: dict[str, int]):
+        self.tokenizer, self.max_length, self.label_ids = tokenizer, max_length, label_ids
+
+    def __call__(self, rows: list[dict]) -> dict[str, Tensor]:
+        """A training batch, padded on the right.
+
+        Returns:
+            input_ids, attention_mask (and token_type_ids, for a tokenizer that has them): int64
+            (rows, tokens); labels: int64 (rows,).
+
+        Raises:
+            InputError: a row that is longer than max_length, or has no text or no such label.
+        """
+        labels = torch.tensor([self._label(row) for row in rows])
+        batch = self.tokenizer(
+            *self._texts(rows), padding=True, padding_side="right", return_tensors="pt"
+        )
+        for row, length in zip(rows, batch["attention_mask"].sum(1).tolist(), strict=True):
+            self._check_length(row, length)
+        return {**batch, "labels": labels}
+
+    def check(self, rows: Iterable[dict], limit: int = 10_000) -> None:
+        """Read the first `limit` rows and raise what a batch of them would."""
+        for row in _first(rows, limit):
+            self._label(row)
+            self._check_length(row, len(self.tokenizer(*self._texts([row]))["input_ids"][0]))
+
+    def evaluation(self, rows: list[dict]) -> dict[str, Any]:
+        """A batch for evaluation: {"whole": as for training}."""
+        return {"whole": self(rows)}
+
+    def _texts(self, rows: list[dict]) -> list[list[str]]:
+        columns = ["text"] + ["text_pair"] * ("text_pair" in rows[0])
+        for row in rows:
+            for column in columns:
+                if not isinstance(row.get(column), str):
+                    kind = type(row.get(column)).__name__
+                    raise InputError(f"{row_name(row, column)}: must be text, not {kind}")
+        return [[row[column] for row in rows] for column in columns]
+
+    def _label(self, row: dict) -> int:
+        if not {"text", "label"} <= set(row):
+            found = ", ".join(column for column in row if column not in (ROW, SOURCE))
+            raise InputError(f"{row_name(row)}: needs the columns text and label; found: {found}")
+        label = self.label_ids.get(row["label"], row["label"])
+        if type(label) is not int or label not in self.label_ids.values():
+            names = ", ".join(list(self.label_ids)[:20])
+            raise InputError(
+                f"{row_name(row, 'label')}: {row['label']!r} is none of the model's "
+                f"{len(self.label_ids)} classes ({names}); num_labels sets their number"
+            )
+        return label
+
+    def _check_length(self, row: dict, length: int) -> None:
+        if length > self.max_length:
+            raise InputError(
+                f"{row_name(row, 'text')}: {length} tokens, max_length={self.max_length}; "
+                "shorten or leave out the row, or raise max_length"
+            )
+
+
+def _first(rows: Iterable[dict], limit: int) -> Iterable[dict]:
+    """The first rows, without their images."""
+    if getattr(rows, "column_names", None):  # a data set: do not read images for nothing
+        rows = rows.remove_columns([c for c in IMAGE_COLUMNS if c in rows.column_names])
+    return islice(rows, limit if hasattr(rows, "__len__") else limit // 40)
 
 
 def _check_learnt(row: dict, learnt: bool) -> None:
     if not learnt:
-        raise InputError(f"{_name(row)}: no token to learn from, all labels are masked")
+        where = row_name(row, row_layout(row)[-1])
+        raise InputError(f"{where}: no token to learn from, all labels are masked")
 
 
 def _parts(content: str | list[dict]) -> list[dict]:

@@ -64,9 +64,14 @@ class SearchConfig:
     ranks: tuple[int, ...] = (0, 1, 2, 4, 8, 16)
     """Candidate ranks of each layer; 0 means no adapter."""
     target_modules: str | list[str] = "all-linear"
-    """Layers to search, as in PEFT: all-linear, a list of name suffixes, or a regex."""
+    """Layers to search, as in PEFT: all-linear, a list of name suffixes, or a regex; or parts of
+    the model, one or several: vision, language, connector (with cross-attention), vision+language.
+    """
     exclude_modules: str | list[str] | None = None
     """Layers to leave out, as in PEFT: a list of name suffixes or a regex."""
+    modules_to_save: list[str] | None = None
+    """Modules trained in full beside the adapters and saved with them, as in PEFT (name suffixes);
+    default: the head of a classification model. The budget does not count them."""
     scaling: float = 2.0
     """The factor s = lora_alpha / r before every branch, the same for all ranks."""
     # independent: 1.006 of the oracle's loss on the hard planted problems, nested 1.012 (5 seeds)
@@ -74,6 +79,8 @@ class SearchConfig:
     """independent: each rank has its own A and B; nested: a rank is a prefix of the next larger."""
     dropout: float = 0.0
     """Dropout probability of the adapter's input, in [0, 1)."""
+    adapter_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Data type of the LoRA weights; they are used in that of the activations."""
     # gumbel_hard finds all easy planted ranks where softmax finds 60 %: in a plain mixture B
     # grows to undo a small gate, so alpha learns which branch grows fastest, not what it is worth
     relaxation: Literal["gumbel_hard", "gumbel", "softmax"] = "gumbel_hard"
@@ -120,6 +127,7 @@ class SearchConfig:
             | {"arch_learning_rate": 0.0},
             choices={
                 "branches": ("independent", "nested"),
+                "adapter_dtype": ("float32", "bfloat16"),
                 "relaxation": ("gumbel_hard", "gumbel", "softmax"),
                 "sampling": ("example", "batch"),
                 "order": (1, 2),
@@ -150,15 +158,31 @@ class ModelConfig:
 
     model_name_or_path: str = "embedded"
     """Hub name or local folder; embedded: the small vision-language model of this package."""
+    gguf_file: str | None = None
+    """GGUF file in that folder or hub repository to read the model from (its weights unpacked)."""
+    task: Literal["auto", "generation", "classification"] = "auto"
+    """What the model is for; auto: classification where the checkpoint has a head for it."""
+    num_labels: int | None = None
+    """Classes of a classification (count); default: as the checkpoint says."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of the base model's weights; auto: as stored."""
+    quantization: Literal["4bit", "8bit", "int8"] | None = None
+    """Weights of the base model: 4bit (NF4) and 8bit by bitsandbytes, int8 by torchao."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory."""
     trust_remote_code: bool = False
     """Run code that comes with the model from the hub. Only for sources that you trust."""
 
     def __post_init__(self):
-        _check_bounds(self, choices={"dtype": ("auto", "float32", "bfloat16", "float16")})
+        _check_bounds(
+            self,
+            above={"num_labels": 0},
+            choices={
+                "dtype": ("auto", "float32", "bfloat16", "float16"),
+                "task": ("auto", "generation", "classification"),
+                "quantization": (None, "4bit", "8bit", "int8"),
+            },
+        )
 
 
 @dataclass
@@ -166,9 +190,14 @@ class DataConfig:
     """Which data set is used and how it is split."""
 
     dataset: str = "embedded"
-    """Hub name, local folder, or a loader: json, csv, parquet, imagefolder (with data_files)."""
+    """Hub name, local folder (of files, of images, or of save_to_disk), or a loader: json, csv,
+    parquet, imagefolder (with data_files)."""
     data_files: str | list[str] | dict[str, str | list[str]] | None = None
     """Files of the data set: one, several, or a mapping from split to files."""
+    dataset_config: str | None = None
+    """Configuration of a data set that has several, as ocrvqa of HuggingFaceM4/the_cauldron."""
+    streaming: bool = False
+    """Read rows as they are needed, and store nothing; each row's number decides its split."""
     train_split: str = "train"
     """Split that training and validation rows are taken from."""
     test_split: str | None = "test"

@@ -1,9 +1,11 @@
 """Data sets: loading, the fixed split into training, validation and test rows, data loaders.
-Not here: what a row means and how it becomes a batch (collator.py). The only room with datasets."""
+Not here: what a row means (rows.py) and how it becomes a batch (collator.py). The only room with
+datasets."""
 
 from __future__ import annotations
 
 import os
+import random
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -11,45 +13,92 @@ from glob import glob
 from typing import Any
 
 import torch
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Image,
+    IterableDataset,
+    List,
+    concatenate_datasets,
+    load_dataset,
+    load_from_disk,
+)
 from torch.utils.data import DataLoader
 
-from darts_lora.collator import LAYOUTS, ROW
-from darts_lora.config import DataConfig, TrainingConfig
+from darts_lora.collator import Collator, LabelCollator
+from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
 from darts_lora.errors import InputError
-from darts_lora.models import EMBEDDED
+from darts_lora.models import (
+    EMBEDDED,
+    context_length,
+    is_classifier,
+    load_model_config,
+    load_processor,
+)
+from darts_lora.rows import IMAGE_COLUMNS, ROW, SOURCE
+
+Rows = Dataset | IterableDataset
+SHUFFLE_BUFFER = 1000  # rows of a stream that are shuffled among each other
+
+
+def make_collator(model: ModelConfig, data: DataConfig) -> Collator | LabelCollator:
+    """What makes batches for this model, by its task; sequences up to data.max_length, or to what
+    the model's positions allow if that is less.
+
+    Raises:
+        InputError: the model's configuration or processor cannot be loaded.
+    """
+    model_config, processor = load_model_config(model), load_processor(model)
+    longest = min(data.max_length, context_length(model_config) or data.max_length)
+    if is_classifier(model_config, model.task):
+        return LabelCollator(processor, longest, model_config.label2id)
+    return Collator(processor, longest)
 
 
 def load_splits(
     config: DataConfig, names: Sequence[str] = ("train", "validation")
-) -> dict[str, Dataset]:
+) -> dict[str, Rows]:
     """The data sets of these names, out of train, validation and test; disjoint, always the same.
 
     Validation rows are drawn from the training split, and so are test rows where test_split is
-    None. A column `row_index` holds each row's number in its source split.
+    None. Columns `row_index` and `row_source` hold each row's number in its source split, and what
+    that is. Images stay encoded. In a stream each row's number and split_seed decide.
 
     Raises:
-        InputError: data that cannot be loaded, a missing split or column, a split with no rows.
+        InputError: data that cannot be loaded, a missing split, a split with no rows.
     """
     source = _load_source(config)
+    own_test = config.test_split is not None
     splits = {}
-    if "test" in names and config.test_split is not None:
-        test = _source_split(source, config, "test_split")
-        splits["test"] = _select(test, _shuffled(len(test), config)[: config.max_test_samples])
+    if "test" in names and own_test:
+        splits["test"] = _source_split(source, config, "test_split")
     if set(names) - set(splits):
         train = _source_split(source, config, "train_split")
-        rows = _shuffled(len(train), config)[: config.max_train_samples]
-        if config.test_split is None:
-            rows, test_rows = _cut(rows, config, "test_fraction")
-            splits["test"] = _select(train, test_rows[: config.max_test_samples])
-        train_rows, validation_rows = _cut(rows, config, "validation_fraction")
-        splits["train"] = _select(train, train_rows)
-        splits["validation"] = _select(train, validation_rows)
+        parts = _stream_parts if config.streaming else _drawn_parts
+        splits = {**parts(train, config), **splits}
+    if "test" in splits:
+        splits["test"] = _at_most(splits["test"], config.max_test_samples, config)
     return {name: splits[name] for name in names}
 
 
-def split_indices(splits: dict[str, Dataset]) -> dict[str, list[int]]:
-    """Row numbers of each split in the source, for the record of a run."""
+def training_rows(config: DataConfig, seed: int = 0) -> Rows:
+    """Training and validation rows together, for a finetune; a stream comes shuffled by `seed`."""
+    if not config.streaming:
+        return concatenate_datasets(list(load_splits(config).values()))
+    train = _source_split(_load_source(config), config, "train_split")
+    train = train if config.max_train_samples is None else train.take(config.max_train_samples)
+    rows = train.filter(_StreamPart(config, ("train", "validation")))
+    return rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+
+
+def split_record(splits: dict[str, Rows], config: DataConfig) -> dict[str, Any]:
+    """How a run's rows were split, for its folder: row numbers of each split in the source; for
+    streams the rule."""
+    if config.streaming:
+        rule = "row i: u = random.Random(f'{split_seed} {i}').random(); test below test_fraction "
+        rule += "(0 with a test_split), then validation below validation_fraction of the rest"
+        fractions = ("split_seed", "test_split", "test_fraction", "validation_fraction")
+        return {"rule": rule} | {name: getattr(config, name) for name in fractions}
     return {name: list(split[ROW]) for name, split in splits.items()}
 
 
@@ -61,7 +110,12 @@ def _load_source(config: DataConfig) -> DatasetDict:
     if "/" not in name and not os.path.isdir(name):  # a loader; else files are relative to name
         _check_files(files)
     try:
-        return load_dataset(name, data_files=files, **options)
+        if any(os.path.isfile(os.path.join(name, f)) for f in ("dataset_dict.json", "state.json")):
+            source = load_from_disk(name)  # what save_to_disk wrote
+            return source if isinstance(source, dict) else DatasetDict(train=source)
+        return load_dataset(
+            name, config.dataset_config, data_files=files, streaming=config.streaming, **options
+        )
     except Exception as error:  # datasets raises any kind here: files, formats, network, scripts
         cause = error.__cause__ or error
         reason = " ".join(str(cause).split())[:300]
@@ -80,33 +134,98 @@ def _temporary_cache() -> str:
 
 
 def _check_files(files: Any) -> None:
-    """InputError for a local path or pattern that matches no file."""
+    """InputError for a local path or pattern that matches no file, or an empty file."""
     if isinstance(files, dict):
         files = list(files.values())
     if isinstance(files, list):
         for file in files:
             _check_files(file)
-    elif files is not None and "://" not in files and not glob(files, recursive=True):
-        raise InputError(f"data_files: no such file: {files!r}")
+    elif files is not None and "://" not in files:
+        found = glob(files, recursive=True)
+        if not found:
+            raise InputError(f"data_files: no such file: {files!r}")
+        empty = [file for file in found if os.path.isfile(file) and not os.path.getsize(file)]
+        if empty:
+            raise InputError(f"data_files: {empty[0]!r}: the file is empty")
 
 
-def _source_split(source: DatasetDict, config: DataConfig, option: str) -> Dataset:
-    """The split that `option` names, with the row numbers; its columns and size are checked."""
+def _source_split(source: DatasetDict, config: DataConfig, option: str) -> Rows:
+    """The split that `option` names, its rows numbered, its images encoded; it is not empty."""
     name = getattr(config, option)
-    where = f"data set {config.dataset!r}"
+    where = _source_name(config, name)
     if name not in source:
         hint = "; null holds rows of the training split back" if option == "test_split" else ""
-        raise InputError(f"{option}={name!r}: {where} has only {', '.join(source)}{hint}")
-    split = source[name]
+        has = f"data set {config.dataset!r} has only {', '.join(source)}"
+        raise InputError(f"{option}={name!r}: {has}{hint}")
+    split = _keep_encoded(source[name])
+    if config.streaming:
+        if next(iter(split), None) is None:
+            raise InputError(f"{where}: has no sample in it")
+        return split.map(lambda row, i: {**row, ROW: i, SOURCE: where}, with_indices=True)
     if len(split) == 0:
-        raise InputError(f"{where}, split {name!r}: has no sample in it")
-    if not any(set(layout) <= set(split.column_names) for layout in LAYOUTS):
-        needed = ", or ".join(" and ".join(layout) for layout in LAYOUTS)
-        found = ", ".join(split.column_names)
-        raise InputError(f"{where}, split {name!r}: needs the columns {needed}; found: {found}")
-    if ROW in split.column_names:
-        split = split.remove_columns(ROW)
-    return split.add_column(ROW, list(range(len(split))))
+        raise InputError(f"{where}: has no sample in it")
+    split = split.remove_columns([c for c in (ROW, SOURCE) if c in split.column_names])
+    split = split.add_column(ROW, list(range(len(split))))
+    return split.add_column(SOURCE, [where] * len(split))
+
+
+def _source_name(config: DataConfig, split: str) -> str:
+    """The split's files, or data set and split; its dirname is what paths are relative to."""
+    files = config.data_files
+    if isinstance(files, dict):
+        files = files.get(split)
+    if files is not None and not os.path.isdir(config.dataset):
+        return files if isinstance(files, str) else " + ".join(files)
+    folder = os.path.isdir(config.dataset)
+    return f"{os.path.join(config.dataset, '') if folder else config.dataset}, split {split!r}"
+
+
+def _keep_encoded(split: Rows) -> Rows:
+    """Images as {"bytes", "path"}: whoever needs one opens it, and says which does not open."""
+    for column in IMAGE_COLUMNS:
+        feature = (split.features or {}).get(column)
+        if isinstance(feature, Image):
+            split = split.cast_column(column, Image(decode=False))
+        elif isinstance(feature, List) and isinstance(feature.feature, Image):
+            split = split.cast_column(column, List(Image(decode=False)))
+    return split
+
+
+def _drawn_parts(train: Dataset, config: DataConfig) -> dict[str, Dataset]:
+    """Train, validation (and, where there is no test split, test) rows, drawn at random."""
+    rows, parts = _shuffled(len(train), config)[: config.max_train_samples], {}
+    if config.test_split is None:
+        rows, parts["test"] = _cut(rows, config, "test_fraction")
+    parts["train"], parts["validation"] = _cut(rows, config, "validation_fraction")
+    return {name: train.select(sorted(rows)) for name, rows in parts.items()}
+
+
+def _stream_parts(train: IterableDataset, config: DataConfig) -> dict[str, IterableDataset]:
+    """The same of a stream."""
+    train = train if config.max_train_samples is None else train.take(config.max_train_samples)
+    names = ("train", "validation") if config.test_split else ("train", "validation", "test")
+    return {name: train.filter(_StreamPart(config, (name,))) for name in names}
+
+
+class _StreamPart:
+    """Whether a row of a stream belongs to one of these parts, by its number alone."""
+
+    def __init__(self, config: DataConfig, parts: tuple[str, ...]):
+        self.parts, self.seed = parts, config.split_seed
+        self.test = 0.0 if config.test_split else config.test_fraction
+        self.validation = self.test + (1 - self.test) * config.validation_fraction
+
+    def __call__(self, row: dict) -> bool:
+        u = random.Random(f"{self.seed} {row[ROW]}").random()
+        part = "test" if u < self.test else "validation" if u < self.validation else "train"
+        return part in self.parts
+
+
+def _at_most(rows: Rows, limit: int | None, config: DataConfig) -> Rows:
+    """A random choice of `limit` rows; the first ones of a stream."""
+    if config.streaming:
+        return rows if limit is None else rows.take(limit)
+    return rows.select(sorted(_shuffled(len(rows), config)[:limit]))
 
 
 def _shuffled(count: int, config: DataConfig) -> list[int]:
@@ -127,12 +246,8 @@ def _cut(rows: list[int], config: DataConfig, option: str) -> tuple[list[int], l
     return rows[held:], rows[:held]
 
 
-def _select(split: Dataset, rows: list[int]) -> Dataset:
-    return split.select(sorted(rows))
-
-
 def make_dataloader(
-    dataset: Dataset,
+    dataset: Rows,
     collate: Callable[[list[dict]], Any],
     batch_size: int,
     *,
@@ -143,23 +258,29 @@ def make_dataloader(
 ) -> DataLoader:
     """Batches of `batch_size` rows through `collate`; `seed` fixes the order of all epochs.
 
-    `drop_last` leaves an incomplete batch out, but never the only one.
+    `drop_last` leaves an incomplete batch out, but never the only one. A stream is shuffled within
+    a buffer of rows, and never drops the last batch.
     """
+    stream = isinstance(dataset, IterableDataset)
+    if stream and shuffle:
+        dataset = dataset.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+    if stream:
+        num_workers = min(num_workers, dataset.num_shards)
     return DataLoader(
         dataset,
         batch_size=batch_size,
-        shuffle=shuffle,
+        shuffle=shuffle and not stream,
         generator=_generator(seed),
         collate_fn=collate,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
-        drop_last=drop_last and len(dataset) >= batch_size,
+        drop_last=drop_last and not stream and len(dataset) >= batch_size,
         pin_memory=torch.cuda.is_available(),
     )
 
 
 def search_dataloaders(
-    splits: dict[str, Dataset],
+    splits: dict[str, Rows],
     collate: Callable[[list[dict]], Any],
     training: TrainingConfig,
     seed: int,

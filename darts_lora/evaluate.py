@@ -10,19 +10,18 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from datasets import Dataset
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from darts_lora.collator import IGNORED, Collator
+from darts_lora.collator import IGNORED, Collator, LabelCollator
 from darts_lora.config import DataConfig, ModelConfig
-from darts_lora.data import load_splits, make_dataloader
+from darts_lora.data import Rows, load_splits, make_collator, make_dataloader
 from darts_lora.errors import InputError
 from darts_lora.files import write_json
-from darts_lora.models import load_model, load_processor
+from darts_lora.models import load_model
 
 
 @dataclass
@@ -35,6 +34,8 @@ class EvaluateConfig:
     """Evaluate the base model without the adapter as well."""
     eval_batch_size: int = 64
     """Rows of a batch on each process."""
+    exact_match: bool = True
+    """Generate answers and count those that are the reference's; false: the loss alone, faster."""
     max_new_tokens: int | None = None
     """Longest generated answer (tokens); default: just enough for the batch's reference answers."""
 
@@ -53,7 +54,8 @@ def evaluate(
 
     Returns:
         "base" (where asked for) and "adapter" -> loss (mean per supervised token, natural log),
-        exact_match (share of rows, in [0, 1]), trainable_parameters (count), rows (count).
+        exact_match (share of rows, in [0, 1]; None where no answer is generated; of a
+        classification, the share of right labels), trainable_parameters (count), rows (count).
 
     Raises:
         InputError: no adapter there, an adapter of another model, or bad data.
@@ -65,12 +67,14 @@ def evaluate(
         )
     accelerator = Accelerator()
     rows = load_splits(data, ["test"])["test"]
-    collator = Collator(load_processor(model), data.max_length)
+    collator = make_collator(model, data)
+    collator.check(rows)
     # Recomputing activations is for training; generation would lose its cache to it.
     base = load_model(replace(model, gradient_checkpointing=False))
     adapted = _load_adapter(base, config.adapter).to(accelerator.device)
     options = {
         "batch_size": config.eval_batch_size,
+        "exact_match": config.exact_match,
         "max_new_tokens": config.max_new_tokens,
         "accelerator": accelerator,
     }
@@ -88,10 +92,8 @@ def evaluate(
 
 def _load_adapter(base: nn.Module, folder: str) -> PeftModel:
     try:
-        # "Trainable" only so that PEFT can count the parameters; dtypes as finetune trained them.
-        return PeftModel.from_pretrained(
-            base, folder, is_trainable=True, autocast_adapter_dtype=False
-        )
+        # "Trainable" only so that PEFT can count the parameters.
+        return PeftModel.from_pretrained(base, folder, is_trainable=True)
     except (ValueError, RuntimeError, OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(
@@ -103,10 +105,11 @@ def _load_adapter(base: nn.Module, folder: str) -> PeftModel:
 @torch.no_grad()
 def score(
     model: nn.Module,
-    rows: Dataset,
-    collator: Collator,
+    rows: Rows,
+    collator: Collator | LabelCollator,
     *,
     batch_size: int = 64,
+    exact_match: bool = True,
     max_new_tokens: int | None = None,
     accelerator: Accelerator | None = None,
     name: str = "evaluate",
@@ -114,53 +117,51 @@ def score(
     """Loss and exact match of a model on rows, each row once, over all processes.
 
     An answer counts as exact where the greedy continuation of its prompt, without special tokens
-    and surrounding blanks, is the reference.
+    and surrounding blanks, is the reference; a label where it is the most probable one.
 
     Returns:
-        loss (mean per supervised token, natural log), exact_match (share of rows, in [0, 1]),
-        rows (count), supervised_tokens (count).
+        loss (mean per supervised token or row, natural log), exact_match (share of rows, in [0, 1];
+        None for rows without a prompt, or if not asked for), rows (count), supervised_tokens
+        (count; labels of a classification).
     """
     accelerator = accelerator or Accelerator()
     model.eval()
-    loader = make_dataloader(rows, _EvaluationBatch(collator), batch_size)
+    loader = make_dataloader(rows, collator.evaluation if exact_match else collator, batch_size)
     loader = accelerator.prepare_data_loader(loader, device_placement=True)
     totals = torch.zeros(4, dtype=torch.float64)
     for batch in tqdm(loader, name, unit="batch", disable=not accelerator.is_main_process):
-        losses, tokens = _row_losses(model, batch["whole"])
-        exact = _exact(model, batch["prompt"], batch["answers"], collator.tokenizer, max_new_tokens)
-        exact = torch.tensor(exact, device=losses.device)
-        values = torch.stack([losses, tokens, exact, torch.ones_like(losses)], dim=1)
+        batch = batch if exact_match else {"whole": batch}
+        losses, tokens, right = _row_losses(model, batch["whole"])
+        if "answers" in batch:
+            prompt, answers = batch["prompt"], batch["answers"]
+            right = _exact(model, prompt, answers, collator.tokenizer, max_new_tokens)
+            right = torch.tensor(right, device=losses.device)
+        values = torch.stack([losses, tokens, right, torch.ones_like(losses)], dim=1)
         totals += accelerator.gather_for_metrics(values).double().sum(0).cpu()
-    loss, tokens, exact, count = totals.tolist()
+    loss, tokens, right, count = totals.tolist()
     return {
         "loss": loss / tokens if math.isfinite(loss) else None,
-        "exact_match": exact / count,
+        "exact_match": right / count if math.isfinite(right) else None,
         "rows": int(count),
         "supervised_tokens": int(tokens),
     }
 
 
-class _EvaluationBatch:
-    """Rows -> whole conversations with labels, prompts to continue, reference answers."""
-
-    def __init__(self, collator: Collator):
-        self.collator = collator
-
-    def __call__(self, rows: list[dict]) -> dict[str, Any]:
-        prompt, answers = self.collator.prompts(rows)
-        return {"whole": self.collator(rows), "prompt": prompt, "answers": answers}
-
-
-def _row_losses(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Sum of the losses and number of the supervised tokens of each row, float32 (rows,)."""
+def _row_losses(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of the losses, number of the supervised tokens and whether the label is right (NaN where
+    rows have no label), of each row, float32 (rows,)."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
+    if batch["labels"].dim() == 1:  # classification
+        logits, targets = model(**inputs).logits.float(), batch["labels"]
+        losses = cross_entropy(logits, targets, reduction="none")
+        return losses, torch.ones_like(losses), (logits.argmax(-1) == targets).float()
     targets = batch["labels"][:, 1:]
     supervised = targets != IGNORED
     # Float32 logits of the supervised tokens only: all of them would take gigabytes.
     logits = model(**inputs, use_cache=False).logits[:, :-1][supervised].float()
     losses = cross_entropy(logits, targets[supervised], reduction="none")
     sums = losses.new_zeros(len(targets)).index_add_(0, supervised.nonzero()[:, 0], losses)
-    return sums, supervised.sum(1).float()
+    return sums, supervised.sum(1).float(), torch.full_like(sums, math.nan)
 
 
 def _exact(

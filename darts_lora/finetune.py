@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -15,8 +15,9 @@ import peft
 import torch
 import transformers
 from accelerate import PartialState
-from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.helpers import disable_input_dtype_casting
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     ProgressCallback,
@@ -26,13 +27,14 @@ from transformers import (
     set_seed,
 )
 
-from darts_lora.collator import Collator
+from darts_lora.collator import Collator, LabelCollator
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig, check_writable
-from darts_lora.data import load_splits
+from darts_lora.data import Rows, make_collator, training_rows
 from darts_lora.errors import InputError
-from darts_lora.files import write_json
-from darts_lora.genotype import Genotype
-from darts_lora.models import load_model, load_processor
+from darts_lora.files import write_json, write_whole
+from darts_lora.genotype import Genotype, pad_to_max_rank
+from darts_lora.models import load_model
+from darts_lora.targets import match_modules, match_saved_modules, task_type
 
 SUPERNET_NAME = "supernet.safetensors"
 
@@ -46,11 +48,16 @@ class FinetuneConfig:
     rank: int | None = None
     """Uniform baseline: this rank for every layer of the genotype; default: the genotype's own."""
     target_modules: str | list[str] = "all-linear"
-    """Layers of a uniform baseline without a genotype, as in PEFT."""
+    """Layers of a uniform baseline without a genotype, as in a search."""
     scaling: float = 2.0
     """lora_alpha / r of a uniform baseline without a genotype."""
     init: Literal["scratch", "inherit"] = "scratch"
     """scratch: fresh LoRA weights; inherit: those that the search left beside the genotype."""
+    adapter_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Data type of the LoRA weights. float32 on a base in 16 bits trains under autocast."""
+    pad_to_max: bool = False
+    """Save the adapter a second time, with zeros up to the largest rank for all layers, in
+    output_dir/padded: for engines that ignore rank_pattern."""
     output_dir: str = "runs/finetune"
     """Folder for the adapter, finetune.json and config.yaml."""
     seed: int = 0
@@ -59,6 +66,10 @@ class FinetuneConfig:
     def __post_init__(self):
         if self.init not in ("scratch", "inherit"):
             raise InputError(f"init={self.init!r}: must be one of scratch, inherit")
+        if self.adapter_dtype not in ("float32", "bfloat16"):
+            raise InputError(
+                f"adapter_dtype={self.adapter_dtype!r}: must be one of float32, bfloat16"
+            )
         if self.rank is None and self.genotype is None:
             raise InputError("genotype=None: give a genotype, or a rank for a uniform baseline")
         if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
@@ -86,16 +97,19 @@ def finetune(
     """
     check_writable(config.output_dir)
     genotype = _load_genotype(config.genotype)
-    collator = Collator(load_processor(model), data.max_length)
-    rows = concatenate_datasets(list(load_splits(data).values()))
+    collator = make_collator(model, data)
+    rows = training_rows(data, config.seed)
     share = collator.check(rows)
+    set_seed(config.seed)  # the initialisation of a new head, and of the LoRA weights
     base = load_model(model)  # the slowest, so behind what can be wrong before it
-    set_seed(config.seed)  # the LoRA weights' initialisation
+    set_seed(config.seed)
     adapted = add_adapter(base, config, genotype)
     record = {"genotype": config.genotype, "rank": config.rank, "init": config.init}
-    record |= {"rows": len(rows), "supervised_share": share}
+    record |= {"rows": None if data.streaming else len(rows), "supervised_share": share}
     record |= train(adapted, rows, collator, training, config.output_dir, seed=config.seed)
     if PartialState().is_main_process:
+        if config.pad_to_max:
+            save_padded(config.output_dir, os.path.join(config.output_dir, "padded"))
         write_json(os.path.join(config.output_dir, "finetune.json"), record)
     return adapted, record
 
@@ -110,31 +124,45 @@ def _load_genotype(path: str | None) -> Genotype | None:
 
 
 def add_adapter(base: nn.Module, config: FinetuneConfig, genotype: Genotype | None) -> PeftModel:
-    """`base` with fresh or inherited LoRA weights, in the dtype of the base's weights.
+    """`base` with fresh or inherited LoRA weights.
 
     Raises:
         InputError: layers that are not in the model, or no searched weights to inherit.
     """
     if genotype is None:
-        lora_config = LoraConfig(
-            r=config.rank,
-            lora_alpha=config.scaling * config.rank,
-            target_modules=config.target_modules,
-        )
-    else:
-        if config.rank is not None:
-            ranks = dict.fromkeys(genotype.ranks, config.rank)
-            genotype = Genotype(ranks, genotype.scaling, base_model=genotype.base_model)
-        genotype = genotype.with_shapes(base)
-        lora_config = genotype.to_lora_config(base)
-    try:
-        # Float32 adapters on a bfloat16 base would make float32 copies of all activations.
-        model = get_peft_model(base, lora_config, autocast_adapter_dtype=False)
-    except ValueError as error:
-        raise InputError(f"target_modules={config.target_modules!r}: {error}") from error
+        names = match_modules(base, config.target_modules)
+        saved = match_saved_modules(base, None)
+        genotype = Genotype(dict.fromkeys(names, 1), config.scaling, modules_to_save=saved)
+    if config.rank is not None:
+        genotype = replace(genotype, ranks=dict.fromkeys(genotype.ranks, config.rank))
+    genotype = genotype.with_shapes(base)
+    lora_config = genotype.to_lora_config(base, task_type=task_type(base))
+    model = get_peft_model(base, lora_config)
     if config.init == "inherit":
         _inherit(model, genotype, os.path.join(os.path.dirname(config.genotype), SUPERNET_NAME))
+    if config.adapter_dtype == "bfloat16":
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.bfloat16()
     return model
+
+
+def save_padded(adapter: str, output_dir: str) -> None:
+    """A saved adapter with zeros up to its largest rank, and one rank for all modules: the same
+    outputs for engines that read r and lora_alpha alone.
+
+    Args:
+        adapter, output_dir: folders, in PEFT's format.
+    """
+    config = LoraConfig.from_pretrained(adapter)
+    state = pad_to_max_rank(load_file(os.path.join(adapter, "adapter_model.safetensors")))
+    scaling = config.lora_alpha / config.r
+    # the largest rank of what is there; the scaling is the same for all
+    config.r = max(value.shape[0] for key, value in state.items() if ".lora_A." in key)
+    config.lora_alpha, config.rank_pattern, config.alpha_pattern = scaling * config.r, {}, {}
+    config.save_pretrained(output_dir)
+    path = os.path.join(output_dir, "adapter_model.safetensors")
+    write_whole(path, lambda temporary: save_file(state, temporary, {"format": "pt"}))
 
 
 def _inherit(model: PeftModel, genotype: Genotype, path: str) -> None:
@@ -152,8 +180,8 @@ def _inherit(model: PeftModel, genotype: Genotype, path: str) -> None:
 
 def train(
     model: PeftModel,
-    dataset: Dataset,
-    collator: Collator,
+    dataset: Rows,
+    collator: Collator | LabelCollator,
     training: TrainingConfig,
     output_dir: str,
     *,
@@ -168,6 +196,12 @@ def train(
     Raises:
         InputError: a loss that is not finite; the adapter of output_dir/checkpoint stays.
     """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    # Float32 adapters on a base in 16 bits: without autocast, PEFT copies activations to float32.
+    half = model.dtype in (torch.bfloat16, torch.float16)
+    if half and training.mixed_precision == "no" and trainable[0].dtype == torch.float32:
+        precision = "bf16" if model.dtype == torch.bfloat16 else "fp16"
+        training = replace(training, mixed_precision=precision)
     trainer = _Trainer(
         model=model,
         args=_arguments(training, output_dir, seed),
@@ -178,7 +212,8 @@ def train(
     trainer.remove_callback(ProgressCallback)  # prints whole dictionaries
     trainer.add_callback(_Progress)
     start = time.perf_counter()
-    trainer.train()
+    with disable_input_dtype_casting(model, active=half):
+        trainer.train()
     seconds = time.perf_counter() - start
     if trainer.is_world_process_zero():
         model.save_pretrained(output_dir)
@@ -206,6 +241,7 @@ def _arguments(training: TrainingConfig, output_dir: str, seed: int) -> Training
         remove_unused_columns=False,  # the collator reads the columns
         label_names=["labels"],
         report_to=["tensorboard"] if find_spec("tensorboard") else [],
+        use_cpu=PartialState().device.type == "cpu",  # else it refuses bf16 there
         seed=seed,
     )
 

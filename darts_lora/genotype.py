@@ -4,6 +4,7 @@ Not here: how ranks are chosen (discretize.py) and retrained (finetune.py)."""
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterable
@@ -11,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -20,7 +22,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from darts_lora.errors import InputError
 from darts_lora.files import write_json
-from darts_lora.mixed_linear import branch_columns
+from darts_lora.mixed_linear import branch_columns, linear_shape
 
 if TYPE_CHECKING:
     from darts_lora.supernet import Supernet
@@ -49,6 +51,8 @@ class Genotype:
     """How the search's weights were shared between ranks."""
     probabilities: dict[str, list[float]] | None = None
     """Module name -> probability of each candidate at the end of the search."""
+    modules_to_save: list[str] = field(default_factory=list)
+    """Names of the modules that are trained in full and saved with the adapter."""
     base_model: str | None = None
     """Hub name or path of the model that was searched."""
     found_by: dict[str, Any] = field(default_factory=dict)
@@ -78,13 +82,14 @@ class Genotype:
             candidates=candidates,
             branches=supernet.config.branches,
             probabilities=dict(zip(names, probabilities.tolist(), strict=True)),
+            modules_to_save=list(supernet.saved_modules),
             base_model=getattr(model_config, "_name_or_path", None) or None,
             found_by={"budget_parameters": supernet.budget},
         )
 
     @property
     def num_parameters(self) -> int:
-        """Trainable parameters of the derived adapter.
+        """Trainable parameters of the derived adapter, without modules_to_save.
 
         Raises:
             InputError: the shapes of the layers are not known (a file with ranks alone).
@@ -108,7 +113,8 @@ class Genotype:
         """
         modules = dict(model.named_modules())
         names = dict(zip(self.ranks, _current_names(self.ranks, modules, model), strict=True))
-        linear = {name for name, module in modules.items() if hasattr(module, "in_features")}
+        linear = {name: linear_shape(module) for name, module in modules.items()}
+        linear = {name: shape for name, shape in linear.items() if shape is not None}
         missing = [old for old, new in names.items() if new not in linear]
         if missing:
             raise InputError(
@@ -117,18 +123,23 @@ class Genotype:
                 f"({self.base_model or 'unknown'})?"
             )
         renamed = {**asdict(self), "ranks": {names[n]: r for n, r in self.ranks.items()}}
-        renamed["shapes"] = {
-            new: (modules[new].in_features, modules[new].out_features) for new in names.values()
-        }
+        renamed["shapes"] = {new: linear[new] for new in names.values()}
         if self.probabilities is not None:
             renamed["probabilities"] = {names[n]: p for n, p in self.probabilities.items()}
         return Genotype(**renamed)
 
-    def to_lora_config(self, model: nn.Module | None = None, **options) -> LoraConfig:
-        """A PEFT LoraConfig that gives each module its rank, with lora_alpha / r constant.
+    def to_lora_config(
+        self, model: nn.Module | None = None, *, pad_to_max: bool = False, **options
+    ) -> LoraConfig:
+        """A PEFT LoraConfig that gives each module its rank, with the same scaling for all.
+
+        The scaling is lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora=True`; lora_alpha is
+        chosen so that it is this genotype's, and constant over the modules, in both.
 
         Args:
             model: where given, every module must be in it and every key must match one module.
+            pad_to_max: the largest rank for every adapted module and no patterns, for engines that
+                ignore patterns; pad_to_max_rank makes the weights for it.
             options: further LoraConfig fields (lora_dropout, task_type ...).
 
         Raises:
@@ -140,13 +151,19 @@ class Genotype:
             raise InputError("genotype: every rank is 0, there is nothing to train")
         largest = max(ranks.values())
         pattern = {key: rank for key, rank in genotype.rank_pattern.items() if rank != largest}
+        pattern = {} if pad_to_max else pattern
+        divisor = math.sqrt if options.get("use_rslora") else float
+        if model is not None and all(hasattr(model.get_submodule(name), "nx") for name in ranks):
+            options.setdefault("fan_in_fan_out", True)  # transformers' Conv1D stores W transposed
+        if self.modules_to_save:
+            options.setdefault("modules_to_save", self.modules_to_save)
         lora_config = LoraConfig(
             r=largest,
-            lora_alpha=self.scaling * largest,
+            lora_alpha=self.scaling * divisor(largest),
             # a string is matched in full, a list would match suffixes of other names as well
             target_modules="|".join(re.escape(name) for name in ranks),
             rank_pattern=pattern,
-            alpha_pattern={key: self.scaling * rank for key, rank in pattern.items()},
+            alpha_pattern={key: self.scaling * divisor(rank) for key, rank in pattern.items()},
             **options,
         )
         if model is not None:
@@ -161,7 +178,8 @@ class Genotype:
 
         Returns:
             "base_model.model.<name>.lora_A.weight" (rank, in) and "...lora_B.weight" (out, rank)
-            of every adapted module, in the supernet's dtype, on its device.
+            of every adapted module, and the weights of modules_to_save; in the supernet's dtype, on
+            its device.
 
         Raises:
             InputError: the file cannot be read, or a module or rank is not in the supernet.
@@ -177,6 +195,10 @@ class Genotype:
                 a, b = searched[f"{name}.lora_A"][columns], searched[f"{name}.lora_B"][:, columns]
                 state[f"{PEFT_PREFIX}{name}.lora_A.weight"] = a.detach().clone()
                 state[f"{PEFT_PREFIX}{name}.lora_B.weight"] = b.detach().clone()
+        saved = tuple(f"{name}." for name in self.modules_to_save)
+        for key, value in searched.items():
+            if key.startswith(saved) and saved:
+                state[f"{PEFT_PREFIX}{key}"] = value.detach().clone()
         return state
 
     def save(self, path: str | os.PathLike) -> None:
@@ -218,6 +240,23 @@ class Genotype:
         if genotype.shapes is not None:
             genotype.shapes = {name: tuple(shape) for name, shape in genotype.shapes.items()}
         return genotype
+
+
+def pad_to_max_rank(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An adapter's weights with zeros up to its largest rank: the same outputs, one rank for all.
+
+    Args:
+        state: keys and tensors of an adapter_model.safetensors.
+    """
+    largest = max(value.shape[0] for key, value in state.items() if ".lora_A." in key)
+    padded = {}
+    for key, value in state.items():
+        if ".lora_A." in key:
+            value = F.pad(value, (0, 0, 0, largest - value.shape[0]))
+        elif ".lora_B." in key:
+            value = F.pad(value, (0, largest - value.shape[1]))
+        padded[key] = value
+    return padded
 
 
 def _read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:

@@ -26,6 +26,18 @@ def branch_columns(ranks: tuple[int, ...], rank: int, branches: str) -> slice:
     return slice(start, start + rank)
 
 
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(in_features, out_features) of a linear-like module, None for any other module.
+
+    transformers' Conv1D, the linear layer of GPT-2, calls them nx and nf.
+    """
+    for names in (("in_features", "out_features"), ("nx", "nf")):
+        shape = tuple(getattr(module, name, None) for name in names)
+        if all(isinstance(size, int) for size in shape):
+            return shape
+    return None
+
+
 class MixedRankLinear(nn.Module):
     """A frozen linear layer plus K low-rank branches, mixed by gates, in two matrix products:
 
@@ -36,15 +48,16 @@ class MixedRankLinear(nn.Module):
     branches have R = max(ranks) and rank r is the first r columns.
 
     Args:
-        base_layer: any module with `in_features` and `out_features`; it is frozen.
+        base_layer: any linear-like module (see linear_shape), quantized or not; it is frozen, and
+            nothing but its call and its device is used.
         ranks: K candidate ranks, distinct integers >= 0; 0 means no adapter.
         scaling: s, the same for all ranks, PEFT's lora_alpha / r.
         branches: "independent" or "nested".
         dropout: dropout probability of the branches' input.
+        dtype: of A and B. They are used in the dtype of the activations, which are never copied.
 
     Attributes:
-        lora_A, lora_B: float32 parameters (R, in) and (out, R). They are used in the dtype of the
-            activations, which are never copied to float32.
+        lora_A, lora_B: parameters (R, in) and (out, R), of `dtype`.
         alpha: float32 parameter (K,), the architecture weights, zeros at the start.
         gates: g for the coming forwards, (R,) or one row per example (rows, R), set by a Supernet;
             None: softmax(alpha) decides.
@@ -63,10 +76,14 @@ class MixedRankLinear(nn.Module):
         scaling: float = 2.0,
         branches: Literal["independent", "nested"] = "independent",
         dropout: float = 0.0,
+        dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
         self.ranks = check_ranks(ranks)
-        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        shape = linear_shape(base_layer)
+        if shape is None:
+            raise InputError(f"base_layer: a {type(base_layer).__name__} is not a linear layer")
+        self.in_features, self.out_features = shape
         smaller = min(self.in_features, self.out_features)
         if self.ranks[-1] > smaller:
             raise InputError(
@@ -86,9 +103,11 @@ class MixedRankLinear(nn.Module):
         device = next((t.device for t in base_layer.parameters()), None)
         columns = sum(self.ranks) if branches == "independent" else self.ranks[-1]
         self.lora_A = nn.Parameter(torch.empty(columns, self.in_features, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, columns, device=device))
+        b = torch.zeros(self.out_features, columns, device=device, dtype=dtype)
+        self.lora_B = nn.Parameter(b)
         self.alpha = nn.Parameter(torch.zeros(len(self.ranks), device=device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as PEFT; the same for any R
+        self.lora_A.data = self.lora_A.data.to(dtype)
         membership = torch.zeros(columns, len(self.ranks), device=device)
         for k, rank in enumerate(self.ranks):
             membership[branch_columns(self.ranks, rank, branches), k] = 1

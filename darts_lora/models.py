@@ -6,32 +6,59 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import torch
+from accelerate import PartialState
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
     AutoProcessor,
+    AutoTokenizer,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
+    TorchAoConfig,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from darts_lora.config import ModelConfig
 from darts_lora.errors import InputError
 
 EMBEDDED = Path(__file__).parent / "embedded"
+# What a message of a missing package says -> the extra of this package that brings it.
+EXTRAS = {
+    "torchvision": "vision",
+    "bitsandbytes": "quantization",
+    "torchao": "quantization",
+    "gguf": "smollm2",
+}
 
 
 def load_model(config: ModelConfig) -> PreTrainedModel:
-    """The base model with its weights, on the CPU, in evaluation mode.
+    """The base model with its weights, in evaluation mode; on the CPU, or, quantized, on the device
+    of this process.
 
     Raises:
         InputError: the model is not there, or its files cannot be loaded.
     """
-    model = _load(auto_class(_load(AutoConfig, config)), config, dtype=config.dtype)
+    options = {"dtype": config.dtype}
+    if config.gguf_file is not None:
+        options["gguf_file"] = config.gguf_file
+    if config.quantization is not None:
+        options["quantization_config"] = _quantization(config)
+        options["device_map"] = {"": PartialState().device}
+    model_config = load_model_config(config)
+    model = _load(auto_class(model_config, config.task), config, config=model_config, **options)
+    for module in model.modules():
+        # With it, bitsandbytes packs 4-bit weights anew at the first evaluation on some CPUs, and
+        # no gradient passes them from then on.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     if config.gradient_checkpointing:
         # The re-entrant kind gives no gradients where, as here, the model's input needs none.
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -39,11 +66,38 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     return model
 
 
-def auto_class(config: PretrainedConfig) -> type:
+def load_model_config(config: ModelConfig) -> PretrainedConfig:
+    """transformers' configuration of the model; reads no weights.
+
+    Raises:
+        InputError: the model is not there, or its configuration cannot be read.
+    """
+    options = {} if config.num_labels is None else {"num_labels": config.num_labels}
+    if config.gguf_file is not None:
+        options["gguf_file"] = config.gguf_file
+    return _load(AutoConfig, config, **options)
+
+
+def auto_class(config: PretrainedConfig, task: str = "auto") -> type:
     """The Auto class that builds a model of this configuration."""
+    if is_classifier(config, task):
+        return AutoModelForSequenceClassification
     if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return AutoModelForImageTextToText
     return AutoModelForCausalLM
+
+
+def is_classifier(config: PretrainedConfig, task: str = "auto") -> bool:
+    """Whether the task is to classify rows; "auto": whether the checkpoint has a head for it."""
+    if task == "auto":
+        classifiers = set(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values())
+        return bool(classifiers & set(config.architectures or ()))
+    return task == "classification"
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """Longest sequence that the model's positions allow (tokens), None where it does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def load_processor(config: ModelConfig) -> ProcessorMixin | PreTrainedTokenizerBase:
@@ -52,24 +106,46 @@ def load_processor(config: ModelConfig) -> ProcessorMixin | PreTrainedTokenizerB
     Raises:
         InputError: it is not there, or cannot be loaded.
     """
-    processor = _load(AutoProcessor, config)
+    if config.gguf_file is not None:
+        processor = _load(AutoTokenizer, config, gguf_file=config.gguf_file)
+    else:
+        processor = _load(AutoProcessor, config)
     tokenizer = getattr(processor, "tokenizer", processor)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # labels mask padding by position, not by token
     return processor
 
 
-def _load(loader: type, config: ModelConfig, **options):
-    name = config.model_name_or_path
+def _quantization(config: ModelConfig) -> BitsAndBytesConfig | TorchAoConfig:
+    """Weights of the base in 4 bits (QLoRA, arXiv 2305.14314) or 8 bits."""
+    if config.quantization == "int8":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        return TorchAoConfig(Int8WeightOnlyConfig())
+    compute = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
+    return BitsAndBytesConfig(
+        load_in_8bit=config.quantization == "8bit",
+        load_in_4bit=config.quantization == "4bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )
+
+
+def _load(loader: type, model: ModelConfig, /, **options):
+    name = model.model_name_or_path
     source = str(EMBEDDED / "model") if name == "embedded" else name
     try:
-        return loader.from_pretrained(source, trust_remote_code=config.trust_remote_code, **options)
+        return loader.from_pretrained(source, trust_remote_code=model.trust_remote_code, **options)
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        kind = (
-            "cannot be loaded" if os.path.isdir(source) else "no local folder, no model of the hub"
-        )
+        reason = " ".join(str(error).split())
+        extras = {extra for package, extra in EXTRAS.items() if package in reason.lower()}
+        if extras:
+            advice = " and ".join(f'pip install "darts_lora[{extra}]"' for extra in sorted(extras))
+        else:
+            advice = "give a hub name, a folder written by save_pretrained, or embedded"
+        local = os.path.isdir(source) or extras
+        kind = "cannot be loaded" if local else "no local folder, no model of the hub"
         raise InputError(
-            f"model_name_or_path={name!r}: {kind} ({reason}); "
-            "give a hub name, a folder written by save_pretrained, or embedded"
+            f"model_name_or_path={name!r}: {kind} ({reason[:300]}); {advice}"
         ) from error

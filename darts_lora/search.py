@@ -16,8 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, gather_object, set_seed
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
@@ -86,7 +85,7 @@ class RankSearch:
                 "or alpha is never trained"
             )
         for name, loader in (("train", train_dataloader), ("validation", val_dataloader)):
-            if len(loader) == 0:
+            if not isinstance(loader.dataset, IterableDataset) and len(loader) == 0:
                 raise InputError(f"{name} data loader: gives no batch")
         if output_dir is not None:
             check_writable(output_dir)
@@ -94,7 +93,7 @@ class RankSearch:
             mixed_precision=self.training.mixed_precision,
             # one order of rows for all processes, although each draws samples of its own
             dataloader_config=DataLoaderConfiguration(
-                use_seedable_sampler=True, data_seed=config.seed
+                use_seedable_sampler=True, data_seed=config.seed, dispatch_batches=False
             ),
         )
         set_seed(config.seed, device_specific=True)
@@ -104,9 +103,6 @@ class RankSearch:
 
     def _prepare(self, train_dataloader: DataLoader, val_dataloader: DataLoader) -> None:
         supernet, training = self.supernet, self.training
-        # alpha is replicated and reduced by the Architect: DDP must not wait for its gradient
-        alphas = [f"{name}.alpha" for name in supernet.layers]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(supernet.model, alphas)
         optimizer = torch.optim.AdamW(
             supernet.weight_parameters(),
             lr=training.learning_rate,

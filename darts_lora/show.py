@@ -1,4 +1,4 @@
-"""A genotype as tables for the screen: ranks by layer and module type, parameters by part.
+"""What the screen shows: a genotype's ranks by layer and module type, a batch, a supernet's layers.
 Not here: what goes to TensorBoard (tensorboard.py) and the verdict's words (verdict.py)."""
 
 from __future__ import annotations
@@ -6,10 +6,15 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 
+import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
+from darts_lora.collator import IGNORED
 from darts_lora.genotype import Genotype
+from darts_lora.supernet import Supernet
+from darts_lora.targets import model_parts
 
 _LAYER_NUMBER = re.compile(r"^(?P<part>.*?)\.(?P<layer>\d+)\.(?P<kind>.+)$")
 
@@ -63,3 +68,72 @@ def show(genotype: Genotype, console: Console | None = None) -> None:
             f"{adapted} of {len(genotype.ranks)} layers adapted, "
             f"{genotype.num_parameters:,} trainable parameters"
         )
+
+
+def show_batch(batch: dict[str, Tensor], tokenizer, console: Console | None = None) -> None:
+    """Print the tensors of a batch, the text of its first row, and what of it the loss counts."""
+    console = console or Console()
+    table = Table(title="one batch", title_justify="left")
+    for column in ("tensor", "shape", "type"):
+        table.add_column(column)
+    for name, value in batch.items():
+        table.add_row(name, str(list(value.shape)), str(value.dtype).removeprefix("torch."))
+    console.print(table)
+    tokens, labels = batch["input_ids"][0], batch["labels"][0]
+    console.print("first row:", style="bold")
+    console.print(_decoded(tokenizer, tokens[batch["attention_mask"][0] == 1]), markup=False)
+    console.print("its label:" if labels.dim() == 0 else "what is learnt of it:", style="bold")
+    if labels.dim() == 0:
+        console.print(int(labels))
+        return
+    console.print(_decoded(tokenizer, labels[labels != IGNORED]), markup=False)
+    share = (batch["labels"] != IGNORED).sum() / batch["attention_mask"].sum()
+    console.print(f"{float(share):.1%} of the batch's tokens are supervised")
+
+
+def _decoded(tokenizer, tokens: Tensor) -> str:
+    """The text, with a run of one token (an image's, as a rule) written once: <image> x 576."""
+    values, counts = torch.unique_consecutive(tokens, return_counts=True)
+    pieces, run = [], []
+    for value, count in zip(values.tolist(), counts.tolist(), strict=True):
+        if count < 4:
+            run += [value] * count
+            continue
+        pieces += [tokenizer.decode(run), f"{tokenizer.decode([value])} x {count} "]
+        run = []
+    return "".join([*pieces, tokenizer.decode(run)])
+
+
+def show_supernet(supernet: Supernet, console: Console | None = None) -> None:
+    """Print what is searched: module types with their number, shape and parameters at rank 1."""
+    console = console or Console()
+    parts = model_parts(supernet.model)
+    table = Table(title="searched layers", title_justify="left")
+    table.add_column("module")
+    table.add_column("part")
+    for column in ("layers", "in -> out", "parameters at rank 1"):
+        table.add_column(column, justify="right")
+    for group, kinds in by_part(supernet.layers).items():
+        for kind, names in kinds.items():
+            layers = [supernet.layers[name] for name in names.values()]
+            shapes = dict.fromkeys((layer.in_features, layer.out_features) for layer in layers)
+            table.add_row(
+                group if kind == "-" else f"{group}.*.{kind}",
+                parts.get(next(iter(names.values())), "-"),
+                str(len(layers)),
+                ", ".join(f"{i} -> {o}" for i, o in shapes),
+                f"{sum(layer.in_features + layer.out_features for layer in layers):,}",
+            )
+    console.print(table)
+    for name in supernet.saved_modules:
+        console.print(f"trained in full and saved with the adapter: {name}", markup=False)
+    searched = sum(p.numel() for p in supernet.weight_parameters())
+    whole = sum(p.numel() for p in supernet.model.parameters())
+    console.print(
+        f"{len(supernet.layers)} layers, candidate ranks {list(supernet.config.ranks)}; budget "
+        f"{'none' if supernet.budget is None else f'{supernet.budget:,.0f} parameters'}; uniform "
+        f"rank 1: {supernet.parameters_per_rank:,}; the search trains {searched:,} weights beside "
+        f"{whole - searched - supernet.stacked_alpha().numel():,} frozen ones",
+        markup=False,
+        highlight=False,
+    )

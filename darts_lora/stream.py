@@ -10,6 +10,8 @@ from typing import Any
 from accelerate import skip_first_batches
 from torch.utils.data import DataLoader
 
+from darts_lora.errors import InputError
+
 
 class BatchStream:
     """Endless batches of a data loader that accelerate prepared; each epoch in its own order.
@@ -32,7 +34,11 @@ class BatchStream:
         except StopIteration:
             epoch, taken = epoch + 1, 0
             self._batches = self._open(epoch, taken)
-            batch = next(self._batches)
+            batch = next(self._batches, None)
+            if batch is None:
+                raise InputError(
+                    "a data loader gives no batch: its split has too few rows"
+                ) from None
         self.position = (epoch, taken + 1)
         return batch
 

@@ -4,52 +4,24 @@ groups, takes the layers out again. Not here: arithmetic of a layer, or any opti
 from __future__ import annotations
 
 import contextlib
-import difflib
+import copy
 
 import torch
 from einops import einsum
-from peft import LoraConfig
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from darts_lora.config import SearchConfig
 from darts_lora.cost import parameters_per_rank, rank_costs, resolve_budget
 from darts_lora.errors import InputError
-from darts_lora.mixed_linear import MixedRankLinear
+from darts_lora.mixed_linear import MixedRankLinear, linear_shape
 from darts_lora.relaxation import Relaxation, sample
-
-
-def match_modules(
-    model: nn.Module,
-    target_modules: str | list[str],
-    exclude_modules: str | list[str] | None = None,
-) -> list[str]:
-    """Names of the modules that PEFT would put a LoRA on, in the model's order; PEFT decides.
-
-    Raises:
-        InputError: nothing matches; the message names the nearest module names.
-    """
-    lora = LoraConfig(target_modules=target_modules, exclude_modules=exclude_modules)
-    lora = _maybe_include_all_linear_layers(lora, model)
-    names = [name for name, _ in model.named_modules() if name]
-    matched = [name for name in names if check_target_module_exists(lora, name)]
-    if not matched:
-        wanted = [target_modules] if isinstance(target_modules, str) else list(target_modules)
-        known = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if _linear_like(m)})
-        near = [m for w in wanted for m in difflib.get_close_matches(w, known + names, cutoff=0.3)]
-        raise InputError(
-            f"target_modules={target_modules!r}, exclude_modules={exclude_modules!r}: matches no "
-            f"module; nearest names: {', '.join(dict.fromkeys(near or known))}"
-        )
-    return matched
-
-
-def _linear_like(module: nn.Module) -> bool:
-    return hasattr(module, "in_features") and hasattr(module, "out_features")
+from darts_lora.targets import match_modules, match_saved_modules
 
 
 class Supernet:
-    """A model whose target layers hold rank branches and alphas; all else is frozen.
+    """A model whose target layers hold rank branches and alphas; all else is frozen, but the
+    modules of config.modules_to_save: copies of them are trained in full, as in PEFT.
 
     Before each forward of `model`, the gates of all layers are drawn in one stacked operation; they
     stay until the next forward, so gradient checkpointing (non-reentrant) recomputes with the same.
@@ -62,6 +34,7 @@ class Supernet:
 
     Attributes:
         layers: name -> MixedRankLinear, in the model's order (N of them).
+        saved_modules: name -> module that is trained in full; the budget does not count it.
         costs: (N, K) float64, trainable parameters of each candidate.
         budget: trainable parameters, None without a budget.
         relaxation, temperature: what the next forwards use; a search loop changes them.
@@ -75,10 +48,12 @@ class Supernet:
         self.model, self.config = model, config
         self.relaxation: Relaxation = config.relaxation
         self.temperature = config.temperature[0]
+        saved = match_saved_modules(model, config.modules_to_save)
         names = match_modules(model, config.target_modules, config.exclude_modules)
-        targets = {name: model.get_submodule(name) for name in names}
+        inside = tuple(f"{name}." for name in saved)
+        targets = {n: model.get_submodule(n) for n in names if not f"{n}.".startswith(inside)}
         self._check_targets(targets)
-        shapes = [(m.in_features, m.out_features) for m in targets.values()]
+        shapes = [linear_shape(module) for module in targets.values()]
         self.costs = rank_costs(shapes, config.ranks)
         self.parameters_per_rank = sum(parameters_per_rank(*shape) for shape in shapes)
         self.budget = resolve_budget(
@@ -97,24 +72,31 @@ class Supernet:
                     scaling=config.scaling,
                     branches=config.branches,
                     dropout=config.dropout,
+                    dtype=getattr(torch, config.adapter_dtype),
                 )
-                model.set_submodule(name, self.layers[name])
+        self._originals = {name: model.get_submodule(name) for name in (*targets, *saved)}
+        self.saved_modules = {name: _trainable_copy(self._originals[name]) for name in saved}
+        for name, module in {**self.layers, **self.saved_modules}.items():
+            model.set_submodule(name, module)
+        # alpha is replicated and reduced by the Architect: DDP must not wait for its gradient
+        alphas = [f"{name}.alpha" for name in self.layers]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, alphas)
         self._arch_gradients = False
         self._hook = model.register_forward_pre_hook(self._draw_gates, with_kwargs=True)
 
     def _check_targets(self, targets: dict[str, nn.Module]) -> None:
         largest = self.config.ranks[-1]
         for name, module in targets.items():
-            if not _linear_like(module):
+            shape = linear_shape(module)
+            if shape is None:
                 raise InputError(
                     f"target_modules={self.config.target_modules!r}: {name} is a "
                     f"{type(module).__name__}, not a linear layer; name it in exclude_modules"
                 )
-            smaller = min(module.in_features, module.out_features)
-            if largest > smaller:
+            if largest > min(shape):
                 raise InputError(
-                    f"ranks={list(self.config.ranks)}: rank {largest} is above {smaller}, the "
-                    f"smaller side of {name} ({module.in_features} -> {module.out_features}); "
+                    f"ranks={list(self.config.ranks)}: rank {largest} is above {min(shape)}, the "
+                    f"smaller side of {name} ({shape[0]} -> {shape[1]}); "
                     "lower the ranks or name the layer in exclude_modules"
                 )
 
@@ -143,20 +125,25 @@ class Supernet:
         return torch.stack([layer.alpha for layer in self.layers.values()])
 
     def weight_parameters(self) -> list[nn.Parameter]:
-        """A and B of every layer: what the weight step trains."""
-        return [p for layer in self.layers.values() for p in (layer.lora_A, layer.lora_B)]
+        """A and B of every layer, and the saved modules: what the weight step trains."""
+        lora = [p for layer in self.layers.values() for p in (layer.lora_A, layer.lora_B)]
+        return lora + [p for module in self.saved_modules.values() for p in module.parameters()]
 
     def arch_parameters(self) -> list[nn.Parameter]:
         """alpha of every layer: what the architecture step trains."""
         return [layer.alpha for layer in self.layers.values()]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """ "<name>.lora_A", "<name>.lora_B", "<name>.alpha" of every layer, not copied."""
-        return {
+        """ "<name>.lora_A", "<name>.lora_B", "<name>.alpha" of every layer, and the saved modules'
+        tensors under the model's own names; not copied."""
+        state = {
             f"{name}.{part}": getattr(layer, part).detach()
             for name, layer in self.layers.items()
             for part in ("lora_A", "lora_B", "alpha")
         }
+        for name, module in self.saved_modules.items():
+            state |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
+        return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Copy in what state_dict gave.
@@ -180,14 +167,20 @@ class Supernet:
         return (probabilities * self.costs.to(probabilities)).sum()
 
     def remove(self) -> nn.Module:
-        """Take the layers out: the model is what it was, bit for bit; `layers` stays readable."""
+        """Put the original modules back: the model is what it was, bit for bit; `layers` and
+        `saved_modules` stay readable."""
         self._hook.remove()
-        for name, layer in self.layers.items():
+        for layer in self.layers.values():
             layer.gates = None
-            self.model.set_submodule(name, layer.base_layer)
+        for name, module in self._originals.items():
+            self.model.set_submodule(name, module)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._required_grad[name])
         return self.model
+
+
+def _trainable_copy(module: nn.Module) -> nn.Module:
+    return copy.deepcopy(module).requires_grad_(True)
 
 
 def _batch_rows(args: tuple, kwargs: dict) -> int | None:

@@ -32,7 +32,8 @@ def _table(results: dict) -> Table:
     for name, result in results.items():
         loss = "not finite" if result["loss"] is None else f"{result['loss']:.4f}"
         parameters = f"{result['trainable_parameters']:,}"
-        table.add_row(name, loss, f"{result['exact_match']:.1%}", parameters)
+        exact = result["exact_match"]
+        table.add_row(name, loss, "-" if exact is None else f"{exact:.1%}", parameters)
     return table
 
 

@@ -5,15 +5,15 @@ import os
 from dataclasses import dataclass
 
 from accelerate import Accelerator
+from transformers import set_seed
 
 from darts_lora import RankSearch, SearchConfig, Supernet
-from darts_lora.cli import run, save_config
-from darts_lora.collator import Collator
+from darts_lora.cli import is_main_process, run, save_config
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig, check_writable
-from darts_lora.data import load_splits, search_dataloaders, split_indices
+from darts_lora.data import load_splits, make_collator, search_dataloaders, split_record
 from darts_lora.files import write_json
-from darts_lora.models import load_model, load_processor
-from darts_lora.show import show
+from darts_lora.models import load_model
+from darts_lora.show import show, show_batch, show_supernet
 from darts_lora.verdict import verdict_text
 
 EMBEDDED_CONFIG = os.path.join(os.path.dirname(__file__), "configs", "embedded.yaml")
@@ -27,6 +27,8 @@ class SearchRun:
     """Folder for the genotype, checkpoints, TensorBoard files and the resolved configuration."""
     resume: bool = False
     """Go on from the newest checkpoint in output_dir."""
+    dry_run: bool = False
+    """Show one decoded batch, its labels, the searched layers and their parameters, and stop."""
 
 
 def main(
@@ -41,21 +43,22 @@ def main(
     Without arguments: the embedded vision-language model and data, recipes/configs/embedded.yaml.
     """
     check_writable(options.output_dir)
-    processor = load_processor(model)
+    collator = make_collator(model, data)
     splits = load_splits(data)
-    collator = Collator(processor, data.max_length)
     supervised = {name: collator.check(split) for name, split in splits.items()}
+    set_seed(search.seed)  # a classification head may be new
     supernet = Supernet(load_model(model), search)
-    rank_search = RankSearch(
-        supernet,
-        *search_dataloaders(splits, collator, training, search.seed),
-        training=training,
-        output_dir=options.output_dir,
-    )
+    loaders = search_dataloaders(splits, collator, training, search.seed)
+    if options.dry_run:
+        if is_main_process():
+            show_batch(next(iter(loaders[0])), collator.tokenizer)
+            show_supernet(supernet)
+        return
+    rank_search = RankSearch(supernet, *loaders, training=training, output_dir=options.output_dir)
     accelerator = rank_search.accelerator
     if accelerator.is_main_process:
         save_config(options.output_dir, search, model, data, training)
-        write_json(os.path.join(options.output_dir, "split.json"), split_indices(splits))
+        write_json(os.path.join(options.output_dir, "split.json"), split_record(splits, data))
     _describe(accelerator, supernet, splits, supervised)
     genotype = rank_search.run(options.resume)
     if accelerator.is_main_process:
@@ -67,9 +70,10 @@ def main(
 
 def _describe(accelerator: Accelerator, supernet: Supernet, splits, supervised) -> None:
     for name, split in splits.items():
-        accelerator.print(
-            f"{name}: {len(split):,} rows, {supervised[name]:.0%} of the text's tokens supervised"
-        )
+        rows = f"{len(split):,} rows" if hasattr(split, "__len__") else "a stream"
+        share = supervised[name]
+        learnt = "labels" if share is None else f"{share:.0%} of the text's tokens supervised"
+        accelerator.print(f"{name}: {rows}, {learnt}")
     budget = f"{supernet.budget:,.0f} parameters" if supernet.budget else "none"
     accelerator.print(
         f"{len(supernet.layers)} layers, candidate ranks {list(supernet.config.ranks)}, "

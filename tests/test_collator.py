@@ -1,17 +1,20 @@
 """Rows to batches: what is learnt, what is masked, which rows are refused.
 Not here: where rows come from (test_data.py)."""
 
+import re
+
 import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
-from darts_lora.collator import IGNORED, ROW, Collator
+from darts_lora.collator import IGNORED, Collator
 from darts_lora.config import DataConfig, ModelConfig
 from darts_lora.data import load_splits
 from darts_lora.errors import InputError
 from darts_lora.models import load_processor
+from darts_lora.rows import ROW
 from small_models import vision_model, vision_processor, vision_rows
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<image>", "[U]", "[A]"]
@@ -71,8 +74,9 @@ def test_text_rows_against_a_hand_made_expectation(side):
 
 def test_prompts_are_padded_on_the_left_up_to_the_last_answer():
     rows = [{"messages": turns("a b", "c d", "e", "f")}, {"prompt": "a", "completion": "b c"}]
-    batch, answers = Collator(make_tokenizer(UNMARKED)).prompts(rows)
-    assert answers == ["f", "b c"]
+    whole = Collator(make_tokenizer(UNMARKED)).evaluation(rows)
+    batch = whole["prompt"]
+    assert whole["answers"] == ["f", "b c"] and set(whole) == {"whole", "prompt", "answers"}
     assert batch["input_ids"].tolist() == [
         [1, 4, 6, 7, 5, 8, 9, 2, 4, 10, 5],
         [0, 0, 0, 0, 0, 0, 0, 1, 4, 6, 5],
@@ -128,8 +132,8 @@ def test_the_embedded_rows_marks_and_prefixes_agree():
     rows = [load_splits(DataConfig())["train"][i] for i in (0, 1, 5, 9)]
     collator = Collator(load_processor(ModelConfig()))
     batch = collator(rows)
-    assert collator.marks_answers
-    collator.marks_answers = False
+    assert "{% generation %}" in collator.chat_template
+    collator.chat_template = re.sub(r"\{% (end)?generation %\}", "", collator.chat_template)
     assert torch.equal(collator(rows)["labels"], batch["labels"])
     image = collator.processor.image_token_id
     assert (batch["input_ids"] == image).any() and not (batch["labels"] == image).any()
@@ -161,9 +165,12 @@ def test_rows_that_nothing_can_be_learnt_from_are_named():
     good = {"prompt": "a", "completion": "b", ROW: 3}
     assert collator.check([good]) == pytest.approx(2 / 6)
     bad = [
-        ({"prompt": "a", "completion": "b c d e f", ROW: 4}, "row 4: 10 tokens, max_length=8"),
-        ({"messages": turns("a"), ROW: 5}, "row 5: the last message is not the assistant's answer"),
-        ({"question": "a", ROW: 6}, "row 6: no messages; columns: question, row_index"),
+        (
+            {"prompt": "a", "completion": "b c d e f", ROW: 4},
+            "row 4, column 'completion': 10 tokens, max",
+        ),
+        ({"messages": turns("a"), ROW: 5}, "row 5, column 'messages': the last message is not"),
+        ({"question": "a", ROW: 6}, "row 6: needs the columns messages, .*; found: question$"),
     ]
     silent = Collator(make_tokenizer(TEMPLATE.replace("{{ eos_token }}", "")))
     for make_batch in (collator, collator.check):
@@ -172,14 +179,15 @@ def test_rows_that_nothing_can_be_learnt_from_are_named():
                 make_batch([good, row])
     for make_batch in (silent, silent.check):
         with pytest.raises(
-            InputError, match="row 7: no token to learn from, all labels are masked"
+            InputError,
+            match="row 7, column 'completion': no token to learn from, all labels are masked",
         ):
             make_batch([{"prompt": "a", "completion": "", ROW: 7}])
 
 
 def test_an_image_that_is_not_there(llava):
     row = {"prompt": "a", "completion": "b", "image": "no.png", ROW: 2}
-    with pytest.raises(InputError, match=r"row 2: image 'no\.png' does not open"):
+    with pytest.raises(InputError, match=r"row 2, column 'image': image 'no\.png' does not open"):
         Collator(llava(TEMPLATE))([row])
 
 

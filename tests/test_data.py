@@ -6,12 +6,18 @@ from itertools import chain
 
 import pytest
 
-from darts_lora.collator import ROW
-from darts_lora.config import DataConfig
-from darts_lora.data import load_splits, make_dataloader, split_indices
+from darts_lora.collator import Collator
+from darts_lora.config import DataConfig, ModelConfig
+from darts_lora.data import load_splits, make_dataloader, split_record
 from darts_lora.errors import InputError
+from darts_lora.models import load_processor
+from darts_lora.rows import ROW, row_images
 
 NAMES = ("train", "validation", "test")
+
+
+def row_numbers(splits):
+    return split_record(splits, DataConfig())
 
 
 def write(path, rows):
@@ -29,18 +35,18 @@ def source(tmp_path):
 def test_the_embedded_splits_are_disjoint_and_the_same_each_time():
     splits = load_splits(DataConfig(), NAMES)
     assert tuple(splits) == NAMES
-    indices = split_indices(splits)
+    indices = row_numbers(splits)
     total = len(indices["train"]) + len(indices["validation"])
     assert sorted(indices["train"] + indices["validation"]) == list(range(total))
     assert len(indices["validation"]) == round(0.3 * total)
-    assert split_indices(load_splits(DataConfig(), NAMES)) == indices
-    assert split_indices(load_splits(DataConfig(split_seed=1)))["train"] != indices["train"]
+    assert row_numbers(load_splits(DataConfig(), NAMES)) == indices
+    assert row_numbers(load_splits(DataConfig(split_seed=1)))["train"] != indices["train"]
 
 
 def test_rows_are_the_ones_that_the_indices_name(source):
     config = DataConfig("json", source, test_split=None, validation_fraction=0.25)
     splits = load_splits(config, NAMES)
-    indices = split_indices(splits)
+    indices = row_numbers(splits)
     assert [len(indices[name]) for name in NAMES] == [27, 9, 4]
     assert sorted(chain(*indices.values())) == list(range(40))
     for split in splits.values():
@@ -68,14 +74,14 @@ def test_the_splits_of_a_folder_with_images(data_folder):
     assert {name: len(split) for name, split in splits.items()} == {
         "train": 28, "validation": 12, "test": 12
     }  # fmt: skip
-    indices = split_indices(splits)
+    indices = row_numbers(splits)
     assert sorted(indices["train"] + indices["validation"]) == list(range(40))
     assert indices["test"] == list(range(12))
     row = splits["test"][4]
-    assert row["image"].size == (32, 16)
+    assert row_images(row)[0].size == (32, 16)
     assert row["messages"][1] == {"role": "assistant", "content": "green"}
-    assert split_indices(load_splits(DataConfig(data_folder), NAMES)) == indices
-    other = split_indices(load_splits(DataConfig(data_folder, split_seed=1)))
+    assert row_numbers(load_splits(DataConfig(data_folder), NAMES)) == indices
+    other = row_numbers(load_splits(DataConfig(data_folder, split_seed=1)))
     assert other["validation"] != indices["validation"]
 
 
@@ -94,14 +100,15 @@ def test_missing_files_are_named(source):
 
 def test_missing_columns_are_named_with_those_found(tmp_path):
     path = write(tmp_path / "rows.jsonl", [{"question": "q", "completion": "a"}] * 4)
+    rows = load_splits(DataConfig("json", path))["train"]
     with pytest.raises(InputError) as error:
-        load_splits(DataConfig("json", path))
-    assert "split 'train': needs the columns messages, or prompt and completion" in str(error.value)
+        Collator(load_processor(ModelConfig())).check(rows)
+    assert f"{path}, row {rows[0][ROW]}: needs the columns messages, or prompt" in str(error.value)
     assert "found: question, completion" in str(error.value)
 
 
 def test_empty_files_and_broken_files(tmp_path):
-    with pytest.raises(InputError, match=r"dataset='json', data_files=.* "):
+    with pytest.raises(InputError, match=r"data_files: '.*empty\.jsonl': the file is empty"):
         load_splits(DataConfig("json", write(tmp_path / "empty.jsonl", [])))
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a", ')
     with pytest.raises(InputError, match="cannot be loaded"):

@@ -42,7 +42,7 @@ def answered(base_config, rows, collator):
     model, answers = load_model(base_config), []
     end = collator.tokenizer.eos_token_id
     for row in rows:
-        (prompt, _), said = collator.prompts([row]), []
+        prompt, said = collator.evaluation([row])["prompt"], []
         while len(said) < 4 and end not in said:
             tokens = torch.cat([prompt["input_ids"], torch.tensor([said]).long()], dim=1)
             mask = prompt["cross_attention_mask"]

@@ -13,11 +13,12 @@ from torch import nn
 
 from darts_lora import Genotype, InputError, SearchConfig, Supernet, discretize
 from darts_lora import finetune as finetune_module
-from darts_lora.collator import ROW, Collator
+from darts_lora.collator import Collator
 from darts_lora.config import DataConfig, TrainingConfig
-from darts_lora.data import load_splits, split_indices
+from darts_lora.data import load_splits, split_record
 from darts_lora.finetune import FinetuneConfig, add_adapter, finetune
 from darts_lora.models import load_model, load_processor
+from darts_lora.rows import ROW
 from small_models import randomise
 
 TRAINING = TrainingConfig(max_steps=3, batch_size=4, logging_steps=1, save_steps=2)
@@ -129,11 +130,32 @@ def test_recomputing_activations_changes_nothing(run, genotype, base_config, dat
         assert torch.allclose(first[key], second[key], atol=1e-6), key
 
 
-def test_the_adapter_has_the_dtype_of_the_base(genotype, base_config, data, tmp_path):
-    config = FinetuneConfig(genotype, output_dir=str(tmp_path))
-    model, _ = finetune(config, replace(base_config, dtype="bfloat16"), data, TRAINING)
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert {value.dtype for value in weights(tmp_path).values()} == {torch.bfloat16}
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_on_a_base_in_bfloat16(genotype, base_config, data, tmp_path, dtype, monkeypatch):
+    """Weights of either dtype; both products read the activation itself, and no copy of it."""
+    read = {"base_layer": [], "lora_A": []}
+
+    def record(module, args):
+        if name := kinds.get(id(module)):
+            read[name].append((args[0].data_ptr(), args[0].dtype))
+
+    config = FinetuneConfig(genotype, output_dir=str(tmp_path), adapter_dtype=dtype)
+    base = replace(base_config, dtype="bfloat16")
+    adapted = add_adapter(load_model(base), config, Genotype.load(genotype))
+    kinds = {
+        id(module): part
+        for name, module in adapted.named_modules()
+        for part in read
+        if part in name.split(".")[-2:]
+    }
+    monkeypatch.setattr(finetune_module, "add_adapter", lambda *args: adapted)
+    with nn.modules.module.register_module_forward_pre_hook(record):
+        model, _ = finetune(config, base, data, TRAINING)
+    assert read["lora_A"] and read["lora_A"] == read["base_layer"]
+    wanted = getattr(torch, dtype)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {wanted}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert {value.dtype for value in weights(tmp_path).values()} == {wanted}
 
 
 def test_a_run_shorter_than_the_log_interval_has_a_loss_all_the_same(
@@ -161,7 +183,7 @@ def test_training_and_validation_rows_are_all_used_and_test_rows_never(
 
     monkeypatch.setattr(finetune_module, "train", spy)
     finetune(FinetuneConfig(genotype, output_dir=str(tmp_path)), base_config, data, TRAINING)
-    held = split_indices(load_splits(data, ["test"]))["test"] if test_split is None else []
+    held = split_record(load_splits(data, ["test"]), data)["test"] if test_split is None else []
     assert len(held) == (4 if test_split is None else 0)
     assert sorted(seen + held) == list(range(40))
 
@@ -295,5 +317,5 @@ def test_rows_without_an_answer_stop_before_the_model_is_loaded(
     (tmp_path / "train.jsonl").write_text(3 * (json.dumps({"messages": turns}) + "\n"))
     data = DataConfig("json", str(tmp_path / "train.jsonl"))
     config = FinetuneConfig(genotype, output_dir=str(tmp_path / "out"))
-    with pytest.raises(InputError, match=r"row \d: the last message is not the assistant's answer"):
+    with pytest.raises(InputError, match=r"row \d, column 'messages': the last message is"):
         finetune(config, base_config, data, TRAINING)

@@ -20,14 +20,13 @@ from rich.table import Table
 
 from darts_lora import Genotype, InputError, RankSearch, SearchConfig, Supernet
 from darts_lora.cli import run, save_config
-from darts_lora.collator import Collator
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig, check_writable
 from darts_lora.cost import rank_costs
-from darts_lora.data import load_splits, search_dataloaders
+from darts_lora.data import load_splits, make_collator, search_dataloaders
 from darts_lora.evaluate import score
 from darts_lora.files import write_json
 from darts_lora.finetune import FinetuneConfig, finetune
-from darts_lora.models import load_model, load_processor
+from darts_lora.models import load_model
 
 EMBEDDED_CONFIG = os.path.join(os.path.dirname(__file__), "..", "configs", "embedded.yaml")
 
@@ -80,7 +79,7 @@ def main(
 def _search(folder, search, model, data, training) -> Genotype:
     path = folder / "search" / "genotype.json"
     if not path.exists():
-        collator = Collator(load_processor(model), data.max_length)
+        collator = make_collator(model, data)
         loaders = search_dataloaders(load_splits(data), collator, training, search.seed)
         supernet = Supernet(load_model(model), search)
         RankSearch(supernet, *loaders, training=training, output_dir=str(path.parent)).run()
@@ -122,7 +121,7 @@ def _retrain(folder, genotype, seed, model, data, training) -> None:
     genotype.save(folder / "genotype.json")
     config = FinetuneConfig(str(folder / "genotype.json"), output_dir=str(folder), seed=seed)
     adapted, record = finetune(config, model, data, training)
-    collator = Collator(load_processor(model), data.max_length)
+    collator = make_collator(model, data)
     result = score(adapted, load_splits(data, ["test"])["test"], collator)
     result |= {"plan": folder.name, "seed": seed, "seconds": record["seconds"]}
     write_json(folder / "result.json", {**result, "parameters": genotype.num_parameters})

@@ -1,0 +1,141 @@
+"""What a row of a data set means: its columns -> chat messages, images; where a bad one stands.
+Not here: tokens and tensors (collator.py), nor where rows come from (data.py)."""
+
+from __future__ import annotations
+
+import io
+import os
+from typing import Any
+
+from PIL import Image
+
+from darts_lora.errors import InputError
+
+ROW = "row_index"  # columns we add: a row's number in the split of the source,
+SOURCE = "row_source"  # and what that source is: its file, or data set and split
+IMAGE_COLUMNS = ("images", "image")
+# messages; prompt and completion; the_cauldron's question-answer pairs; text without a prompt
+LAYOUTS = (("messages",), ("prompt", "completion"), ("texts",), ("text",))
+LABELLED = (("text", "label"),)  # the layout of a classification
+
+
+def row_name(row: dict, column: str | None = None) -> str:
+    """Where a row stands, for messages: "rows.jsonl, row 17, column 'completion'"."""
+    parts = [str(row[SOURCE])] if row.get(SOURCE) else []
+    parts.append(f"row {row[ROW]}" if ROW in row else "a row")
+    return ", ".join(parts + ([f"column {column!r}"] if column else []))
+
+
+def row_layout(row: dict) -> tuple[str, ...]:
+    """The columns of the row's layout, the first of LAYOUTS that it has.
+
+    Raises:
+        InputError: it has none of them.
+    """
+    for layout in LAYOUTS:
+        if all(row.get(column) is not None for column in layout):
+            return layout
+    for layout in LAYOUTS:
+        empty = [column for column in layout if column in row and row[column] is None]
+        if empty and all(column in row for column in layout):
+            raise InputError(f"{row_name(row, empty[0])}: empty")
+    needed = ", or ".join(" and ".join(layout) for layout in LAYOUTS)
+    found = ", ".join(column for column in row if column not in (ROW, SOURCE))
+    raise InputError(f"{row_name(row)}: needs the columns {needed}; found: {found}")
+
+
+def row_messages(row: dict) -> list[dict[str, Any]]:
+    """The row as chat messages, {"role", "content"}; the last is the assistant's answer.
+
+    A row of plain `text` is one message of the assistant.
+
+    Raises:
+        InputError: the row has no layout, values of another type, or no answer at its end.
+    """
+    layout = row_layout(row)
+    if layout == ("texts",):
+        messages = [message for pair in _pairs(row) for message in pair]
+    elif layout == ("text",):
+        messages = _turns(row, "text", "assistant")
+    elif layout == ("messages",):
+        messages = _turns(row, "messages", "user")
+    else:
+        messages = _turns(row, "prompt", "user") + _turns(row, "completion", "assistant")
+    if not messages or messages[-1]["role"] != "assistant":
+        raise InputError(
+            f"{row_name(row, layout[-1])}: the last message is not the assistant's answer"
+        )
+    return messages
+
+
+def row_images(row: dict) -> list[Image.Image]:
+    """The row's images, decoded, from column `images` or `image`.
+
+    Values are images, paths (also relative to the data file), or {"bytes", "path"} as in Parquet.
+
+    Raises:
+        InputError: an image that does not open, or something else than an image.
+    """
+    for column in IMAGE_COLUMNS:
+        found = row.get(column)
+        if found:
+            found = found if isinstance(found, list) else [found]
+            return [_open(row, column, image) for image in found]
+    return []
+
+
+def _open(row: dict, column: str, image: Any) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image
+    path = image.get("path") if isinstance(image, dict) else image
+    content = image.get("bytes") if isinstance(image, dict) else None
+    if content is None and not isinstance(path, str):
+        kind = type(image).__name__
+        raise InputError(f"{row_name(row, column)}: must be an image or its path, not a {kind}")
+    if content is None and not os.path.exists(path):
+        path = os.path.join(os.path.dirname(str(row.get(SOURCE, ""))), path)
+    try:
+        opened = Image.open(path if content is None else io.BytesIO(content))
+        opened.load()  # a file that is cut off shows only now
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        where = "" if path is None else f" {path!r}"
+        raise InputError(
+            f"{row_name(row, column)}: image{where} does not open ({error})"
+        ) from error
+    return opened
+
+
+def _turns(row: dict, column: str, role: str) -> list[dict]:
+    """A column of text, or of messages, as messages."""
+    value = row[column]
+    if isinstance(value, str) and column != "messages":
+        return [{"role": role, "content": value}]
+    if column == "text" or not isinstance(value, list):
+        wanted = {"text": "text", "messages": "a list of messages"}.get(column, "text or messages")
+        kind = type(value).__name__
+        raise InputError(f"{row_name(row, column)}: must be {wanted}, not {kind} ({value!r:.60})")
+    for message in value:
+        content = message.get("content") if isinstance(message, dict) else None
+        parts = isinstance(content, list) and all(
+            isinstance(part, dict) and isinstance(part.get("type"), str) for part in content
+        )
+        if not (isinstance(content, str) or parts) or not isinstance(message.get("role"), str):
+            raise InputError(
+                f"{row_name(row, column)}: each message must have a role and a content, which is "
+                f"text or a list of typed parts; found {message!r:.100}"
+            )
+    return value
+
+
+def _pairs(row: dict) -> list[list[dict]]:
+    """the_cauldron's `texts`: a list of {"user", "assistant"}."""
+    found = row["texts"]
+    for pair in found if isinstance(found, list) else [found]:
+        good = isinstance(pair, dict)
+        if not good or not all(isinstance(pair.get(key), str) for key in ("user", "assistant")):
+            raise InputError(
+                f"{row_name(row, 'texts')}: must be a list of texts by user and assistant; "
+                f"found {pair!r:.100}"
+            )
+    roles = ("user", "assistant")
+    return [[{"role": role, "content": pair[role]} for role in roles] for pair in found]

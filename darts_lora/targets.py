@@ -1,0 +1,119 @@
+"""Which modules of a model are searched, which are trained in full: PEFT's matching and presets.
+Not here: what is put into their place (supernet.py, finetune.py)."""
+
+from __future__ import annotations
+
+import difflib
+
+from peft import LoraConfig, TaskType
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from torch import nn
+from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, PreTrainedModel
+
+from darts_lora.errors import InputError
+from darts_lora.mixed_linear import linear_shape
+
+PARTS = ("vision", "language", "connector")
+
+
+def match_modules(
+    model: nn.Module,
+    target_modules: str | list[str],
+    exclude_modules: str | list[str] | None = None,
+) -> list[str]:
+    """Names of the modules that PEFT would put a LoRA on, in the model's order; PEFT decides.
+
+    Beside what PEFT knows, `target_modules` may name parts of the model (see model_parts), one or
+    several: "vision", "connector+language".
+
+    Raises:
+        InputError: nothing matches; the message names the nearest module names.
+    """
+    parts = target_modules.split("+") if isinstance(target_modules, str) else [""]
+    named_parts = set(parts) <= set(PARTS)
+    lora = LoraConfig(
+        target_modules="all-linear" if named_parts else target_modules,
+        exclude_modules=exclude_modules,
+        task_type=task_type(model),
+    )
+    lora = _maybe_include_all_linear_layers(lora, model)
+    names = [name for name, _ in model.named_modules() if name]
+    matched = [name for name in names if check_target_module_exists(lora, name)]
+    if named_parts:
+        part_of = model_parts(model)
+        matched = [name for name in matched if part_of[name] in parts]
+    if not matched:
+        _raise_no_match(model, names, target_modules, exclude_modules)
+    return matched
+
+
+def model_parts(model: nn.Module) -> dict[str, str]:
+    """Name of each linear layer -> the part of the model that it belongs to.
+
+    vision: the blocks of the image encoder. connector: what joins images and text, that is the
+    layers outside the blocks of both encoders (projectors, mergers), and the cross-attention in the
+    language model's blocks. language: all else; the whole of a text-only model.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    encoder = decoder = None
+    if isinstance(model, PreTrainedModel):
+        encoder = names.get(id(model.get_encoder(modality="image")))
+        decoder = names.get(id(model.get_decoder()))
+    linear = {name: module for name, module in model.named_modules() if linear_shape(module)}
+    if not encoder:  # get_encoder gives the model itself where it has no image encoder
+        return dict.fromkeys(linear, "language")
+    blocks = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    parts = {}
+    for name in linear:
+        in_block = any(name.startswith(f"{block}.") for block in blocks)
+        part = "vision" if name.startswith(f"{encoder}.") else "language"
+        outside = not in_block and name.split(".")[-1] != "lm_head"
+        outside &= not (decoder and name.startswith(f"{decoder}."))
+        cross = part == "language" and any(
+            piece.startswith(("cross_attn", "crossattention", "cross_attention", "encoder_attn"))
+            for piece in name.split(".")
+        )
+        parts[name] = "connector" if outside or cross else part
+    return parts
+
+
+def task_type(model: nn.Module) -> TaskType | None:
+    """SEQ_CLS for a model with a sequence classification head: PEFT leaves heads alone there."""
+    classes = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.values()
+    return TaskType.SEQ_CLS if type(model) in classes else None
+
+
+def match_saved_modules(model: nn.Module, modules_to_save: list[str] | None) -> list[str]:
+    """Names of the modules that are trained in full and saved with the adapter, as PEFT matches
+    them: by the end of their names. None: the head of a classification model, else nothing.
+
+    Raises:
+        InputError: a name that matches no module.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    if modules_to_save is None:
+        heads = SEQ_CLS_HEAD_NAMES if task_type(model) else []
+        return [name for name in names if name in heads]
+    for key in modules_to_save:
+        if not any(name.endswith(key) for name in names):
+            near = difflib.get_close_matches(key, names) or [n for n in names if "." not in n]
+            raise InputError(
+                f"modules_to_save={modules_to_save!r}: {key!r} matches no module; nearest names: "
+                f"{', '.join(near)}"
+            )
+    return [name for name in names if name.endswith(tuple(modules_to_save))]
+
+
+def _raise_no_match(model: nn.Module, names: list[str], target_modules, exclude_modules) -> None:
+    wanted = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+    known = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if linear_shape(m)})
+    near = [m for w in wanted for m in difflib.get_close_matches(w, known + names, cutoff=0.3)]
+    parts = sorted(set(model_parts(model).values()))
+    given = f"target_modules={target_modules!r}"
+    if exclude_modules is not None:
+        given += f", exclude_modules={exclude_modules!r}"
+    raise InputError(
+        f"{given}: matches no module; nearest names: {', '.join(dict.fromkeys(near or known))}; "
+        f"parts of this model: {', '.join(parts)}"
+    )
