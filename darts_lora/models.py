@@ -33,6 +33,7 @@ EMBEDDED = Path(__file__).parent / "embedded"
 # What a message of a missing package says -> the extra of this package that brings it.
 EXTRAS = {
     "torchvision": "vision",
+    "num2words": "vision",
     "bitsandbytes": "quantization",
     "torchao": "quantization",
     "gguf": "smollm2",

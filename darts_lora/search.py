@@ -238,6 +238,7 @@ class RankSearch:
             "temperature": self.supernet.temperature,
             "learning_rate": self.schedulers[0].get_last_lr()[0],
             "seconds": round(seconds, 3),
+            "peak_memory_gib": _peak_memory(self.accelerator.device),
         }
         return record
 
@@ -308,6 +309,13 @@ class RankSearch:
             stream.move_to(position)
         # last: opening a stream draws random numbers
         restore_random_state(state["random"][self.accelerator.process_index])
+
+
+def _peak_memory(device: torch.device) -> float | None:
+    """Most memory that tensors took on this GPU (GiB), None on a CPU."""
+    if device.type != "cuda":
+        return None
+    return round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
 
 
 def _progress_text(record: dict[str, Any], budget: float | None) -> str:

@@ -105,13 +105,13 @@ def _decoded(tokenizer, tokens: Tensor) -> str:
 
 
 def show_supernet(supernet: Supernet, console: Console | None = None) -> None:
-    """Print what is searched: module types with their number, shape and parameters at rank 1."""
+    """Print what is searched: module types with number, shape and parameters at rank 1."""
     console = console or Console()
     parts = model_parts(supernet.model)
     table = Table(title="searched layers", title_justify="left")
-    table.add_column("module")
+    table.add_column("module", overflow="fold")
     table.add_column("part")
-    for column in ("layers", "in -> out", "parameters at rank 1"):
+    for column in ("layers", "in -> out", "rank 1"):
         table.add_column(column, justify="right")
     for group, kinds in by_part(supernet.layers).items():
         for kind, names in kinds.items():

@@ -1,0 +1,195 @@
+"""Tiny random models of the families that people have, in folders as save_pretrained writes them.
+Not here: the tests (recipes/test_families.py)."""
+
+import torch
+import transformers as t
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+WORDS = ["which", "colour", "is", "it", "please", "red", "green", "blue", "very", "user", "model"]
+SPECIAL = ["<pad>", "<s>", "</s>", "<image>", "<fake_token_around_image>", "<global-img>"]
+SPECIAL += [
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+    "[CLS]",
+    "[SEP]",
+]
+SPECIAL += [f"<row_{i}_col_{j}>" for i in range(1, 5) for j in range(1, 5)] + ["\n", "\n\n"]
+TEMPLATE = (
+    "{{{{ bos_token }}}}{{% for m in messages %}}{{{{ m.role }}}} {{% if m.content is string %}}"
+    "{{{{ m.content }}}}{{% else %}}{{% for part in m.content %}}{{% if part.type == 'image' %}}"
+    "{image}{{% else %}}{{{{ part.text }}}}{{% endif %}}{{% endfor %}}{{% endif %}} "
+    "{{% if m.role == 'assistant' %}}{{{{ eos_token }}}}{{% endif %}}{{% endfor %}}"
+    "{{% if add_generation_prompt %}}assistant {{% endif %}}"
+)
+TEXT = {
+    "vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512,
+    "bos_token_id": 13, "eos_token_id": 14, "pad_token_id": 12, "initializer_range": 0.3,
+}  # fmt: skip
+VISION = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "image_size": 16, "patch_size": 8,
+}  # fmt: skip
+
+
+def tokenizer(image: str = "<image>") -> t.PreTrainedTokenizerFast:
+    """Word level, 64 tokens at most, with a chat template that does not mark answers."""
+    words = {word: i for i, word in enumerate([*WORDS, "assistant", *SPECIAL])}
+    fast = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    named = {
+        "image_token": image, "video_token": "<|video_pad|>",
+        "vision_bos_token": "<|vision_start|>", "vision_eos_token": "<|vision_end|>",
+        "fake_image_token": "<fake_token_around_image>", "global_image_token": "<global-img>",
+        "end_of_utterance_token": "</s>",
+    }  # fmt: skip
+    return t.PreTrainedTokenizerFast(
+        tokenizer_object=fast, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+        cls_token="[CLS]", sep_token="[SEP]", chat_template=TEMPLATE.format(image=image),
+        additional_special_tokens=SPECIAL[3:], extra_special_tokens=named,
+    )  # fmt: skip
+
+
+def text_family(config_class: type, model_class: type = t.AutoModelForCausalLM, **options):
+    def make(folder: str) -> None:
+        wanted = {**TEXT, **options}
+        if config_class is t.GPT2Config:
+            wanted = {
+                "vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 512,
+                "bos_token_id": 13, "eos_token_id": 14, "initializer_range": 0.3,
+            }  # fmt: skip
+        model_class.from_config(config_class(**wanted)).save_pretrained(folder)
+        tokenizer().save_pretrained(folder)
+
+    return make
+
+
+def llava(folder: str) -> None:
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    text = tokenizer()
+    config = t.LlavaConfig(
+        vision_config=t.CLIPVisionConfig(**VISION, projection_dim=16),
+        text_config=t.LlamaConfig(**TEXT),
+        image_token_index=text.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-1,
+    )
+    t.LlavaForConditionalGeneration(config).save_pretrained(folder)
+    size = {"height": 16, "width": 16}
+    images = CLIPImageProcessorPil(size=size, crop_size=size)
+    t.LlavaProcessor(
+        images, text, patch_size=8, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1, chat_template=text.chat_template,
+    ).save_pretrained(folder)  # fmt: skip
+
+
+def idefics3(folder: str) -> None:
+    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+
+    text = tokenizer()
+    config = t.Idefics3Config(
+        vision_config={**VISION, "image_size": 32},
+        text_config=t.LlamaConfig(**TEXT),
+        image_token_id=text.convert_tokens_to_ids("<image>"),
+        scale_factor=2,
+        pad_token_id=12,
+    )
+    t.Idefics3ForConditionalGeneration(config).save_pretrained(folder)
+    images = Idefics3ImageProcessorPil(
+        size={"longest_edge": 32}, max_image_size={"longest_edge": 32}
+    )
+    t.Idefics3Processor(
+        images, text, image_seq_len=4, chat_template=text.chat_template
+    ).save_pretrained(folder)
+
+
+def smolvlm(folder: str) -> None:
+    from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+
+    text = tokenizer()
+    config = t.SmolVLMConfig(
+        vision_config={**VISION, "image_size": 32},
+        text_config=t.LlamaConfig(**TEXT),
+        image_token_id=text.convert_tokens_to_ids("<image>"),
+        scale_factor=2,
+        pad_token_id=12,
+    )
+    t.SmolVLMForConditionalGeneration(config).save_pretrained(folder)
+    images = SmolVLMImageProcessorPil(
+        size={"longest_edge": 32}, max_image_size={"longest_edge": 32}
+    )
+    t.SmolVLMProcessor(
+        images, text, t.SmolVLMVideoProcessor(), image_seq_len=4, chat_template=text.chat_template
+    ).save_pretrained(folder)
+
+
+def qwen_vl(version: str):
+    def make(folder: str) -> None:
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+            Qwen2VLImageProcessorPil,
+        )
+
+        mark = "<|vision_start|><|image_pad|><|vision_end|>"
+        text = tokenizer("<|image_pad|>")
+        text.chat_template = TEMPLATE.format(image=mark)
+        vision = {
+            "depth": 2, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+        }  # fmt: skip
+        if version == "2":
+            vision |= {"embed_dim": 16, "hidden_size": 16}
+        else:
+            vision |= {
+                "hidden_size": 16, "intermediate_size": 24, "out_hidden_size": 16,
+                "window_size": 16, "fullatt_block_indexes": [1],
+            }  # fmt: skip
+        ids = {
+            f"{name}_token_id": text.convert_tokens_to_ids(token)
+            for name, token in {
+                "image": "<|image_pad|>", "video": "<|video_pad|>",
+                "vision_start": "<|vision_start|>", "vision_end": "<|vision_end|>",
+            }.items()
+        }  # fmt: skip
+        rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+        prefix = "Qwen2VL" if version == "2" else "Qwen2_5_VL"
+        config = getattr(t, f"{prefix}Config")(
+            vision_config=vision, text_config={**TEXT, "rope_parameters": rope}, **ids
+        )
+        getattr(t, f"{prefix}ForConditionalGeneration")(config).save_pretrained(folder)
+        images = Qwen2VLImageProcessorPil(
+            patch_size=4, temporal_patch_size=2, merge_size=2,
+            size={"shortest_edge": 64, "longest_edge": 1024},
+        )  # fmt: skip
+        getattr(t, f"{prefix}Processor")(
+            images, text, t.Qwen2VLVideoProcessor(), chat_template=text.chat_template
+        ).save_pretrained(folder)
+
+    return make
+
+
+def bert(folder: str) -> None:
+    config = t.BertConfig(
+        **{k: v for k, v in TEXT.items() if k != "num_key_value_heads"}, num_labels=3
+    )
+    t.BertForSequenceClassification(config).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+
+
+TEXT_FAMILIES = {
+    "llama": text_family(t.LlamaConfig),
+    "qwen2": text_family(t.Qwen2Config),
+    "gemma": text_family(t.GemmaConfig, head_dim=8),
+    "mistral": text_family(t.MistralConfig),
+    "gpt2": text_family(t.GPT2Config),
+}
+IMAGE_FAMILIES = {"llava": llava, "idefics3": idefics3}
+TORCHVISION_FAMILIES = {"smolvlm": smolvlm, "qwen2_vl": qwen_vl("2"), "qwen2_5_vl": qwen_vl("2.5")}
+
+
+def make_family(make, folder: str) -> str:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        make(folder)
+    return folder
