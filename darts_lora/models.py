@@ -60,6 +60,11 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
         # no gradient passes them from then on.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    if config.gguf_file is not None:  # unpacked, but trainers would take it for quantized
+        model.is_quantized = False
+        for owner, mark in ((model, "hf_quantizer"), (model.config, "quantization_config")):
+            if hasattr(owner, mark):
+                delattr(owner, mark)
     if config.gradient_checkpointing:
         # The re-entrant kind gives no gradients where, as here, the model's input needs none.
         model.gradient_checkpointing_enable({"use_reentrant": False})

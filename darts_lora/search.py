@@ -1,5 +1,5 @@
 """RankSearch: the loop on accelerate: warm-up, alternation, logging, when to log and to save.
-Not here: a step of alpha (architect.py), files (checkpoint.py), views (tensorboard.py)."""
+Not here: a step of alpha (architect.py), its phases (schedule.py), checkpoints, views."""
 
 from __future__ import annotations
 
@@ -29,14 +29,13 @@ from darts_lora.checkpoint import (
     save_checkpoint,
 )
 from darts_lora.config import TrainingConfig, check_writable
-from darts_lora.discretize import discretize
 from darts_lora.errors import InputError
 from darts_lora.files import write_whole
 from darts_lora.genotype import Genotype
-from darts_lora.relaxation import temperature_at
+from darts_lora.schedule import Schedule, derive_genotype
 from darts_lora.stream import BatchStream
 from darts_lora.supernet import Supernet
-from darts_lora.verdict import normalised_entropy, verdict
+from darts_lora.verdict import normalised_entropy
 
 
 def model_loss(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -77,13 +76,8 @@ class RankSearch:
     ):
         self.supernet, self.training = supernet, training or TrainingConfig()
         self.output_dir, self.loss_fn = output_dir, loss_fn
-        config, steps = supernet.config, self.training.max_steps
-        self.warmup_steps = steps // 4 if config.warmup_steps is None else config.warmup_steps
-        if self.warmup_steps >= steps:
-            raise InputError(
-                f"warmup_steps={self.warmup_steps}: must be below max_steps={steps}, "
-                "or alpha is never trained"
-            )
+        config = supernet.config
+        self.schedule = Schedule(supernet, self.training.max_steps)
         for name, loader in (("train", train_dataloader), ("validation", val_dataloader)):
             if not isinstance(loader.dataset, IterableDataset) and len(loader) == 0:
                 raise InputError(f"{name} data loader: gives no batch")
@@ -118,17 +112,12 @@ class RankSearch:
             inner_learning_rate=training.learning_rate,
             reduce=(lambda g: self.accelerator.reduce(g, "mean")) if several else None,
         )
-        arch_steps = math.ceil(
-            (training.max_steps - self.warmup_steps) / supernet.config.arch_every
-        )
         # not prepared: accelerate would step them once for every process
         self.schedulers = [
             get_scheduler(
                 training.lr_scheduler, self.optimizer, training.lr_warmup_steps, training.max_steps
             ),
-            get_scheduler(
-                supernet.config.arch_lr_scheduler, self.architect.optimizer, 0, arch_steps
-            ),
+            self.schedule.arch_scheduler(self.architect.optimizer),
         ]
 
     def run(self, resume: bool = False) -> Genotype:
@@ -177,15 +166,11 @@ class RankSearch:
 
     def _one_step(self, step: int) -> Tensor:
         """A weight step and, after the warm-up, an architecture step; the training loss."""
-        supernet, config = self.supernet, self.supernet.config
-        searched = step - self.warmup_steps
-        progress = max(searched, 0) / max(self.training.max_steps - self.warmup_steps - 1, 1)
-        supernet.relaxation = config.relaxation if searched >= 0 else "gumbel_hard"
-        supernet.temperature = temperature_at(progress, config.temperature)
+        self.schedule.enter(step)
         loss, batch = self._weight_step()
-        if searched >= 0 and searched % config.arch_every == 0:
+        if self.schedule.trains_alpha(step):
             metrics = self.architect.step(
-                lambda b: self.loss_fn(supernet.model, b), next(self.val_stream), batch
+                lambda b: self.loss_fn(self.supernet.model, b), next(self.val_stream), batch
             )
             self.schedulers[1].step()
             self.validation_loss = metrics["loss"]
@@ -223,7 +208,7 @@ class RankSearch:
             expected = float(self.supernet.expected_parameters())
         validation = torch.as_tensor(self.validation_loss, device=self.accelerator.device)
         validation = float(reduce(validation.float()))
-        if self.step > self.warmup_steps and not math.isfinite(validation):
+        if self.step > self.schedule.warmup_steps and not math.isfinite(validation):
             self._stop_non_finite("validation loss", self.step)
         if not bool(probabilities.isfinite().all()):
             self._stop_non_finite("alpha", self.step)
@@ -258,16 +243,7 @@ class RankSearch:
         return SearchViews(self.output_dir, first_step=self.step)
 
     def _finish(self) -> Genotype:
-        genotype = discretize(self.supernet)
-        config = self.supernet.config
-        genotype.found_by |= {
-            "relaxation": config.relaxation,
-            "order": config.order,
-            "steps": self.training.max_steps,
-            "warmup_steps": self.warmup_steps,
-            "seed": config.seed,
-            "verdict": verdict(self.supernet, self.architect, genotype),
-        }
+        genotype = derive_genotype(self.supernet, self.architect, self.schedule)
         if self.output_dir is not None and self.accelerator.is_main_process:
             state = {k: v.contiguous().cpu() for k, v in self.supernet.state_dict().items()}
             path = os.path.join(self.output_dir, "supernet.safetensors")
