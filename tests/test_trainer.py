@@ -48,9 +48,7 @@ def make_trainer(model, train, validation, folder, steps=400, **options):
         per_device_eval_batch_size=64, save_strategy="no", report_to=[], use_cpu=True,
         disable_tqdm=True, remove_unused_columns=False, logging_steps=50, **options,
     )  # fmt: skip
-    return Trainer(
-        model, args, train_dataset=train, eval_dataset=validation, data_collator=collate
-    )
+    return Trainer(model, args, train_dataset=train, eval_dataset=validation, data_collator=collate)
 
 
 def test_a_search_in_a_trainer_finds_the_planted_rank(tmp_path):
