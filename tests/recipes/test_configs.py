@@ -4,11 +4,11 @@ Not here: what a recipe does with them (test_search.py), nor parsing itself (../
 import shlex
 
 import pytest
+from recipes.conftest import ROOT
 
 from darts_lora import SearchConfig
 from darts_lora.cli import load_config, parse
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
-from recipes.conftest import ROOT
 
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
 CLASSES = (SearchConfig, ModelConfig, DataConfig, TrainingConfig)

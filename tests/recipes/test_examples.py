@@ -7,10 +7,10 @@ import subprocess
 import sys
 
 import pytest
-
-from darts_lora import Genotype
 from families import TEXT_FAMILIES, make_family
 from recipes.conftest import ROOT
+
+from darts_lora import Genotype
 
 
 @pytest.mark.parametrize("name", ["trainer", "sft"])
