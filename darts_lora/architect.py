@@ -27,6 +27,7 @@ class Architect:
         reduce: averages a gradient over processes, Tensor -> Tensor; None for one process.
 
     Attributes:
+        graphed: batch -> loss and gradients, in place of loss_fn in first-order steps (graphs.py).
         gradient_sums: (2, N, K), the loss's gradients of alpha summed over even and odd steps.
     """
 
@@ -46,6 +47,7 @@ class Architect:
             weight_decay=config.arch_weight_decay,
         )
         self.multiplier = BudgetMultiplier(supernet.budget) if supernet.budget else None
+        self.graphed: Callable[[Any], tuple[Tensor, list[Tensor]]] | None = None
         self.steps = 0
         self.gradient_sums = torch.zeros(2, *supernet.stacked_alpha().shape)
 
@@ -70,8 +72,10 @@ class Architect:
             if train_batch is None:
                 raise InputError("train_batch=None: order=2 (unrolled) needs a training batch")
             loss, gradients = self._unrolled(loss_fn, val_batch, train_batch)
+        elif self.graphed is not None:
+            loss, gradients = self.graphed(val_batch)
         else:
-            loss, gradients = self._gradients(loss_fn, val_batch, self.supernet.arch_parameters())
+            loss, gradients = self.first_order(loss_fn, val_batch)
         gradient = torch.stack(gradients)
         if self.reduce is not None:
             gradient = self.reduce(gradient)
@@ -85,6 +89,12 @@ class Architect:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return metrics
+
+    def first_order(
+        self, loss_fn: Callable[[Any], Tensor], batch: Any
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The loss on the batch and its gradients of alpha; nothing is changed."""
+        return self._gradients(loss_fn, batch, self.supernet.arch_parameters())
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed search needs: tensors and plain numbers."""

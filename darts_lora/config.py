@@ -212,6 +212,8 @@ class DataConfig:
     """Use at most this many rows of the test split; default: all."""
     max_length: int = 2048
     """Longest sequence (tokens); a longer row is an error that names it."""
+    pad_to_multiple_of: int = 1
+    """Pad the sequences of a batch to a multiple of this many tokens: fewer shapes of batches."""
     split_seed: int = 0
     """Seed of the split into training and validation rows."""
 
@@ -219,7 +221,8 @@ class DataConfig:
         _check_bounds(
             self,
             at_least={"split_seed": 0},
-            above={"max_train_samples": 0, "max_test_samples": 0, "max_length": 0},
+            above={"max_train_samples": 0, "max_test_samples": 0, "max_length": 0}
+            | {"pad_to_multiple_of": 0},
         )
         for name in ("validation_fraction", "test_fraction"):
             value = getattr(self, name)

@@ -11,7 +11,9 @@ from torch import Tensor
 Relaxation = Literal["gumbel_hard", "gumbel", "softmax"]
 
 
-def sample(alpha: Tensor, relaxation: Relaxation, temperature: float, rows: int | None) -> Tensor:
+def sample(
+    alpha: Tensor, relaxation: Relaxation, temperature: Tensor | float, rows: int | None
+) -> Tensor:
     """One draw of branch weights for every layer, in one stacked operation.
 
     Args:
@@ -20,7 +22,7 @@ def sample(alpha: Tensor, relaxation: Relaxation, temperature: float, rows: int 
             noise first (arXiv 1611.01144, eq. 2); "gumbel_hard" is its one-hot argmax, exact in
             the forward pass, with the gradient of the soft sample (straight-through). A hard
             sample has the probability softmax(alpha) at any temperature.
-        temperature: above 0.
+        temperature: above 0, a number or a scalar tensor.
         rows: number of independent draws, one per example; None: one for the whole batch.
 
     Returns:

@@ -32,6 +32,7 @@ from darts_lora.config import TrainingConfig, check_writable
 from darts_lora.errors import InputError
 from darts_lora.files import write_whole
 from darts_lora.genotype import Genotype
+from darts_lora.graphs import Graphed
 from darts_lora.schedule import Schedule, derive_genotype
 from darts_lora.stream import BatchStream
 from darts_lora.supernet import Supernet
@@ -57,6 +58,8 @@ class RankSearch:
             genotype.json go there; None: nothing is written.
         loss_fn: (model, batch) -> scalar loss.
         accelerator: default: one made from `training`.
+        cuda_graphs: launch the forward and backward of each step as one CUDA graph for each shape
+            of batch. What cannot be captured runs as ever, after one line that says why.
 
     Raises:
         InputError: a data loader without a batch, a warm-up that leaves no architecture step, an
@@ -73,6 +76,7 @@ class RankSearch:
         output_dir: str | None = None,
         loss_fn: Callable[[torch.nn.Module, Any], Tensor] = model_loss,
         accelerator: Accelerator | None = None,
+        cuda_graphs: bool = False,
     ):
         self.supernet, self.training = supernet, training or TrainingConfig()
         self.output_dir, self.loss_fn = output_dir, loss_fn
@@ -92,8 +96,37 @@ class RankSearch:
         )
         set_seed(config.seed, device_specific=True)
         self._prepare(train_dataloader, val_dataloader)
+        self._graphed_weights = self._capture_steps() if cuda_graphs else None
         self.step = 0
         self.validation_loss = math.nan
+
+    def _capture_steps(self) -> Graphed | None:
+        """The weight step's gradients as a graph, and the architect's."""
+        reason = None
+        if self.accelerator.device.type != "cuda":
+            reason = f"the device is {self.accelerator.device.type}"
+        elif self.accelerator.num_processes > 1 or self.accelerator.scaler is not None:
+            reason = "one process without loss scaling (fp16) can be captured"
+        if reason is not None:
+            self.accelerator.print(f"no CUDA graph, steps are launched one by one: {reason}")
+            return None
+        supernet, pool = self.supernet, torch.cuda.graph_pool_handle()
+        weights = supernet.weight_parameters()
+
+        def gradients(batch) -> tuple[Tensor, list[Tensor]]:
+            loss = self.loss_fn(self.model, batch)
+            found = torch.autograd.grad(loss, weights, allow_unused=True)
+            filled = zip(weights, found, strict=True)
+            return loss.detach(), [torch.zeros_like(w) if g is None else g for w, g in filled]
+
+        def key() -> str:
+            return supernet.relaxation
+
+        if supernet.config.order == 1:
+            loss_fn = partial(self.loss_fn, supernet.model)
+            first_order = partial(self.architect.first_order, loss_fn)
+            self.architect.graphed = Graphed(first_order, key=key, pool=pool)
+        return Graphed(gradients, key=key, pool=pool)
 
     def _prepare(self, train_dataloader: DataLoader, val_dataloader: DataLoader) -> None:
         supernet, training = self.supernet, self.training
@@ -101,6 +134,7 @@ class RankSearch:
             supernet.weight_parameters(),
             lr=training.learning_rate,
             weight_decay=training.weight_decay,
+            fused=self.accelerator.device.type == "cuda" or None,  # few launches
         )
         self.model, self.optimizer, train, validation = self.accelerator.prepare(
             supernet.model, optimizer, train_dataloader, val_dataloader
@@ -182,9 +216,14 @@ class RankSearch:
         for part in range(parts):
             batch = next(self.train_stream)
             more = part < parts - 1
-            with self.accelerator.no_sync(self.model) if more else contextlib.nullcontext():
-                loss = self.loss_fn(self.model, batch) / parts
-                self.accelerator.backward(loss)
+            if self._graphed_weights is not None:
+                loss, gradients = self._graphed_weights(batch)
+                loss = loss / parts
+                _accumulate(self.supernet.weight_parameters(), gradients, parts)
+            else:
+                with self.accelerator.no_sync(self.model) if more else contextlib.nullcontext():
+                    loss = self.loss_fn(self.model, batch) / parts
+                    self.accelerator.backward(loss)
             total = total + loss.detach()
         if self.training.max_grad_norm:
             weights = self.supernet.weight_parameters()
@@ -285,6 +324,17 @@ class RankSearch:
             stream.move_to(position)
         # last: opening a stream draws random numbers
         restore_random_state(state["random"][self.accelerator.process_index])
+
+
+def _accumulate(parameters: list[Tensor], gradients: list[Tensor], parts: int) -> None:
+    """Add gradients / parts to the parameters' own, in few kernels."""
+    if parts > 1:  # else they are used up before the next replay overwrites them
+        gradients = torch._foreach_div(gradients, parts)
+    if parameters[0].grad is None:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+    else:
+        torch._foreach_add_([parameter.grad for parameter in parameters], gradients)
 
 
 def _peak_memory(device: torch.device) -> float | None:

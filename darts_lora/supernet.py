@@ -47,7 +47,7 @@ class Supernet:
     def __init__(self, model: nn.Module, config: SearchConfig):
         self.model, self.config = model, config
         self.relaxation: Relaxation = config.relaxation
-        self.temperature = config.temperature[0]
+        self._temperature = torch.tensor(config.temperature[0])
         saved = match_saved_modules(model, config.modules_to_save)
         names = match_modules(model, config.target_modules, config.exclude_modules)
         inside = tuple(f"{name}." for name in saved)
@@ -105,11 +105,22 @@ class Supernet:
         if not self._arch_gradients:
             alpha = alpha.detach()
         rows = _batch_rows(args, kwargs) if self.config.sampling == "example" else None
-        drawn = sample(alpha, self.relaxation, self.temperature, rows)
+        if self._temperature.device != alpha.device:
+            self._temperature = self._temperature.to(alpha.device)
+        drawn = sample(alpha, self.relaxation, self._temperature, rows)
         membership = next(iter(self.layers.values())).membership
         gates = self.config.scaling * einsum(drawn, membership, "... n k, r k -> n ... r")
         for layer, layer_gates in zip(self.layers.values(), gates.unbind(0), strict=True):
             layer.gates = layer_gates
+
+    @property
+    def temperature(self) -> float:
+        """Temperature of the next forwards' relaxation."""
+        return float(self._temperature)
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        self._temperature.fill_(value)  # in place: a captured forward reads this tensor
 
     @contextlib.contextmanager
     def arch_gradients(self):

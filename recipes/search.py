@@ -27,6 +27,9 @@ class SearchRun:
     """Folder for the genotype, checkpoints, TensorBoard files and the resolved configuration."""
     resume: bool = False
     """Go on from the newest checkpoint in output_dir."""
+    cuda_graphs: bool = False
+    """Launch each step's kernels as one CUDA graph: several times faster for small models. Set
+    pad_to_multiple_of as well: each length of batch is captured once."""
     dry_run: bool = False
     """Show one decoded batch, its labels, the searched layers and their parameters, and stop."""
 
@@ -54,7 +57,13 @@ def main(
             show_batch(next(iter(loaders[0])), collator.tokenizer)
             show_supernet(supernet)
         return
-    rank_search = RankSearch(supernet, *loaders, training=training, output_dir=options.output_dir)
+    rank_search = RankSearch(
+        supernet,
+        *loaders,
+        training=training,
+        output_dir=options.output_dir,
+        cuda_graphs=options.cuda_graphs,
+    )
     accelerator = rank_search.accelerator
     if accelerator.is_main_process:
         save_config(options.output_dir, search, model, data, training)

@@ -1,0 +1,91 @@
+"""CUDA graphs: a function of a batch, captured once for each shape of the batch, then replayed.
+Not here: what is computed (search.py, architect.py), how batches get few shapes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
+
+
+class Graphed:
+    """A function of a batch whose work on the GPU is launched as one graph.
+
+    Small kernels cost more to launch than to compute; a graph launches them all at once. Random
+    numbers drawn inside are fresh in each replay. The function must not wait for the device, and
+    must read everything else that changes between its calls from the same tensors, or be told apart
+    by `key`.
+
+    Args:
+        function: batch (tensors in dicts, lists, tuples) -> (scalar loss, list of tensors).
+        key: what else the captured kernels depend on; a new value is captured anew.
+        limit: captured shapes; further ones run without a graph.
+        pool: memory pool, shared by functions whose results are used up before the next call.
+
+    What cannot be captured runs without a graph, after one warning that says why.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Any], tuple[Tensor, list[Tensor]]],
+        *,
+        key: Callable[[], Hashable] = lambda: None,
+        limit: int = 16,
+        pool: Any = None,
+    ):
+        self.function, self.key, self.limit, self.pool = function, key, limit, pool
+        self.captured: dict[Hashable, tuple] = {}
+        self.failed = False
+
+    def __call__(self, batch: Any) -> tuple[Tensor, list[Tensor]]:
+        """The function's result. The list's tensors are overwritten by the next call."""
+        shape = self._shape(batch)
+        if shape not in self.captured and not self._capture(shape, batch):
+            return self.function(batch)
+        graph, static, (loss, values) = self.captured[shape]
+        torch._foreach_copy_(_tensors(static), _tensors(batch))
+        graph.replay()
+        return loss.clone(), values
+
+    def _shape(self, batch: Any) -> Hashable:
+        leaves, structure = tree_flatten(batch)
+        shapes = (
+            (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves
+        )
+        return self.key(), str(structure), *shapes
+
+    def _capture(self, shape: Hashable, batch: Any) -> bool:
+        """Capture the function for a batch of this shape; whether it is there now."""
+        if self.failed or len(self.captured) >= self.limit:
+            return False
+        static = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch)
+        try:
+            self._warm_up(static)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):
+                result = self.function(static)
+        except RuntimeError as error:
+            self.failed = True
+            reason = str(error).strip().split("\n")[0][:200]
+            warnings.warn(f"no CUDA graph, steps are launched one by one: {reason}", stacklevel=2)
+            torch.cuda.synchronize()
+            return False
+        self.captured[shape] = graph, static, result
+        return True
+
+    def _warm_up(self, static: Any) -> None:
+        """Libraries allocate and tune in their first calls: not inside a capture."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self.function(static)
+        torch.cuda.current_stream().wait_stream(stream)
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor)]

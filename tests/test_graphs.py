@@ -1,0 +1,106 @@
+"""CUDA graphs: what happens where none can be; with a GPU, that a replay is the function.
+Not here: a search with them on a CPU (test_search.py)."""
+
+import warnings
+
+import pytest
+import torch
+
+from darts_lora import RankSearch, SearchConfig, Supernet
+from darts_lora.config import TrainingConfig
+from darts_lora.graphs import Graphed
+from small_models import residual
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def rows(count=64, width=16):
+    return torch.utils.data.DataLoader(torch.randn(count, width), batch_size=16)
+
+
+def loss_fn(model, batch):
+    return (model(batch) - 1).pow(2).mean()
+
+
+def test_without_a_gpu_one_line_says_so_and_the_result_is_the_same(capsys):
+    found = []
+    for cuda_graphs in (False, True):
+        torch.manual_seed(0)
+        supernet = Supernet(residual(), SearchConfig(ranks=(0, 1, 2), budget_rank=1))
+        search = RankSearch(
+            supernet,
+            rows(),
+            rows(),
+            training=TrainingConfig(max_steps=6, logging_steps=3),
+            loss_fn=loss_fn,
+            cuda_graphs=cuda_graphs,
+        )
+        found.append(search.run())
+        assert search.accelerator.device.type == "cpu" or cuda_graphs is False
+    if not torch.cuda.is_available():
+        lines = capsys.readouterr().out.splitlines()
+        assert lines == ["no CUDA graph, steps are launched one by one: the device is cpu"]
+        assert found[0] == found[1]
+
+
+def test_what_cannot_be_captured_runs_all_the_same_after_one_warning(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(Graphed, "_warm_up", refuse)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    graphed = Graphed(lambda batch: (batch["x"].sum(), [batch["x"] * 2]))
+    with pytest.warns(UserWarning, match=r"no CUDA graph.*: operation not permitted .* capturing$"):
+        loss, (double,) = graphed({"x": torch.ones(3)})
+    assert loss == 3 and double.tolist() == [2, 2, 2]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert graphed({"x": torch.ones(2)})[0] == 2
+
+
+@needs_gpu
+def test_a_replay_is_the_function_for_each_shape_and_key():
+    weight, kind = torch.randn(8, 8, device="cuda", requires_grad=True), ["a"]
+
+    def function(batch):
+        loss = (batch["x"] @ weight).pow(2 if kind[0] == "a" else 4).mean()
+        return loss.detach(), list(torch.autograd.grad(loss, [weight]))
+
+    graphed = Graphed(function, key=lambda: kind[0], limit=3)
+    for kind[0] in ("a", "b", "a"):
+        for count in (4, 6, 4, 9):
+            batch = {"x": torch.randn(count, 8, device="cuda")}
+            loss, (gradient,) = graphed(batch)
+            expected, (wanted,) = function(batch)
+            assert torch.allclose(loss, expected) and torch.allclose(gradient, wanted)
+    assert len(graphed.captured) == 3
+
+
+@needs_gpu
+def test_random_numbers_are_fresh_in_each_replay():
+    graphed = Graphed(lambda batch: (batch.sum(), [torch.rand_like(batch)]))
+    drawn = [graphed(torch.zeros(5, device="cuda"))[1][0].clone() for _ in range(4)]
+    assert len({tuple(values.tolist()) for values in drawn}) == 4
+
+
+@needs_gpu
+def test_a_graphed_search_trains_as_one_without():
+    """softmax draws nothing, so the two must agree within rounding."""
+    found = []
+    for cuda_graphs in (False, True):
+        torch.manual_seed(0)
+        config = SearchConfig(ranks=(0, 1, 2), budget_rank=1, relaxation="softmax", warmup_steps=0)
+        supernet = Supernet(residual(), config)
+        search = RankSearch(
+            supernet,
+            rows(),
+            rows(),
+            training=TrainingConfig(max_steps=20, gradient_accumulation_steps=2),
+            loss_fn=loss_fn,
+            cuda_graphs=cuda_graphs,
+        )
+        search.run()
+        assert not cuda_graphs or len(search._graphed_weights.captured) == 1
+        found.append(supernet.state_dict())
+    for name, value in found[0].items():
+        assert torch.allclose(value, found[1][name], atol=1e-5), name
