@@ -3,8 +3,10 @@ Not here: what the commands do in detail (recipes/), nor the installation (.ci/r
 
 import contextlib
 import io
+import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from darts_lora import Genotype
+from families import TEXT_FAMILIES, make_family
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -24,7 +27,9 @@ SHORT = {
     "recipes/benchmark/plans.py": "--seeds [0] --random_plans 1 --max_steps 4 --batch_size 4 "
     "--max_test_samples 16",
 }
-NOT_HERE = ("pytest", "tensorboard", "recipes/benchmark/planted.py")  # .ci/run; test_planted.py
+# .ci/run; tests/recipes/test_planted.py, test_random_mllama.py
+NOT_HERE = ("pytest", "tensorboard", "recipes/benchmark/planted.py")
+NOT_HERE += ("recipes/benchmark/random_mllama.py",)
 
 
 def blocks(language):
@@ -32,7 +37,8 @@ def blocks(language):
 
 
 def commands():
-    lines = [part for block in blocks("bash") for part in re.split(r"\n| && ", block) if part]
+    joined = [re.sub(r"\\\n\s*", "", block) for block in blocks("bash")]
+    lines = [part for block in joined for part in re.split(r"\n| && ", block) if part]
     return [line for line in lines if not line.startswith("pip install")]
 
 
@@ -57,7 +63,8 @@ def test_every_command_is_known():
 @pytest.mark.parametrize("recipe", ["search", "finetune", "evaluate", "derive", "benchmark/plans"])
 def test_the_commands_one_after_the_other(recipe, folder):
     """On the embedded default, each finds what the one before it left in runs/."""
-    (line,) = [line for line in commands() if f"recipes/{recipe}.py" in line]
+    (line, *dry) = [line for line in commands() if f"recipes/{recipe}.py" in line]
+    assert all("--dry_run" in line for line in dry)
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     environment["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
     done = subprocess.run(
@@ -80,6 +87,27 @@ def test_the_commands_one_after_the_other(recipe, folder):
     if recipe == "search":
         genotype = Genotype.load(folder / "runs/search/genotype.json")
         assert genotype.num_parameters <= genotype.found_by["budget_parameters"]
+
+
+def test_the_dry_run_on_ones_own_model_and_data(tmp_path):
+    """With a tiny model in the place of the hub's."""
+    (line,) = [line for line in commands() if "--dry_run" in line]
+    model = make_family(TEXT_FAMILIES["qwen2"], str(tmp_path / "model"))
+    for split in ("train", "test"):
+        row = {"prompt": "which colour is it", "completion": "red"}
+        (tmp_path / f"{split}.jsonl").write_text((json.dumps(row) + "\n") * 20)
+    parts = shlex.split(line.replace("Qwen/Qwen3-0.6B", model))
+    parts[parts.index("recipes/search.py")] = str(ROOT / "recipes" / "search.py")
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    environment |= {"PYTHONPATH": str(ROOT), "COLUMNS": "120"}
+    command = [sys.executable, "-m", "accelerate.commands.launch", *parts[2:], "--ranks", "[0,8]"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "what is learnt of it:" in done.stdout and "searched layers" in done.stdout
+    assert "14 layers, candidate ranks [0, 8]; budget" in done.stdout
+    assert not (tmp_path / "runs" / "search" / "genotype.json").exists()
 
 
 @pytest.fixture(scope="module")

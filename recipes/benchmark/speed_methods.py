@@ -1,0 +1,241 @@
+"""The ways that speed.py compares: each makes its steps on a frozen model, and takes itself out.
+Not here: models, batches, clocks (speed.py)."""
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from peft.helpers import disable_input_dtype_casting
+from torch import nn
+
+from darts_lora import Architect, SearchConfig, Supernet
+from darts_lora.graphs import Graphed
+from darts_lora.search import model_loss
+
+
+def _trainer(parameters: list, loss) -> callable:
+    """A whole weight step: forward, backward, AdamW."""
+    cuda = parameters[0].device.type == "cuda"
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=cuda or None)
+
+    def step(batch):
+        loss(batch).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def forward_only(model, ranks):
+    """The frozen model's forward."""
+
+    def step(batch):
+        with torch.no_grad():
+            model_loss(model, batch)
+
+    return {"forward": step}, lambda: None
+
+
+def frozen(model, ranks):
+    """Forward, and backward to the inputs: gradients that no method can spare."""
+    embeddings = model.get_input_embeddings()
+    hook = embeddings.register_forward_hook(lambda m, args, y: y.requires_grad_(True))
+
+    def step(batch):
+        batch = dict(batch)
+        if "pixel_values" in batch:
+            batch["pixel_values"] = batch["pixel_values"].detach().requires_grad_(True)
+        model_loss(model, batch).backward()
+
+    return {"forward and backward": step}, hook.remove
+
+
+def _peft(model, ranks, *, autocast_adapter_dtype: bool, autocast: bool = False):
+    names = "all-linear"
+    config = LoraConfig(r=ranks[-1], lora_alpha=2 * ranks[-1], target_modules=names)
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
+    device = next(model.parameters()).device.type
+    uncast = disable_input_dtype_casting(adapted, active=autocast)
+    uncast.__enter__()
+
+    def loss(batch):
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            return model_loss(adapted, batch)
+
+    def close():
+        uncast.__exit__(None, None, None)
+        adapted.unload()
+        model.requires_grad_(False)
+
+    trainable = [p for p in adapted.parameters() if p.requires_grad]
+    return {"weights": _trainer(trainable, loss)}, close
+
+
+def peft_bf16(model, ranks):
+    """PEFT's LoRA of the largest rank, adapters in bfloat16."""
+    return _peft(model, ranks, autocast_adapter_dtype=False)
+
+
+def peft_float32(model, ranks):
+    """The same with PEFT's default, float32 adapters."""
+    return _peft(model, ranks, autocast_adapter_dtype=True)
+
+
+def peft_autocast(model, ranks):
+    """Float32 adapters under autocast, as a Trainer with bf16=True runs them."""
+    return _peft(model, ranks, autocast_adapter_dtype=True, autocast=True)
+
+
+def _ours(model, ranks, *, branches: str, graphs: bool = False, dtype: str = "float32"):
+    config = SearchConfig(ranks, branches=branches, budget_rank=ranks[1], adapter_dtype=dtype)
+    supernet = Supernet(model, config)
+    architect, weights = Architect(supernet), supernet.weight_parameters()
+    optimizer = torch.optim.AdamW(weights, lr=1e-4, fused=weights[0].is_cuda or None)
+
+    def loss(batch):
+        return model_loss(model, batch)
+
+    def gradients(batch):
+        value = loss(batch)
+        found = torch.autograd.grad(value, weights, allow_unused=True)
+        filled = zip(weights, found, strict=True)
+        return value.detach(), [torch.zeros_like(w) if g is None else g for w, g in filled]
+
+    if graphs:
+        gradients = Graphed(gradients)
+        architect.graphed = Graphed(lambda batch: architect.first_order(loss, batch))
+
+    def weight_step(batch):
+        for weight, gradient in zip(weights, gradients(batch)[1], strict=True):
+            weight.grad = gradient
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def architecture_step(batch):
+        architect.step(loss, batch)
+
+    return {"weights": weight_step, "architecture": architecture_step}, supernet.remove
+
+
+def nested(model, ranks):
+    """darts_lora, nested branches."""
+    return _ours(model, ranks, branches="nested")
+
+
+def independent(model, ranks):
+    """darts_lora, independent branches."""
+    return _ours(model, ranks, branches="independent")
+
+
+def nested_bf16(model, ranks):
+    """darts_lora, nested branches, LoRA weights in bfloat16."""
+    return _ours(model, ranks, branches="nested", dtype="bfloat16")
+
+
+def nested_graphs(model, ranks):
+    """darts_lora, nested branches, steps as CUDA graphs."""
+    return _ours(model, ranks, branches="nested", graphs=True)
+
+
+def independent_graphs(model, ranks):
+    """darts_lora, independent branches, steps as CUDA graphs."""
+    return _ours(model, ranks, branches="independent", graphs=True)
+
+
+class _Mixed(nn.Module):
+    """A base layer and a mixture by softmax(alpha), in one of two slow ways."""
+
+    def __init__(self, base: nn.Module, ranks: list[int]):
+        super().__init__()
+        self.base, self.ranks = base, ranks
+        factory = {"device": base.weight.device, "dtype": base.weight.dtype}
+        self.alpha = nn.Parameter(torch.zeros(len(ranks), device=base.weight.device))
+        self.build(base.in_features, base.out_features, factory)
+
+    def weights(self) -> list[nn.Parameter]:
+        return [p for name, p in self.named_parameters() if name.startswith("lora")]
+
+
+class _Pairs(_Mixed):
+    """A pair of Linears for each branch: y = W x + s sum_k p_k B_k (A_k x)."""
+
+    def build(self, width_in, width_out, factory):
+        self.lora_A = nn.ModuleList(nn.Linear(width_in, r, False, **factory) for r in self.ranks)
+        self.lora_B = nn.ModuleList(nn.Linear(r, width_out, False, **factory) for r in self.ranks)
+
+    def forward(self, x):
+        y, p = self.base(x), self.alpha.softmax(0).to(x.dtype)
+        for k, (a, b) in enumerate(zip(self.lora_A, self.lora_B, strict=True)):
+            y = y + 2 * p[k] * b(a(x))
+        return y
+
+
+class _Clones(_Mixed):
+    """One A and B of the largest rank; each branch masks a clone of them:
+    y = W x + s sum_k p_k (B * m_k) ((A * m_k) x)."""
+
+    def build(self, width_in, width_out, factory):
+        largest = max(self.ranks)
+        self.lora_A = nn.Parameter(torch.randn(largest, width_in, **factory) / width_in**0.5)
+        self.lora_B = nn.Parameter(torch.zeros(width_out, largest, **factory))
+        masks = [(torch.arange(largest) < r).to(**factory) for r in self.ranks]
+        self.register_buffer("masks", torch.stack(masks))
+
+    def forward(self, x):
+        y, p = self.base(x), self.alpha.softmax(0).to(x.dtype)
+        for k, mask in enumerate(self.masks):
+            a, b = self.lora_A.clone() * mask[:, None], self.lora_B.clone() * mask
+            y = y + 2 * p[k] * F.linear(F.linear(x, a), b)
+        return y
+
+
+def _other(model, ranks, layer_class):
+    head = model.get_output_embeddings()
+    targets = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    }
+    layers = {name: layer_class(module, ranks) for name, module in targets.items()}
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+    weights = [p for layer in layers.values() for p in layer.weights()]
+    alphas = [layer.alpha for layer in layers.values()]
+
+    def close():
+        for name, module in targets.items():
+            model.set_submodule(name, module)
+
+    def only(trained, step):
+        def run(batch):
+            for parameter in (*weights, *alphas):
+                parameter.requires_grad_(False)
+            for parameter in trained:
+                parameter.requires_grad_(True)
+            step(batch)
+
+        return run
+
+    def loss(batch):
+        return model_loss(model, batch)
+
+    steps = {"weights": only(weights, _trainer(weights, loss))}
+    return steps | {"architecture": only(alphas, _trainer(alphas, loss))}, close
+
+
+def pairs(model, ranks):
+    """A pair of Linears for each branch."""
+    return _other(model, ranks, _Pairs)
+
+
+def clones(model, ranks):
+    """Masked clones for each branch, as the published search computes them."""
+    return _other(model, ranks, _Clones)
+
+
+METHODS = {
+    method.__name__: method
+    for method in (
+        forward_only, frozen, peft_bf16, peft_float32, peft_autocast, nested, independent,
+        nested_bf16, nested_graphs, independent_graphs, pairs, clones,
+    )
+}  # fmt: skip
