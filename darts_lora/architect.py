@@ -116,7 +116,8 @@ class Architect:
         self, loss_fn: Callable, batch: Any, parameters: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
         """The loss and its gradients of `parameters` alone; no `.grad` is written."""
-        with self.supernet.arch_gradients():
+        alphas = set(self.supernet.arch_parameters())
+        with self.supernet.arch_gradients(weights=not alphas.issuperset(parameters)):
             loss = loss_fn(batch)
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         filled = [

@@ -7,7 +7,6 @@ import math
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from darts_lora.config import check_ranks
@@ -61,6 +60,7 @@ class MixedRankLinear(nn.Module):
         alpha: float32 parameter (K,), the architecture weights, zeros at the start.
         gates: g for the coming forwards, (R,) or one row per example (rows, R), set by a Supernet;
             None: softmax(alpha) decides.
+        trains_weights: whether gradients of A and B are wanted of the coming forwards.
 
     Raises:
         InputError: unusable ranks, branches, dropout or scaling; a rank above min(in, out).
@@ -113,6 +113,7 @@ class MixedRankLinear(nn.Module):
             membership[branch_columns(self.ranks, rank, branches), k] = 1
         self.register_buffer("membership", membership, persistent=False)
         self.gates: Tensor | None = None
+        self.trains_weights = True
 
     def probabilities(self) -> Tensor:
         """softmax(alpha), (K,)."""
@@ -133,11 +134,11 @@ class MixedRankLinear(nn.Module):
         gates = self.gates
         if gates is None:
             gates = self.scaling * (self.membership @ self.probabilities())
-        y = self.base_layer(x)
-        x = self.dropout(x)
-        h = F.linear(x, self.lora_A.to(x.dtype))
-        h = h * _broadcast(gates, h).to(h.dtype)
-        return y + F.linear(h, self.lora_B.to(h.dtype)).to(y.dtype)
+        a, b = self.lora_A, self.lora_B
+        if not self.trains_weights:
+            a, b = a.detach(), b.detach()
+        y, x = self.base_layer(x), self.dropout(x)
+        return _Mixture.apply(y, x, a, b, _broadcast(gates, x))
 
     @property
     def weight(self) -> Tensor:
@@ -151,6 +152,56 @@ class MixedRankLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"ranks={list(self.ranks)}, scaling={self.scaling}, branches={self.branches}"
+
+
+class _Mixture(torch.autograd.Function):
+    """y + ((x A^T) * g) B^T in the dtype of x, or autocast's, as one node of autograd: nothing is
+    computed or kept for gradients that the step does not want, and the sum is part of a product.
+
+    y (..., out); x (..., in); A (R, in); B (out, R); g broadcasts against (..., R).
+    """
+
+    @staticmethod
+    def forward(ctx, y, x, a, b, gates):
+        device = x.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+        with torch.autocast(device, enabled=False):
+            flat, a_used, b_used = x.flatten(0, -2).to(dtype), a.to(dtype), b.to(dtype)
+            h = (flat @ a_used.T).view(*x.shape[:-1], -1)
+            gated = h * gates.to(dtype)
+            gated_flat, y_flat = gated.flatten(0, -2), y.flatten(0, -2)
+            if y.dtype == dtype:
+                out = torch.addmm(y_flat, gated_flat, b_used.T)
+            else:
+                out = y_flat + (gated_flat @ b_used.T).to(y.dtype)
+        _, _, wants_a, wants_b, wants_gates = ctx.needs_input_grad
+        ctx.save_for_backward(
+            flat if wants_a else None, a_used, b_used, gates,
+            h if wants_gates else None, gated_flat if wants_b else None,
+        )  # fmt: skip
+        ctx.dtypes = x.dtype, a.dtype, b.dtype
+        return out.view(y.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, out):
+        flat, a, b, gates, h, gated = ctx.saved_tensors
+        _, wants_x, wants_a, wants_b, wants_gates = ctx.needs_input_grad
+        x_dtype, a_dtype, b_dtype = ctx.dtypes
+        out_flat = out.flatten(0, -2).to(b.dtype)
+        g_x = g_a = g_b = g_gates = None
+        if wants_b:
+            g_b = (out_flat.T @ gated).to(b_dtype)
+        g_gated = (out_flat @ b).view(*out.shape[:-1], -1)
+        if wants_gates:
+            g_gates = (g_gated * h).float() if gates.dtype == torch.float32 else g_gated * h
+            g_gates = g_gates.sum_to_size(gates.shape)
+        if wants_x or wants_a:
+            g_h = (g_gated * gates.to(b.dtype)).flatten(0, -2)
+            g_a = (g_h.T @ flat).to(a_dtype) if wants_a else None
+            g_x = (g_h @ a).to(x_dtype).view(*out.shape[:-1], -1) if wants_x else None
+        return out, g_x, g_a, g_b, g_gates
 
 
 def _broadcast(gates: Tensor, h: Tensor) -> Tensor:

@@ -136,4 +136,5 @@ def show_supernet(supernet: Supernet, console: Console | None = None) -> None:
         f"{whole - searched - supernet.stacked_alpha().numel():,} frozen ones",
         markup=False,
         highlight=False,
+        soft_wrap=True,
     )

@@ -75,16 +75,21 @@ class Supernet:
                     dtype=getattr(torch, config.adapter_dtype),
                 )
         self._originals = {name: model.get_submodule(name) for name in (*targets, *saved)}
-        self.saved_modules = {name: _trainable_copy(self._originals[name]) for name in saved}
+        self.saved_modules = {name: _trainable_copy(name, self._originals[name]) for name in saved}
         for name, module in {**self.layers, **self.saved_modules}.items():
             model.set_submodule(name, module)
         # alpha is replicated and reduced by the Architect: DDP must not wait for its gradient
         alphas = [f"{name}.alpha" for name in self.layers]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, alphas)
-        self._arch_gradients = False
+        self._arch_gradients, self._weight_gradients = False, True
         self._hook = model.register_forward_pre_hook(self._draw_gates, with_kwargs=True)
 
     def _check_targets(self, targets: dict[str, nn.Module]) -> None:
+        if not targets:
+            raise InputError(
+                f"target_modules={self.config.target_modules!r}: every match is trained in full "
+                "(modules_to_save, or the head of a classification model); nothing is left to search"
+            )
         largest = self.config.ranks[-1]
         for name, module in targets.items():
             shape = linear_shape(module)
@@ -112,6 +117,7 @@ class Supernet:
         gates = self.config.scaling * einsum(drawn, membership, "... n k, r k -> n ... r")
         for layer, layer_gates in zip(self.layers.values(), gates.unbind(0), strict=True):
             layer.gates = layer_gates
+            layer.trains_weights = self._weight_gradients
 
     @property
     def temperature(self) -> float:
@@ -123,13 +129,13 @@ class Supernet:
         self._temperature.fill_(value)  # in place: a captured forward reads this tensor
 
     @contextlib.contextmanager
-    def arch_gradients(self):
-        """Forwards inside connect the loss to alpha."""
-        self._arch_gradients = True
+    def arch_gradients(self, weights: bool = True):
+        """Forwards inside connect the loss to alpha, and, as outside, to the LoRA weights."""
+        self._arch_gradients, self._weight_gradients = True, weights
         try:
             yield
         finally:
-            self._arch_gradients = False
+            self._arch_gradients, self._weight_gradients = False, True
 
     def stacked_alpha(self) -> Tensor:
         """All alphas, (N, K) float32, differentiable."""
@@ -190,7 +196,10 @@ class Supernet:
         return self.model
 
 
-def _trainable_copy(module: nn.Module) -> nn.Module:
+def _trainable_copy(name: str, module: nn.Module) -> nn.Module:
+    # Weights of torchao call themselves floating point, but are of a class of their own.
+    if any(type(p) is not nn.Parameter or not p.is_floating_point() for p in module.parameters()):
+        raise InputError(f"modules_to_save: {name} has quantized weights, which cannot be trained")
     return copy.deepcopy(module).requires_grad_(True)
 
 
