@@ -64,10 +64,13 @@ class Graphed:
             return False
         static = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch)
         try:
-            self._warm_up(static)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
-                result = self.function(static)
+            with warnings.catch_warnings():
+                # gradients are returned here, none is accumulated
+                warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream")
+                self._warm_up(static)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=self.pool):
+                    result = self.function(static)
         except RuntimeError as error:
             self.failed = True
             reason = str(error).strip().split("\n")[0][:200]
