@@ -62,8 +62,8 @@ class Architect:
             train_batch: a batch of the training split, needed by order 2.
 
         Returns:
-            "loss" on the validation batch and "expected_parameters", scalars on the device; with a
-            budget also "multiplier".
+            "loss" on the validation batch, "gradient_norm" (of the loss's gradient of all alphas)
+            and "expected_parameters", scalars on the device; with a budget also "multiplier".
 
         Raises:
             InputError: order 2 without a train_batch.
@@ -82,7 +82,7 @@ class Architect:
         self.gradient_sums = self.gradient_sums.to(gradient.device)
         self.gradient_sums[self.steps % 2] += gradient
         self.steps += 1
-        metrics = {"loss": loss}
+        metrics = {"loss": loss, "gradient_norm": gradient.norm()}
         gradient = gradient + self._budget_gradient(gradient, metrics)
         for alpha, row in zip(self.supernet.arch_parameters(), gradient.unbind(0), strict=True):
             alpha.grad = row

@@ -8,6 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -99,6 +100,7 @@ class RankSearch:
         self._graphed_weights = self._capture_steps() if cuda_graphs else None
         self.step = 0
         self.validation_loss = math.nan
+        self.norms: dict[str, Tensor] = {}  # of the last gradients, before clipping
 
     def _capture_steps(self) -> Graphed | None:
         """The weight step's gradients as a graph, and the architect's."""
@@ -171,7 +173,7 @@ class RankSearch:
             self._resume()
         views = self._open_views()
         self.model.train()
-        started, losses = time.monotonic(), []
+        started, losses, self.recorded = time.monotonic(), [], 0.0
         bar = tqdm(
             range(self.step, self.training.max_steps),
             initial=self.step,
@@ -191,12 +193,14 @@ class RankSearch:
                 losses = []
                 bar.set_postfix_str(_progress_text(record, self.supernet.budget))
                 if views is not None:
-                    views.write(record, self.supernet)
+                    views.write(record)
             if save and self.output_dir is not None:
                 self._save_checkpoint()
+        genotype = self._finish()
         if views is not None:
+            views.finish(genotype, self._options(), self.step)
             views.close()
-        return self._finish()
+        return genotype
 
     def _one_step(self, step: int) -> Tensor:
         """A weight step and, after the warm-up, an architecture step; the training loss."""
@@ -208,6 +212,7 @@ class RankSearch:
             )
             self.schedulers[1].step()
             self.validation_loss = metrics["loss"]
+            self.norms["alpha_gradient_norm"] = metrics["gradient_norm"]
         return loss
 
     def _weight_step(self) -> tuple[Tensor, Any]:
@@ -227,7 +232,8 @@ class RankSearch:
             total = total + loss.detach()
         if self.training.max_grad_norm:
             weights = self.supernet.weight_parameters()
-            self.accelerator.clip_grad_norm_(weights, self.training.max_grad_norm)
+            norm = self.accelerator.clip_grad_norm_(weights, self.training.max_grad_norm)
+            self.norms["gradient_norm"] = norm
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.schedulers[0].step()
@@ -251,7 +257,12 @@ class RankSearch:
             self._stop_non_finite("validation loss", self.step)
         if not bool(probabilities.isfinite().all()):
             self._stop_non_finite("alpha", self.step)
-        multiplier = self.architect.multiplier
+        multiplier, candidates = self.architect.multiplier, self.supernet.config.ranks
+        ranks = probabilities.cpu() @ torch.tensor(candidates, dtype=probabilities.dtype)
+        rows = len(train_losses) * self.training.gradient_accumulation_steps
+        rows *= self.training.batch_size * self.accelerator.num_processes
+        pace, self.recorded = max(seconds - self.recorded, 1e-9), seconds
+        norms = {name: None if norm is None else float(norm) for name, norm in self.norms.items()}
         record = {
             "step": self.step,
             "train_loss": sum(train_losses) / len(train_losses),
@@ -261,6 +272,11 @@ class RankSearch:
             "multiplier": None if multiplier is None else float(multiplier.factor),
             "temperature": self.supernet.temperature,
             "learning_rate": self.schedulers[0].get_last_lr()[0],
+            "gradient_norm": None,
+            "alpha_gradient_norm": None,
+            **norms,
+            "samples_per_second": round(rows / pace, 2),
+            "expected_ranks": [round(rank, 3) for rank in ranks.tolist()],
             "seconds": round(seconds, 3),
             "peak_memory_gib": _peak_memory(self.accelerator.device),
         }
@@ -279,7 +295,10 @@ class RankSearch:
             return None
         from darts_lora.tensorboard import SearchViews
 
-        return SearchViews(self.output_dir, first_step=self.step)
+        return SearchViews(self.output_dir, self.supernet, self.step, self.training.max_steps)
+
+    def _options(self) -> dict[str, Any]:
+        return asdict(self.supernet.config) | asdict(self.training)
 
     def _finish(self) -> Genotype:
         genotype = derive_genotype(self.supernet, self.architect, self.schedule)

@@ -87,8 +87,8 @@ class Supernet:
     def _check_targets(self, targets: dict[str, nn.Module]) -> None:
         if not targets:
             raise InputError(
-                f"target_modules={self.config.target_modules!r}: every match is trained in full "
-                "(modules_to_save, or the head of a classification model); nothing is left to search"
+                f"target_modules={self.config.target_modules!r}: nothing is left to search, every "
+                "match is trained in full (modules_to_save, or a classification model's head)"
             )
         largest = self.config.ranks[-1]
         for name, module in targets.items():

@@ -1,58 +1,136 @@
-"""The record of a search: TensorBoard scalars and heatmaps of alpha, and metrics.jsonl.
-Not here: what is measured (search.py). The only room that knows TensorBoard."""
+"""The record of a search: TensorBoard's scalars, images, texts; metrics.jsonl and layers.json.
+Not here: what is measured (search.py), how images are drawn (images.py), the report."""
 
 from __future__ import annotations
 
 import json
 import os
+import time
 from typing import Any
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
+from darts_lora.files import write_json
+from darts_lora.genotype import Genotype
+from darts_lora.images import probability_image, rank_image
 from darts_lora.supernet import Supernet
+from darts_lora.verdict import verdict_text
 
-CELL = 8  # pixels of a layer and of a candidate in the heatmap
 SCALARS = {
     "train_loss": "loss/train",
     "validation_loss": "loss/validation",
     "entropy": "alpha/entropy",
     "temperature": "alpha/temperature",
+    "alpha_gradient_norm": "alpha/gradient_norm",
     "expected_parameters": "budget/expected_parameters",
     "multiplier": "budget/multiplier",
     "learning_rate": "weights/learning_rate",
+    "gradient_norm": "weights/gradient_norm",
+    "samples_per_second": "speed/samples_per_second",
+    "peak_memory_gib": "speed/peak_memory_gib",
 }
+LAYOUT = {
+    "search": {
+        "loss": ["Multiline", ["loss/train", "loss/validation"]],
+        "parameters": ["Multiline", ["budget/expected_parameters", "budget/budget_parameters"]],
+        "entropy": ["Multiline", ["alpha/entropy"]],
+        "gradient norms": ["Multiline", ["weights/gradient_norm", "alpha/gradient_norm"]],
+    }
+}
+DRAWING_SHARE = 0.005  # of a run's time: images are left out while they took more than that
+MOST_IMAGES = 40  # of each kind in one run
 
 
 class SearchViews:
     """Writes one record of a search after the other.
 
     Args:
-        output_dir: tensorboard/ and metrics.jsonl go there.
+        output_dir: tensorboard/, metrics.jsonl and layers.json go there.
+        supernet: what is searched.
         first_step: where this run starts; what an earlier run wrote behind it is taken back.
+        steps: of the whole search: images are spread over them.
     """
 
-    def __init__(self, output_dir: str, first_step: int = 0):
-        self.path = os.path.join(output_dir, "metrics.jsonl")
+    def __init__(self, output_dir: str, supernet: Supernet, first_step: int = 0, steps: int = 1):
+        self.path, self.supernet = os.path.join(output_dir, "metrics.jsonl"), supernet
+        self.parts = {name: [x.in_features, x.out_features] for name, x in supernet.layers.items()}
+        layers = {"shapes": self.parts, "candidates": list(supernet.config.ranks)}
+        write_json(os.path.join(output_dir, "layers.json"), {**layers, "budget": supernet.budget})
         kept = read_metrics(self.path, first_step) if first_step else []
         self.metrics = open(self.path, "w", encoding="utf-8")  # noqa: SIM115 - open for the run
         self.metrics.writelines(json.dumps(record) + "\n" for record in kept)
         purge = first_step + 1 if first_step else None
         self.writer = SummaryWriter(os.path.join(output_dir, "tensorboard"), purge_step=purge)
+        self.writer.add_custom_scalars(LAYOUT)
+        self.started, self.drawing = time.monotonic(), 0.0
+        self.apart = max(1, steps // MOST_IMAGES)
+        self.next_image = first_step
 
-    def write(self, record: dict[str, Any], supernet: Supernet) -> None:
-        """One record: a line of metrics.jsonl, a point of each scalar, one heatmap."""
+    def write(self, record: dict[str, Any]) -> None:
+        """One record: a line of metrics.jsonl, a point of each scalar, now and then the images."""
         self.metrics.write(json.dumps(record) + "\n")
         self.metrics.flush()
-        step = record["step"]
+        step, budget = record["step"], self.supernet.budget
         for name, tag in SCALARS.items():
-            if record[name] is not None:
+            if record.get(name) is not None:
                 self.writer.add_scalar(tag, record[name], step)
-        if supernet.budget:
-            self.writer.add_scalar("budget/budget_parameters", supernet.budget, step)
+        if budget:
+            self.writer.add_scalar("budget/budget_parameters", budget, step)
+        share = self.drawing / max(time.monotonic() - self.started, 1e-9)
+        if step >= self.next_image and (share <= DRAWING_SHARE or not self.drawing):
+            self.draw(step)
+
+    def draw(self, step: int) -> None:
+        """The images and the histogram of alpha as they are now."""
+        begun = time.monotonic()
+        names, candidates = list(self.supernet.layers), self.supernet.config.ranks
         with torch.no_grad():
-            image = probability_image(supernet.probabilities())
-        self.writer.add_image("alpha/probability (layers down, ranks across)", image, step)
+            alpha = self.supernet.stacked_alpha().float().cpu()
+        probabilities = alpha.softmax(-1)
+        ranks = (probabilities * torch.tensor(candidates)).sum(-1).tolist()
+        expected = dict(zip(names, ranks, strict=True))
+        image = probability_image(names, probabilities, candidates)
+        self.writer.add_image("alpha/probability", image, step, dataformats="HWC")
+        image = rank_image(expected, candidates[-1])
+        self.writer.add_image("ranks/expected", image, step, dataformats="HWC")
+        for k, rank in enumerate(candidates):
+            self.writer.add_histogram(f"alpha/rank_{rank}", alpha[:, k], step, bins=20)
+        self.next_image = step + self.apart
+        self.drawing += time.monotonic() - begun
+
+    def finish(self, genotype: Genotype, options: dict[str, Any], step: int) -> None:
+        """The last images, the map of the chosen ranks, the result in words, the hparams."""
+        self.draw(step)
+        image = rank_image(genotype.ranks, genotype.candidates[-1])
+        self.writer.add_image("ranks/chosen", image, step, dataformats="HWC")
+        self.writer.add_text("result", self._result(genotype), step)
+        lines = "\n".join(f"    {name}: {value}" for name, value in options.items())
+        self.writer.add_text("configuration", lines, step)
+        figures = genotype.found_by["verdict"]
+        results = {
+            f"result/{name}": float(figures[name])
+            for name in ("entropy", "agreement", "chosen_parameters")
+        }
+        values = {
+            name: value if isinstance(value, bool | int | float | str) else str(value)
+            for name, value in options.items()
+        }
+        for summary in hparams(values, results):
+            self.writer.file_writer.add_summary(summary)
+        for name, value in results.items():
+            self.writer.add_scalar(name, value, step)
+
+    def _result(self, genotype: Genotype) -> str:
+        path = os.path.join(os.path.dirname(self.path), "genotype.json")
+        adapted = sum(rank > 0 for rank in genotype.ranks.values())
+        return (
+            f"{adapted} of {len(genotype.ranks)} layers adapted, "
+            f"{genotype.num_parameters:,} trainable parameters.\n\n"
+            f"{verdict_text(genotype.found_by['verdict'])}\n\n"
+            f"Next: `accelerate launch recipes/finetune.py --genotype {path}`"
+        )
 
     def close(self) -> None:
         """Write out what is still held back."""
@@ -71,9 +149,3 @@ def read_metrics(path: str, last_step: int | None = None) -> list[dict[str, Any]
                 except ValueError:
                     break
     return [r for r in records if last_step is None or r["step"] <= last_step]
-
-
-def probability_image(probabilities: torch.Tensor) -> torch.Tensor:
-    """(N, K) probabilities as a grey image (1, N * 8, K * 8) uint8: white is 0, black is 1."""
-    grey = (255 * (1 - probabilities)).round().to(torch.uint8).cpu()
-    return grey.repeat_interleave(CELL, 0).repeat_interleave(CELL, 1)[None]

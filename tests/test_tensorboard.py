@@ -1,27 +1,21 @@
-"""The views: what TensorBoard reads back, the heatmap's pixels, the record after a resume.
-Not here: the figures themselves (test_search.py)."""
+"""The views: what TensorBoard reads back of a search, sizes, the record after a resume.
+Not here: the figures themselves (test_search.py), pictures (test_images.py)."""
 
-import io
+import json
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from darts_lora import SearchConfig, Supernet
-from darts_lora.tensorboard import SCALARS, SearchViews, probability_image, read_metrics
+from darts_lora import RankSearch, SearchConfig, Supernet
+from darts_lora.config import TrainingConfig
+from darts_lora.tensorboard import DRAWING_SHARE, SCALARS, SearchViews, read_metrics
 from small_models import residual
 
-IMAGE = "alpha/probability (layers down, ranks across)"
-
-
-def record(step, **figures):
-    return dict.fromkeys(SCALARS, None) | {"step": step, "train_loss": 1 / step, **figures}
-
-
-@pytest.fixture
-def supernet():
-    return Supernet(residual(), SearchConfig(ranks=(0, 1, 2), budget_rank=1))
+IMAGES = {"alpha/probability", "ranks/expected", "ranks/chosen"}
+PATH = "vision.layers.{}.mlp.fc{}"
 
 
 def read(folder):
@@ -30,43 +24,126 @@ def read(folder):
     return events
 
 
-def test_tensorboard_reads_what_was_written(tmp_path, supernet):
-    with torch.no_grad():
-        supernet.arch_parameters()[1].copy_(torch.tensor([0.0, 50.0, 0.0]))
-    views = SearchViews(str(tmp_path))
-    for step in (10, 20):
-        views.write(record(step, entropy=0.5), supernet)
-    views.close()
-    events = read(tmp_path)
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    """A search of 40 steps with a record every fifth, and its folder."""
+    folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    supernet = Supernet(residual(), SearchConfig(ranks=(0, 1, 2), budget_rank=1))
+    loader = torch.utils.data.DataLoader(torch.randn(32, 16), batch_size=8)
+    search = RankSearch(
+        supernet,
+        loader,
+        loader,
+        training=TrainingConfig(max_steps=40, logging_steps=5, batch_size=8),
+        output_dir=str(folder),
+        loss_fn=lambda model, batch: (model(batch) - 1).pow(2).mean(),
+    )
+    return folder, search.run()
+
+
+def test_every_scalar_is_the_searchs_own_record(searched):
+    folder, genotype = searched
+    events, records = read(folder), read_metrics(folder / "metrics.jsonl")
+    assert [r["step"] for r in records] == list(range(5, 41, 5))
+    results = {"result/entropy", "result/agreement", "result/chosen_parameters"}
+    absent = set() if torch.cuda.is_available() else {"speed/peak_memory_gib"}
+    tags = set(events.Tags()["scalars"]) - results
+    assert tags == {*SCALARS.values(), "budget/budget_parameters"} - absent
+    for name, tag in SCALARS.items():
+        written = [(r["step"], r[name]) for r in records if r[name] is not None]
+        if tag not in absent:
+            found = [(e.step, e.value) for e in events.Scalars(tag)]
+            assert found == [(step, pytest.approx(value, rel=1e-6)) for step, value in written]
+            assert len(found) == (6 if name in ("validation_loss", "alpha_gradient_norm") else 8)
+    budget = genotype.found_by["budget_parameters"]
+    assert {e.value for e in events.Scalars("budget/budget_parameters")} == {budget}
+    assert events.Scalars("result/chosen_parameters")[0].value == genotype.num_parameters
+
+
+def test_images_histograms_texts_layout_and_hparams(searched):
+    folder, genotype = searched
+    events = read(folder)
     tags = events.Tags()
-    assert set(tags["scalars"]) == {"loss/train", "alpha/entropy", "budget/budget_parameters"}
-    assert [(e.step, e.value) for e in events.Scalars("loss/train")] == [
-        (10, pytest.approx(0.1)),
-        (20, pytest.approx(0.05)),
-    ]
-    assert events.Scalars("budget/budget_parameters")[0].value == supernet.budget
-    picture = Image.open(io.BytesIO(events.Images(IMAGE)[0].encoded_image_string)).convert("L")
-    assert picture.size == (3 * 8, 4 * 8)
-    assert picture.getpixel((8 + 4, 8 + 4)) == 0, "layer 1 has rank 1 for certain: black"
-    assert picture.getpixel((4, 8 + 4)) == 255
+    assert set(tags["images"]) == IMAGES
+    assert events.Images("ranks/expected")[-1].step == 40
+    assert len(events.Images("ranks/chosen")) == 1
+    assert set(tags["histograms"]) == {"alpha/rank_0", "alpha/rank_1", "alpha/rank_2"}
+    assert {"result/text_summary", "configuration/text_summary"} <= set(tags["tensors"])
+    text = events.Tensors("result/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert f"{genotype.num_parameters:,} trainable parameters" in text
+    assert f"recipes/finetune.py --genotype {folder}/genotype.json" in text
+    configuration = events.Tensors("configuration/text_summary")[0].tensor_proto.string_val[0]
+    assert b"arch_learning_rate: 0.03" in configuration and b"max_steps: 40" in configuration
+    plugins = events.summary_metadata
+    assert "custom_scalars__config__" in plugins
+    hparams = [tag for tag, data in plugins.items() if data.plugin_data.plugin_name == "hparams"]
+    assert len(hparams) == 3, "experiment, start and end of the session"
 
 
-def test_the_heatmap_is_white_at_0_and_black_at_1():
-    image = probability_image(torch.tensor([[0.0, 1.0, 0.5]]))
-    assert image.dtype == torch.uint8 and image.shape == (1, 8, 24)
-    assert image[0, 0, ::8].tolist() == [255, 0, 128]
+def test_one_file_whatever_there_is_to_see(searched):
+    folder, genotype = searched
+    assert len(list((folder / "tensorboard").rglob("*"))) == 1
+    layers = json.loads((folder / "layers.json").read_text())
+    assert list(layers["shapes"]) == list(genotype.ranks) and layers["candidates"] == [0, 1, 2]
 
 
-def test_a_resumed_search_takes_back_what_came_after_its_checkpoint(tmp_path, supernet):
-    views = SearchViews(str(tmp_path))
+class Alpha:
+    """Stands for a supernet of many layers."""
+
+    def __init__(self, count=520, ranks=(0, 4, 8, 16, 32, 64)):
+        names = [PATH.format(i // 13, i % 13) for i in range(count)]
+        self.layers = dict.fromkeys(names, SimpleNamespace(in_features=64, out_features=64))
+        self.config, self.budget = SimpleNamespace(ranks=ranks), 1000.0
+        self.alpha = torch.randn(count, len(ranks))
+
+    def stacked_alpha(self):
+        return self.alpha
+
+
+def test_520_modules_and_1000_steps_stay_small_and_quick(tmp_path):
+    supernet, figures = Alpha(), dict.fromkeys(SCALARS, 0.5)
+    views = SearchViews(str(tmp_path), supernet, steps=1000)
+    views.started -= 10_000  # a long run: no image is left out
+    begun = time.monotonic()
+    for step in range(10, 1001, 10):
+        supernet.alpha += 0.1 * torch.randn_like(supernet.alpha)
+        views.write({"step": step, **figures, "expected_ranks": [1.25] * 520})
+    took = time.monotonic() - begun
+    views.close()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    assert file.stat().st_size < 10e6
+    assert len(read(tmp_path).Images("alpha/probability")) == 34, "every third record"
+    assert took < 15, "a run of 1,000 steps on 520 modules takes 1,000 s and more"
+
+
+def test_images_never_take_more_than_their_share_of_a_quick_run(tmp_path):
+    views = SearchViews(str(tmp_path), Alpha(), steps=1000)
+    for step in range(10, 1001, 10):
+        views.write({"step": step, "train_loss": 1.0})
+    assert len({views.next_image}) == 1 and views.next_image < 100, "one image, then none"
+    views.started -= views.drawing / DRAWING_SHARE
+    views.write({"step": 1010, "train_loss": 1.0})
+    assert views.next_image > 1010
+    views.close()
+
+
+def test_a_resumed_search_takes_back_what_came_after_its_checkpoint(tmp_path):
+    supernet = Alpha(4)
+    views = SearchViews(str(tmp_path), supernet)
     for step in (10, 20, 30):
-        views.write(record(step), supernet)
+        views.write({"step": step, "train_loss": 1 / step})
     views.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 4')  # the line that was being written when it was killed
-    views = SearchViews(str(tmp_path), first_step=20)
-    views.write(record(30, entropy=0.25), supernet)
+    views = SearchViews(str(tmp_path), supernet, first_step=20)
+    views.write({"step": 30, "train_loss": 0.25})
     views.close()
     found = read_metrics(tmp_path / "metrics.jsonl")
-    assert [(r["step"], r["entropy"]) for r in found] == [(10, None), (20, None), (30, 0.25)]
-    assert [e.step for e in read(tmp_path).Scalars("loss/train")] == [10, 20, 30]
+    assert [(r["step"], r["train_loss"]) for r in found] == [(10, 0.1), (20, 0.05), (30, 0.25)]
+    scalars = read(tmp_path).Scalars("loss/train")
+    assert [(e.step, e.value) for e in scalars] == [
+        (10, pytest.approx(0.1)),
+        (20, pytest.approx(0.05)),
+        (30, 0.25),
+    ]

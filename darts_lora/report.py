@@ -1,0 +1,318 @@
+"""A finished (or unfinished) search as one HTML file with its pictures, and the pictures as PNGs.
+Not here: the record that it reads (tensorboard.py), the table on the screen (show.py)."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import os
+import platform
+from dataclasses import dataclass, field
+from typing import Any
+
+import matplotlib
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from darts_lora.cli import CONFIG_NAME, load_config
+from darts_lora.config import check_writable
+from darts_lora.errors import InputError
+from darts_lora.files import write_text, write_whole
+from darts_lora.genotype import Genotype
+from darts_lora.images import rank_image
+from darts_lora.show import by_part
+from darts_lora.tensorboard import read_metrics
+from darts_lora.verdict import verdict_text
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 60rem;
+       margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2rem }
+figure { margin: 1rem 0; overflow-x: auto } figure img { max-width: 100% }
+figure.wide img { max-width: none }
+table { border-collapse: collapse; font-size: 0.9rem } td, th { padding: 0.2rem 0.8rem 0.2rem 0;
+        text-align: left; vertical-align: top; border-bottom: 1px solid #ddd;
+        overflow-wrap: anywhere }
+code { background: #f3f3f3; padding: 0.1rem 0.3rem; overflow-wrap: anywhere }
+@media print { body { margin: 0; max-width: none } figure, table { break-inside: avoid }
+               figure.wide img { max-width: 100% } }
+"""
+
+
+@dataclass
+class Search:
+    """What a search's folder holds."""
+
+    folder: str
+    layers: dict[str, list[int]]
+    """Layer name -> (in, out)."""
+    candidates: list[int]
+    budget: float | None
+    records: list[dict[str, Any]]
+    """Of metrics.jsonl, one a step."""
+    options: dict[str, Any] = field(default_factory=dict)
+    genotype: Genotype | None = None
+    """None: the search is not finished."""
+
+    @classmethod
+    def load(cls, folder: str) -> Search:
+        """Read a search's folder, finished or not.
+
+        Raises:
+            InputError: it is not the folder of a search, or has no record yet.
+        """
+        paths = {name: os.path.join(folder, name) for name in ("layers.json", "metrics.jsonl")}
+        try:
+            with open(paths["layers.json"], encoding="utf-8") as file:
+                about = json.load(file)
+            shapes, candidates, budget = about["shapes"], about["candidates"], about["budget"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"search_dir={folder!r}: no search's layers.json there ({error}); name the "
+                "output_dir of recipes/search.py"
+            ) from error
+        # by step: whatever was written twice counts once
+        records = {record["step"]: record for record in read_metrics(paths["metrics.jsonl"])}
+        if not records:
+            raise InputError(f"search_dir={folder!r}: metrics.jsonl has no record yet")
+        config, genotype = os.path.join(folder, CONFIG_NAME), os.path.join(folder, "genotype.json")
+        return cls(
+            folder,
+            shapes,
+            candidates,
+            budget,
+            [records[step] for step in sorted(records)],
+            load_config(config) if os.path.isfile(config) else {},
+            Genotype.load(genotype) if os.path.isfile(genotype) else None,
+        )
+
+    @property
+    def ranks(self) -> dict[str, float]:
+        """The chosen ranks; of an unfinished search the expected ones."""
+        if self.genotype is not None:
+            return dict(self.genotype.ranks)
+        return dict(zip(self.layers, self.records[-1]["expected_ranks"], strict=True))
+
+
+def load_finetune(folder: str) -> dict[str, Any]:
+    """A finetune's name, trainable parameters, test loss and exact match, and those of its base.
+
+    Raises:
+        InputError: the folder has no evaluation.json.
+    """
+    path = os.path.join(folder, "evaluation.json")
+    try:
+        with open(path, encoding="utf-8") as file:
+            results = json.load(file)
+        adapter = results["adapter"]
+        return {"name": os.path.basename(os.path.normpath(folder)), **adapter} | {
+            "base": results.get("base")
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"finetune_dir={folder!r}: no evaluation.json there ({error}); run "
+            f"`accelerate launch recipes/evaluate.py --adapter {folder}` first"
+        ) from error
+
+
+def write_report(search: Search, finetunes: list[dict[str, Any]], output: str) -> None:
+    """Write `output` (HTML) and, in the folder beside it named as it is, each picture as a PNG.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    pictures = {
+        "ranks": _png(rank_image(search.ranks, search.candidates[-1])),
+        "losses": _figure(_draw_losses, search),
+        "parameters": _figure(_draw_parameters, search),
+        "trajectories": _figure(_draw_trajectories, search),
+        "parts": _figure(_draw_parts, search),
+    }
+    if finetunes:
+        pictures["finetunes"] = _figure(_draw_finetunes, finetunes)
+    folder = check_writable(os.path.splitext(output)[0] + "_pictures", "output")
+    for name, content in pictures.items():
+        write_whole(os.path.join(folder, f"{name}.png"), _writer(content))
+    write_text(output, _page(search, finetunes, pictures))
+
+
+def _writer(content: bytes):
+    def write(path: str) -> None:
+        with open(path, "wb") as file:
+            file.write(content)
+
+    return write
+
+
+def _png(pixels) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def _figure(draw, content) -> bytes:
+    figure = Figure(figsize=(7, 3.4), layout="constrained")
+    panel = figure.subplots()
+    panel.spines[["top", "right"]].set_visible(False)
+    draw(panel, content)
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=150)
+    return stream.getvalue()
+
+
+def _draw_losses(panel, search: Search) -> None:
+    for name, label in (("train_loss", "training rows"), ("validation_loss", "validation rows")):
+        points = [(r["step"], r[name]) for r in search.records if r[name] is not None]
+        panel.plot(*zip(*points, strict=True), label=label) if points else None
+    panel.set(xlabel="step", ylabel="loss")
+    panel.legend(frameon=False)
+
+
+def _draw_parameters(panel, search: Search) -> None:
+    steps = [record["step"] for record in search.records]
+    panel.plot(steps, [r["expected_parameters"] for r in search.records], label="expected")
+    if search.budget:
+        panel.axhline(search.budget, color="k", linestyle=":", label="budget")
+    if search.genotype is not None:
+        label = "chosen"
+        panel.plot(steps[-1], search.genotype.num_parameters, "o", color="C1", label=label)
+    panel.set(xlabel="step", ylabel="trainable parameters", ylim=(0, None))
+    panel.legend(frameon=False)
+
+
+def _draw_trajectories(panel, search: Search) -> None:
+    """Mean expected rank of each module type of each part."""
+    names = list(search.layers)
+    steps = [record["step"] for record in search.records]
+    styles = ("-", "--", ":", "-.")
+    for number, (part, kinds) in enumerate(by_part(names).items()):
+        for kind, layers in kinds.items():
+            places = [names.index(name) for name in layers.values()]
+            means = [
+                sum(r["expected_ranks"][i] for i in places) / len(places) for r in search.records
+            ]
+            label = f"{_short(part)} {kind}"
+            panel.plot(steps, means, styles[number % 4], label=label, linewidth=1)
+    panel.set(xlabel="step", ylabel="expected rank, mean over depth", ylim=(0, None))
+    panel.legend(frameon=False, fontsize=5, ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def _draw_parts(panel, search: Search) -> None:
+    sizes = {
+        _short(part): sum(
+            sum(search.layers[name]) * search.ranks[name]
+            for layers in kinds.values()
+            for name in layers.values()
+        )
+        for part, kinds in by_part(search.layers).items()
+    }
+    bars = panel.barh(list(sizes), list(sizes.values()))
+    panel.bar_label(bars, [f"{size:,.0f}" for size in sizes.values()], padding=3)
+    panel.invert_yaxis()
+    panel.margins(x=0.2)
+    panel.set(xlabel="trainable parameters")
+
+
+def _draw_finetunes(panel, finetunes: list[dict[str, Any]]) -> None:
+    """Test loss against parameters, uniform ranks and derived models alike."""
+    for run in finetunes:
+        (point,) = panel.plot(run["trainable_parameters"], run["loss"], "o")
+        place = (run["trainable_parameters"], run["loss"])
+        panel.annotate(
+            run["name"], place, xytext=(5, 5), textcoords="offset points", color=point.get_color()
+        )
+    panel.margins(0.25)
+    panel.set(xlabel="trainable parameters", ylabel="test loss per token")
+
+
+def _short(part: str) -> str:
+    """The telling end of a part's name: "model.language_model.layers" is "language_model"."""
+    pieces = [piece for piece in part.split(".") if piece not in ("model", "layers", "base_model")]
+    return ".".join(pieces[-2:]) or part
+
+
+def _page(search: Search, finetunes: list[dict[str, Any]], pictures: dict[str, bytes]) -> str:
+    name = html.escape(os.path.basename(os.path.abspath(search.folder)))
+    title = f"LoRA ranks found by {name}"
+    sections = [
+        f"<h1>{title}</h1>",
+        *(f"<p>{html.escape(line)}</p>" for line in _result(search)),
+        _section("Ranks", pictures, "ranks", "A row a module type, depth to the right.", "wide"),
+        _section("Losses", pictures, "losses", "While the ranks were searched."),
+        _section(
+            "Parameters",
+            pictures,
+            "parameters",
+            "Trainable parameters that alpha expects, against the budget.",
+        ),
+        _section(
+            "Expected ranks", pictures, "trajectories", "Until alpha moves, all ranks are alike."
+        ),
+        _section("Where the parameters are", pictures, "parts", ""),
+    ]
+    if finetunes:
+        sections.append(_section("Finetuned models", pictures, "finetunes", ""))
+        sections.append(_finetune_table(finetunes))
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions |= {"matplotlib": matplotlib.__version__}
+    found = search.genotype.found_by.get("versions", {}) if search.genotype else {}
+    sections += ["<h2>Configuration</h2>", _table(search.options)]
+    sections += ["<h2>Versions of this report</h2>", _table(versions | found)]
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<link rel="icon" href="data:,"><style>{STYLE}</style></head>'
+        f"<body>{''.join(sections)}</body></html>\n"
+    )
+
+
+def _result(search: Search) -> list[str]:
+    last = search.records[-1]
+    if search.genotype is None:
+        whole = search.options.get("max_steps", "?")
+        return [f"Not finished: step {last['step']} of {whole}. Ranks are the expected ones."]
+    genotype = search.genotype
+    adapted = sum(rank > 0 for rank in genotype.ranks.values())
+    return [
+        f"{adapted} of {len(genotype.ranks)} layers adapted, {genotype.num_parameters:,} trainable "
+        f"parameters; {last['step']} steps in {last['seconds']:.0f} s.",
+        verdict_text(genotype.found_by["verdict"]),
+    ]
+
+
+def _section(title: str, pictures: dict, name: str, caption: str, kind: str = "") -> str:
+    content = base64.b64encode(pictures[name]).decode()
+    return (
+        f'<h2>{title}</h2><figure class="{kind}"><img alt="{title}" '
+        f'src="data:image/png;base64,{content}"><figcaption>{caption}</figcaption></figure>'
+    )
+
+
+def _finetune_table(finetunes: list[dict[str, Any]]) -> str:
+    head = ["model", "trainable parameters", "test loss", "exact match"]
+    rows = [("base", run["base"]) for run in finetunes if run["base"]][:1]
+    rows += [(run["name"], run) for run in finetunes]
+    cells = [
+        [
+            name,
+            f"{run['trainable_parameters']:,}",
+            "-" if run["loss"] is None else f"{run['loss']:.4f}",
+            "-" if run["exact_match"] is None else f"{run['exact_match']:.1%}",
+        ]
+        for name, run in rows
+    ]
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in cells
+    )
+    return f"<table><tr>{''.join(f'<th>{h}</th>' for h in head)}</tr>{body}</table>"
+
+
+def _table(values: dict[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><td>{html.escape(name)}</td><td>{html.escape(str(value))}</td></tr>"
+        for name, value in values.items()
+    )
+    return f"<table>{rows}</table>"
