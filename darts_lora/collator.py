@@ -24,16 +24,17 @@ from darts_lora.rows import (
 )
 
 IGNORED = -100  # the label that no loss counts
+_CONTENT = (
+    "{% if message.content is string %}{{ message.content }}{% else %}"
+    "{% for part in message.content %}{% if part.type == 'image' %}{{ image_token or '' }}"
+    "{% else %}{{ part.text or '' }}{% endif %}{% endfor %}{% endif %}"
+)
 # For models without a chat template, and for rows of plain text: the texts as they are, an end
 # token after each answer.
 PLAIN_TEMPLATE = (
     "{{ bos_token or '' }}{% for message in messages %}{% if message.role == 'assistant' %}"
-    "{% generation %}{% if message.content is string %}{{ message.content }}{% else %}"
-    "{% for part in message.content %}{{ part.text or '' }}{% endfor %}{% endif %}"
-    "{{ eos_token or '' }}{% endgeneration %}"
-    "{% elif message.content is string %}{{ message.content }}{% else %}"
-    "{% for part in message.content %}{% if part.type == 'image' %}{{ image_token or '' }}"
-    "{% else %}{{ part.text or '' }}{% endif %}{% endfor %}{% endif %}{% endfor %}"
+    "{% generation %}" + _CONTENT + "{{ eos_token or '' }}{% endgeneration %}"
+    "{% else %}" + _CONTENT + "{% endif %}{% endfor %}"
 )
 
 
@@ -46,12 +47,22 @@ class Collator:
     Args:
         processor: a processor with a tokenizer in it, or a tokenizer for text-only models.
         max_length: longest sequence in tokens, images included.
+        pad_to_multiple_of: training batches are padded to a multiple of this many tokens.
+        context: longest sequence that the model takes, if it says.
     """
 
-    def __init__(self, processor, max_length: int = 2048):
-        self.processor, self.max_length = processor, max_length
+    def __init__(
+        self,
+        processor,
+        max_length: int = 2048,
+        pad_to_multiple_of: int = 1,
+        context: int | None = None,
+    ):
+        self.processor, self.max_length, self.context = processor, max_length, context
+        self.pad_to_multiple_of = pad_to_multiple_of
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.multimodal = self.tokenizer is not processor
+        self.image_token = getattr(processor, "image_token", None)
         template = processor.chat_template or PLAIN_TEMPLATE
         self.chat_template = template["default"] if isinstance(template, dict) else template
 
@@ -64,7 +75,7 @@ class Collator:
             makes it.
 
         Raises:
-            InputError: a row that is longer than max_length, or has no token to learn from.
+            InputError: a row that is too long, or has no token to learn from.
         """
         conversations = [self._conversation(row) for row in rows]
         batch = self._encode(rows, conversations, padding_side="right")
@@ -92,16 +103,18 @@ class Collator:
         learnt = tokens = 0
         for row in _first(rows, limit):
             plain, mask = self._plain_mask(row, self._conversation(row))
-            self._check_length(row, len(plain))
+            _check_length(self, row, row_layout(row)[-1], len(plain))
             _check_learnt(row, any(mask))
             learnt, tokens = learnt + sum(mask), tokens + len(plain)
+        if not tokens:
+            raise InputError("no row to learn from")
         return learnt / tokens
 
     def evaluation(self, rows: list[dict]) -> dict[str, Any]:
         """A batch for evaluation: "whole" as for training; but for rows of plain text also "prompt"
         for `generate`, padded on the left, up to each row's last answer, and the "answers"."""
         conversations = [self._conversation(row) for row in rows]
-        if any(row_layout(row) == ("text",) for row in rows):
+        if any(map(_is_plain, conversations)):
             return {"whole": self(rows)}
         questions = [conversation[:-1] for conversation in conversations]
         batch = self._encode(rows, questions, padding_side="left", add_generation_prompt=True)
@@ -115,7 +128,7 @@ class Collator:
             return [{**m, "content": _text(m["content"])} for m in messages]
         for message in messages:
             message["content"] = _parts(message["content"])
-        placed = sum(part["type"] == "image" for m in messages for part in m["content"])
+        placed = sum(self._images_in(part) for m in messages for part in m["content"])
         missing = len(row_images(row)) - placed
         if missing < 0 and any(column in row for column in IMAGE_COLUMNS):
             raise InputError(
@@ -125,11 +138,17 @@ class Collator:
         first["content"] = [{"type": "image"}] * missing + first["content"]
         return messages
 
+    def _images_in(self, part: dict) -> int:
+        """Images that a part of a message places: it is one, or its text has their marks."""
+        if part["type"] == "image":
+            return 1
+        return (part.get("text") or "").count(self.image_token) if self.image_token else 0
+
     def _encode(self, rows, conversations, *, padding_side, add_generation_prompt=False) -> dict:
         texts = [
             self.processor.apply_chat_template(
                 conversation,
-                chat_template=self._template(conversation),
+                **self._template(conversation),
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
             )
@@ -145,22 +164,18 @@ class Collator:
                 add_special_tokens=self.multimodal and bos is not None and bos not in texts[0],
                 padding=True,
                 padding_side=padding_side,
+                # prompts for `generate` need no fixed shapes
+                pad_to_multiple_of=None if add_generation_prompt else self.pad_to_multiple_of,
                 return_tensors="pt",
             )
-        except ValueError as error:
-            names = ", ".join(map(row_name, rows))
-            raise InputError(f"{names}: the processor cannot take them ({error})") from error
+        except (ValueError, IndexError) as error:
+            names, mixed = ", ".join(map(row_name, rows)), any(images) and not all(images)
+            reason = f"{error}; some have no image" if mixed else error
+            raise InputError(f"{names}: the processor cannot take them ({reason})") from error
         for row, length in zip(rows, batch["attention_mask"].sum(1).tolist(), strict=True):
-            self._check_length(row, length)
+            _check_length(self, row, row_layout(row)[-1], length)
         batch.pop("token_type_ids", None)
         return dict(batch)
-
-    def _check_length(self, row: dict, length: int) -> None:
-        if length > self.max_length:
-            raise InputError(
-                f"{row_name(row, row_layout(row)[-1])}: {length} tokens, max_length="
-                f"{self.max_length}; shorten or leave out the row, or raise max_length"
-            )
 
     def _answer_mask(self, row: dict, conversation: list[dict], tokens: list[int]) -> list[bool]:
         """Which of the row's tokens belong to the assistant's answers."""
@@ -181,7 +196,7 @@ class Collator:
     def _plain_mask(self, row: dict, conversation: list[dict]) -> tuple[list[int], list[bool]]:
         """Tokens and answer mask before the processor expands images: by the template's own marks,
         else by prefix (an answer begins where the prompt before it ends)."""
-        if re.search(r"\{%-?\s*generation\b", self._template(conversation)):
+        if re.search(r"\{%-?\s*generation\b", self._template(conversation)["chat_template"]):
             plain = self._tokens(conversation, return_assistant_tokens_mask=True)
             return plain["input_ids"], [bool(m) for m in plain["assistant_masks"]]
         ids = self._tokens(conversation)["input_ids"]
@@ -202,16 +217,17 @@ class Collator:
     def _tokens(self, conversation: list[dict], **options) -> dict:
         return self.tokenizer.apply_chat_template(
             conversation,
-            chat_template=self._template(conversation),
+            **self._template(conversation),
             tokenize=True,
             return_dict=True,
             **options,
         )
 
-    def _template(self, conversation: list[dict]) -> str:
-        """Rows of plain text, an answer without a question, are no chat."""
-        whole = len(conversation) == 1 and conversation[0]["role"] == "assistant"
-        return PLAIN_TEMPLATE if whole else self.chat_template
+    def _template(self, conversation: list[dict]) -> dict[str, str | None]:
+        """The chat template, and what it needs to know."""
+        if _is_plain(conversation) or self.chat_template == PLAIN_TEMPLATE:
+            return {"chat_template": PLAIN_TEMPLATE, "image_token": self.image_token}
+        return {"chat_template": self.chat_template}
 
 
 class LabelCollator:
@@ -221,10 +237,14 @@ class LabelCollator:
         tokenizer: the model's.
         max_length: longest sequence in tokens.
         label_ids: name -> number of the model's classes; a label is one or the other.
+        context: longest sequence that the model takes, if it says.
     """
 
-    def __init__(self, tokenizer, max_length: int, label_ids: dict[str, int]):
-        self.tokenizer, self.max_length, self.label_ids = tokenizer, max_length, label_ids
+    def __init__(
+        self, tokenizer, max_length: int, label_ids: dict[str, int], context: int | None = None
+    ):
+        self.tokenizer, self.max_length, self.context = tokenizer, max_length, context
+        self.label_ids = label_ids
 
     def __call__(self, rows: list[dict]) -> dict[str, Tensor]:
         """A training batch, padded on the right.
@@ -234,21 +254,22 @@ class LabelCollator:
             (rows, tokens); labels: int64 (rows,).
 
         Raises:
-            InputError: a row that is longer than max_length, or has no text or no such label.
+            InputError: a row that is too long, or has no text or no such label.
         """
         labels = torch.tensor([self._label(row) for row in rows])
         batch = self.tokenizer(
             *self._texts(rows), padding=True, padding_side="right", return_tensors="pt"
         )
         for row, length in zip(rows, batch["attention_mask"].sum(1).tolist(), strict=True):
-            self._check_length(row, length)
+            _check_length(self, row, "text", length)
         return {**batch, "labels": labels}
 
     def check(self, rows: Iterable[dict], limit: int = 10_000) -> None:
         """Read the first `limit` rows and raise what a batch of them would."""
         for row in _first(rows, limit):
             self._label(row)
-            self._check_length(row, len(self.tokenizer(*self._texts([row]))["input_ids"][0]))
+            length = len(self.tokenizer(*self._texts([row]))["input_ids"][0])
+            _check_length(self, row, "text", length)
 
     def evaluation(self, rows: list[dict]) -> dict[str, Any]:
         """A batch for evaluation: {"whole": as for training}."""
@@ -267,7 +288,11 @@ class LabelCollator:
         if not {"text", "label"} <= set(row):
             found = ", ".join(column for column in row if column not in (ROW, SOURCE))
             raise InputError(f"{row_name(row)}: needs the columns text and label; found: {found}")
-        label = self.label_ids.get(row["label"], row["label"])
+        label = row["label"]
+        if isinstance(label, str):
+            label = self.label_ids.get(label)
+        elif isinstance(label, float) and label.is_integer():  # a csv column with gaps
+            label = int(label)
         if type(label) is not int or label not in self.label_ids.values():
             names = ", ".join(list(self.label_ids)[:20])
             raise InputError(
@@ -276,25 +301,34 @@ class LabelCollator:
             )
         return label
 
-    def _check_length(self, row: dict, length: int) -> None:
-        if length > self.max_length:
-            raise InputError(
-                f"{row_name(row, 'text')}: {length} tokens, max_length={self.max_length}; "
-                "shorten or leave out the row, or raise max_length"
-            )
-
 
 def _first(rows: Iterable[dict], limit: int) -> Iterable[dict]:
     """The first rows, without their images."""
     if getattr(rows, "column_names", None):  # a data set: do not read images for nothing
         rows = rows.remove_columns([c for c in IMAGE_COLUMNS if c in rows.column_names])
-    return islice(rows, limit if hasattr(rows, "__len__") else limit // 40)
+    return islice(rows, limit if hasattr(rows, "__len__") else max(limit // 40, 1))
+
+
+def _check_length(collator: Collator | LabelCollator, row: dict, column: str, length: int) -> None:
+    limit, advice = f"max_length={collator.max_length}", ", or raise max_length"
+    if collator.context is not None and collator.context <= collator.max_length:
+        limit, advice = f"the model takes {collator.context}", ""
+    if length > min(collator.max_length, collator.context or length):
+        raise InputError(
+            f"{row_name(row, column)}: {length} tokens, {limit}; shorten or leave out the row"
+            + advice
+        )
 
 
 def _check_learnt(row: dict, learnt: bool) -> None:
     if not learnt:
         where = row_name(row, row_layout(row)[-1])
         raise InputError(f"{where}: no token to learn from, all labels are masked")
+
+
+def _is_plain(conversation: list[dict]) -> bool:
+    """An answer without a question, as rows of plain text are, is no chat."""
+    return len(conversation) == 1 and conversation[0]["role"] == "assistant"
 
 
 def _parts(content: str | list[dict]) -> list[dict]:

@@ -7,20 +7,21 @@ from __future__ import annotations
 import os
 import random
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from glob import glob
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import (
     Dataset,
-    DatasetDict,
+    DatasetBuilder,
+    Features,
     Image,
     IterableDataset,
     List,
     concatenate_datasets,
-    load_dataset,
+    load_dataset_builder,
     load_from_disk,
 )
 from torch.utils.data import DataLoader
@@ -49,10 +50,13 @@ def make_collator(model: ModelConfig, data: DataConfig) -> Collator | LabelColla
         InputError: the model's configuration or processor cannot be loaded.
     """
     model_config, processor = load_model_config(model), load_processor(model)
-    longest = min(data.max_length, context_length(model_config) or data.max_length)
+    context = context_length(model_config)
     if is_classifier(model_config, model.task):
-        return LabelCollator(processor, longest, model_config.label2id)
-    return Collator(processor, longest)
+        # RoBERTa has two positions more than it takes tokens: its tokenizer knows.
+        known = getattr(processor, "model_max_length", context)
+        context = known if context is None else min(context, known)
+        return LabelCollator(processor, data.max_length, model_config.label2id, context)
+    return Collator(processor, data.max_length, data.pad_to_multiple_of, context)
 
 
 def load_splits(
@@ -97,32 +101,61 @@ def split_record(splits: dict[str, Rows], config: DataConfig) -> dict[str, Any]:
     if config.streaming:
         rule = "row i: u = random.Random(f'{split_seed} {i}').random(); test below test_fraction "
         rule += "(0 with a test_split), then validation below validation_fraction of the rest"
-        fractions = ("split_seed", "test_split", "test_fraction", "validation_fraction")
-        return {"rule": rule} | {name: getattr(config, name) for name in fractions}
+        options = ("split_seed", "test_split", "test_fraction", "validation_fraction")
+        options += ("max_train_samples",)
+        return {"rule": rule} | {name: getattr(config, name) for name in options}
     return {name: list(split[ROW]) for name, split in splits.items()}
 
 
-def _load_source(config: DataConfig) -> DatasetDict:
+class _Source(NamedTuple):
+    """What a data set was loaded as: its splits, and the files of each, where they are local."""
+
+    splits: dict[str, Rows]
+    files: dict[str, list[str]]
+
+
+def _load_source(config: DataConfig) -> _Source:
     name, files, options = config.dataset, config.data_files, {}
     if name == "embedded":
         files = {split: str(EMBEDDED / "data" / f"{split}.parquet") for split in ("train", "test")}
         name, options["cache_dir"] = "parquet", _temporary_cache()
     if "/" not in name and not os.path.isdir(name):  # a loader; else files are relative to name
         _check_files(files)
+    found = {}
     try:
         if any(os.path.isfile(os.path.join(name, f)) for f in ("dataset_dict.json", "state.json")):
             source = load_from_disk(name)  # what save_to_disk wrote
-            return source if isinstance(source, dict) else DatasetDict(train=source)
-        return load_dataset(
-            name, config.dataset_config, data_files=files, streaming=config.streaming, **options
-        )
+            return _Source(source if isinstance(source, dict) else {"train": source}, found)
+        builder = load_dataset_builder(name, config.dataset_config, data_files=files, **options)
+        if config.data_files is not None or os.path.isdir(name):
+            data_files = builder.config.data_files or {}
+            found = {str(split): list(map(str, data_files[split])) for split in data_files}
+        return _Source(_read(builder, config.streaming), found)
     except Exception as error:  # datasets raises any kind here: files, formats, network, scripts
-        cause = error.__cause__ or error
-        reason = " ".join(str(cause).split())[:300]
-        where = f"dataset={config.dataset!r}"
-        if config.data_files is not None:
-            where += f", data_files={config.data_files!r}"
-        raise InputError(f"{where}: cannot be loaded ({reason})") from error
+        raise InputError(_what_failed(error, config, found)) from error
+
+
+def _read(builder: DatasetBuilder, streaming: bool) -> dict[str, Rows]:
+    if streaming:
+        return builder.as_streaming_dataset()
+    builder.download_and_prepare()
+    for split, info in (builder.info.splits or {}).items():
+        if info.num_examples == 0:
+            raise ValueError(f"the split {split!r} has no sample in it")
+    return builder.as_dataset()
+
+
+def _what_failed(error: Exception, config: DataConfig, found: dict[str, list[str]]) -> str:
+    cause, where = error.__cause__ or error, f"dataset={config.dataset!r}"
+    reason = " ".join(str(cause).split())[:300] or type(cause).__name__
+    if config.data_files is not None:
+        where += f", data_files={config.data_files!r}"
+    elif found:
+        where += f", files {' + '.join(map(_named, found.values()))}"
+    empty = [file for files in found.values() for file in files if _has_nothing(file)]
+    if empty:
+        reason = f"{empty[0]!r}: the file is empty"
+    return f"{where}: cannot be loaded ({reason})"
 
 
 @cache
@@ -144,50 +177,99 @@ def _check_files(files: Any) -> None:
         found = glob(files, recursive=True)
         if not found:
             raise InputError(f"data_files: no such file: {files!r}")
-        empty = [file for file in found if os.path.isfile(file) and not os.path.getsize(file)]
+        empty = [file for file in found if _has_nothing(file)]
         if empty:
             raise InputError(f"data_files: {empty[0]!r}: the file is empty")
 
 
-def _source_split(source: DatasetDict, config: DataConfig, option: str) -> Rows:
+def _has_nothing(file: str) -> bool:
+    return os.path.isfile(file) and not os.path.getsize(file)
+
+
+def _source_split(source: _Source, config: DataConfig, option: str) -> Rows:
     """The split that `option` names, its rows numbered, its images encoded; it is not empty."""
     name = getattr(config, option)
-    where = _source_name(config, name)
-    if name not in source:
+    if name not in source.splits:
         hint = "; null holds rows of the training split back" if option == "test_split" else ""
-        has = f"data set {config.dataset!r} has only {', '.join(source)}"
+        has = f"data set {config.dataset!r} has only {', '.join(source.splits)}"
         raise InputError(f"{option}={name!r}: {has}{hint}")
-    split = _keep_encoded(source[name])
+    split = _keep_encoded(source.splits[name])
+    where = _source_name(config, name, source.files.get(name, []))
     if config.streaming:
-        if next(iter(split), None) is None:
-            raise InputError(f"{where}: has no sample in it")
-        return split.map(lambda row, i: {**row, ROW: i, SOURCE: where}, with_indices=True)
-    if len(split) == 0:
+        split = IterableDataset.from_generator(_NumberedStream(split, where))
+    if _is_empty(split):
         raise InputError(f"{where}: has no sample in it")
+    if config.streaming:
+        return split
     split = split.remove_columns([c for c in (ROW, SOURCE) if c in split.column_names])
     split = split.add_column(ROW, list(range(len(split))))
     return split.add_column(SOURCE, [where] * len(split))
 
 
-def _source_name(config: DataConfig, split: str) -> str:
+class _NumberedStream:
+    """A stream's rows with their numbers: always all rows in the order of the source.
+
+    datasets would change the order of a stream's files with each epoch and share them out among
+    workers, and count anew; a row's number decides its split, so the splits would overlap.
+    """
+
+    def __init__(self, rows: Rows, where: str):
+        self.rows, self.where = rows, where
+
+    def __call__(self) -> Iterator[dict]:
+        read = 0
+        try:
+            for batch in self.rows.iter(batch_size=1):  # iter(self.rows) would heed the worker
+                row = {column: values[0] for column, values in batch.items()}
+                yield {**row, ROW: read, SOURCE: self.where}
+                read += 1
+        except Exception as error:  # any kind, as when a data set is loaded
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(
+                f"{self.where}: cannot be read after {read} rows ({reason})"
+            ) from error
+
+
+def _is_empty(rows: Rows) -> bool:
+    return next(iter(rows), None) is None if isinstance(rows, IterableDataset) else len(rows) == 0
+
+
+def _source_name(config: DataConfig, split: str, files: list[str]) -> str:
     """The split's files, or data set and split; its dirname is what paths are relative to."""
-    files = config.data_files
-    if isinstance(files, dict):
-        files = files.get(split)
-    if files is not None and not os.path.isdir(config.dataset):
-        return files if isinstance(files, str) else " + ".join(files)
+    tables = [file for file in files if os.path.basename(file).startswith("metadata.")]
+    if files:
+        return _named(tables or files)
     folder = os.path.isdir(config.dataset)
     return f"{os.path.join(config.dataset, '') if folder else config.dataset}, split {split!r}"
 
 
+def _named(files: list[str]) -> str:
+    """A few files by their paths, many by their folders."""
+    folders = sorted({os.path.dirname(file) for file in files})
+    if len(files) <= 3:
+        return " + ".join(files)
+    if len(folders) <= 3:
+        return " + ".join(os.path.join(folder, "*") for folder in folders)
+    return f"{len(files)} files in {len(folders)} folders"
+
+
 def _keep_encoded(split: Rows) -> Rows:
     """Images as {"bytes", "path"}: whoever needs one opens it, and says which does not open."""
+    features = dict(split.features or {})
+    encoded = {}
     for column in IMAGE_COLUMNS:
-        feature = (split.features or {}).get(column)
+        feature = features.get(column)
         if isinstance(feature, Image):
-            split = split.cast_column(column, Image(decode=False))
+            encoded[column] = Image(decode=False)
         elif isinstance(feature, List) and isinstance(feature.feature, Image):
-            split = split.cast_column(column, List(Image(decode=False)))
+            encoded[column] = List(Image(decode=False))
+    if isinstance(split, IterableDataset):
+        for column, feature in encoded.items():
+            split = split.cast_column(column, feature)
+    elif encoded:  # the same bytes: cast_column would write lists of images to the disk again
+        info = split.info.copy()
+        info.features = Features({**features, **encoded})
+        split = Dataset(split.data, info, split.split)
     return split
 
 
@@ -204,7 +286,15 @@ def _stream_parts(train: IterableDataset, config: DataConfig) -> dict[str, Itera
     """The same of a stream."""
     train = train if config.max_train_samples is None else train.take(config.max_train_samples)
     names = ("train", "validation") if config.test_split else ("train", "validation", "test")
-    return {name: train.filter(_StreamPart(config, (name,))) for name in names}
+    parts = {name: train.filter(_StreamPart(config, (name,))) for name in names}
+    for name, rows in parts.items():
+        if _is_empty(rows):
+            option = "test_fraction" if name == "test" else "validation_fraction"
+            raise InputError(
+                f"{option}={getattr(config, option)}: leaves no sample in the {name} split of the "
+                "stream; it has too few rows"
+            )
+    return parts
 
 
 class _StreamPart:
@@ -259,7 +349,8 @@ def make_dataloader(
     """Batches of `batch_size` rows through `collate`; `seed` fixes the order of all epochs.
 
     `drop_last` leaves an incomplete batch out, but never the only one. A stream is shuffled within
-    a buffer of rows, and never drops the last batch.
+    a buffer of rows (anew after its `set_epoch`), never drops the last batch, and has one worker at
+    most.
     """
     stream = isinstance(dataset, IterableDataset)
     if stream and shuffle:

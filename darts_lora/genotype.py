@@ -156,7 +156,7 @@ class Genotype:
         if model is not None and all(hasattr(model.get_submodule(name), "nx") for name in ranks):
             options.setdefault("fan_in_fan_out", True)  # transformers' Conv1D stores W transposed
         if self.modules_to_save:
-            options.setdefault("modules_to_save", self.modules_to_save)
+            options.setdefault("modules_to_save", list(self.modules_to_save))  # PEFT extends it
         lora_config = LoraConfig(
             r=largest,
             lora_alpha=self.scaling * divisor(largest),

@@ -167,10 +167,10 @@ class _Mixture(torch.autograd.Function):
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
         with torch.autocast(device, enabled=False):
-            flat, a_used, b_used = x.flatten(0, -2).to(dtype), a.to(dtype), b.to(dtype)
-            h = (flat @ a_used.T).view(*x.shape[:-1], -1)
+            flat, a_used, b_used = _rows(x).to(dtype), a.to(dtype), b.to(dtype)
+            h = (flat @ a_used.T).view(*x.shape[:-1], len(a))
             gated = h * gates.to(dtype)
-            gated_flat, y_flat = gated.flatten(0, -2), y.flatten(0, -2)
+            gated_flat, y_flat = _rows(gated), _rows(y)
             if y.dtype == dtype:
                 out = torch.addmm(y_flat, gated_flat, b_used.T)
             else:
@@ -189,19 +189,24 @@ class _Mixture(torch.autograd.Function):
         flat, a, b, gates, h, gated = ctx.saved_tensors
         _, wants_x, wants_a, wants_b, wants_gates = ctx.needs_input_grad
         x_dtype, a_dtype, b_dtype = ctx.dtypes
-        out_flat = out.flatten(0, -2).to(b.dtype)
+        out_flat = _rows(out).to(b.dtype)
         g_x = g_a = g_b = g_gates = None
         if wants_b:
             g_b = (out_flat.T @ gated).to(b_dtype)
-        g_gated = (out_flat @ b).view(*out.shape[:-1], -1)
+        g_gated = (out_flat @ b).view(*out.shape[:-1], len(a))
         if wants_gates:
             g_gates = (g_gated * h).float() if gates.dtype == torch.float32 else g_gated * h
             g_gates = g_gates.sum_to_size(gates.shape)
         if wants_x or wants_a:
-            g_h = (g_gated * gates.to(b.dtype)).flatten(0, -2)
+            g_h = _rows(g_gated * gates.to(b.dtype))
             g_a = (g_h.T @ flat).to(a_dtype) if wants_a else None
-            g_x = (g_h @ a).to(x_dtype).view(*out.shape[:-1], -1) if wants_x else None
+            g_x = (g_h @ a).to(x_dtype).view(*out.shape[:-1], a.shape[1]) if wants_x else None
         return out, g_x, g_a, g_b, g_gates
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x (..., n) as (rows, n); a single row and no row at all too."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def _broadcast(gates: Tensor, h: Tensor) -> Tensor:

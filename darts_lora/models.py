@@ -4,10 +4,13 @@ Not here: adapters and search layers (supernet.py, finetune.py), nor what a batc
 from __future__ import annotations
 
 import os
+import struct
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -38,6 +41,9 @@ EXTRAS = {
     "torchao": "quantization",
     "gguf": "smollm2",
 }
+# What loading raises where a model is not there, is damaged or cut off (struct: GGUF headers), or
+# needs a package that is not there.
+UNREADABLE = (OSError, ValueError, RuntimeError, ImportError, SafetensorError, struct.error)
 
 
 def load_model(config: ModelConfig) -> PreTrainedModel:
@@ -50,11 +56,21 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     options = {"dtype": config.dtype}
     if config.gguf_file is not None:
         options["gguf_file"] = config.gguf_file
-    if config.quantization is not None:
-        options["quantization_config"] = _quantization(config)
-        options["device_map"] = {"": PartialState().device}
     model_config = load_model_config(config)
+    classifier = is_classifier(model_config, config.task)
+    if config.quantization is not None:
+        with _explained(config):
+            options["quantization_config"] = _quantization(config, classifier)
+        options["device_map"] = {"": PartialState().device}
+    if config.num_labels is not None:
+        options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
     model = _load(auto_class(model_config, config.task), config, config=model_config, **options)
+    if config.num_labels is not None:
+        model, info = model
+        _check_head(config, [key for key, *_ in info["mismatched_keys"]])
+    if classifier:  # models that take a decoder's last token find it by this
+        tokenizer = _tokenizer(load_processor(config))
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     for module in model.modules():
         # With it, bitsandbytes packs 4-bit weights anew at the first evaluation on some CPUs, and
         # no gradient passes them from then on.
@@ -116,22 +132,40 @@ def load_processor(config: ModelConfig) -> ProcessorMixin | PreTrainedTokenizerB
         processor = _load(AutoTokenizer, config, gguf_file=config.gguf_file)
     else:
         processor = _load(AutoProcessor, config)
-    tokenizer = getattr(processor, "tokenizer", processor)
+    tokenizer = _tokenizer(processor)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # labels mask padding by position, not by token
     return processor
 
 
-def _quantization(config: ModelConfig) -> BitsAndBytesConfig | TorchAoConfig:
-    """Weights of the base in 4 bits (QLoRA, arXiv 2305.14314) or 8 bits."""
+def _tokenizer(processor: ProcessorMixin | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    return getattr(processor, "tokenizer", processor)
+
+
+def _check_head(config: ModelConfig, mismatched: list[str]) -> None:
+    """Another number of labels makes a new head, and nothing else new."""
+    other = [key for key in mismatched if not any(name in key for name in SEQ_CLS_HEAD_NAMES)]
+    if other:
+        raise InputError(
+            f"model_name_or_path={config.model_name_or_path!r}: cannot be loaded (the shape of "
+            f"{other[0]} is not that of the configuration); num_labels={config.num_labels} makes a "
+            "new head alone"
+        )
+
+
+def _quantization(config: ModelConfig, classifier: bool) -> BitsAndBytesConfig | TorchAoConfig:
+    """Weights of the base in 4 bits (QLoRA, arXiv 2305.14314) or 8 bits; a head that is trained
+    stays whole."""
+    whole = SEQ_CLS_HEAD_NAMES if classifier else None
     if config.quantization == "int8":
         from torchao.quantization import Int8WeightOnlyConfig
 
-        return TorchAoConfig(Int8WeightOnlyConfig())
+        return TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=whole)
     compute = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
     return BitsAndBytesConfig(
         load_in_8bit=config.quantization == "8bit",
         load_in_4bit=config.quantization == "4bit",
+        llm_int8_skip_modules=whole,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute,
@@ -139,13 +173,26 @@ def _quantization(config: ModelConfig) -> BitsAndBytesConfig | TorchAoConfig:
 
 
 def _load(loader: type, model: ModelConfig, /, **options):
+    with _explained(model):
+        trusted = model.trust_remote_code
+        return loader.from_pretrained(_source(model), trust_remote_code=trusted, **options)
+
+
+def _source(model: ModelConfig) -> str:
     name = model.model_name_or_path
-    source = str(EMBEDDED / "model") if name == "embedded" else name
+    return str(EMBEDDED / "model") if name == "embedded" else name
+
+
+@contextmanager
+def _explained(model: ModelConfig):
+    """What transformers raises as an InputError that says what to do."""
+    name, source = model.model_name_or_path, _source(model)
     try:
-        return loader.from_pretrained(source, trust_remote_code=model.trust_remote_code, **options)
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        yield
+    except UNREADABLE as error:
         reason = " ".join(str(error).split())
-        extras = {extra for package, extra in EXTRAS.items() if package in reason.lower()}
+        named = EXTRAS.items() if isinstance(error, ImportError) else ()
+        extras = {extra for package, extra in named if package in reason.lower()}
         if extras:
             advice = " and ".join(f'pip install "darts_lora[{extra}]"' for extra in sorted(extras))
         else:

@@ -128,7 +128,7 @@ def write_report(search: Search, finetunes: list[dict[str, Any]], output: str) -
         "ranks": _png(rank_image(search.ranks, search.candidates[-1])),
         "losses": _figure(_draw_losses, search),
         "parameters": _figure(_draw_parameters, search),
-        "trajectories": _figure(_draw_trajectories, search),
+        "trajectories": _trajectories(search),
         "parts": _figure(_draw_parts, search),
     }
     if finetunes:
@@ -158,6 +158,10 @@ def _figure(draw, content) -> bytes:
     panel = figure.subplots()
     panel.spines[["top", "right"]].set_visible(False)
     draw(panel, content)
+    return _saved(figure)
+
+
+def _saved(figure: Figure) -> bytes:
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=150)
     return stream.getvalue()
@@ -183,21 +187,25 @@ def _draw_parameters(panel, search: Search) -> None:
     panel.legend(frameon=False)
 
 
-def _draw_trajectories(panel, search: Search) -> None:
-    """Mean expected rank of each module type of each part."""
-    names = list(search.layers)
+def _trajectories(search: Search) -> bytes:
+    """Mean expected rank of each module type, a panel for each part of the model."""
+    names, parts = list(search.layers), by_part(search.layers)
     steps = [record["step"] for record in search.records]
-    styles = ("-", "--", ":", "-.")
-    for number, (part, kinds) in enumerate(by_part(names).items()):
+    figure = Figure(figsize=(7, 2.6 * len(parts)), layout="constrained")
+    panels = figure.subplots(len(parts), sharex=True, sharey=True, squeeze=False)[:, 0]
+    for panel, (part, kinds) in zip(panels, parts.items(), strict=True):
         for kind, layers in kinds.items():
             places = [names.index(name) for name in layers.values()]
             means = [
                 sum(r["expected_ranks"][i] for i in places) / len(places) for r in search.records
             ]
-            label = f"{_short(part)} {kind}"
-            panel.plot(steps, means, styles[number % 4], label=label, linewidth=1)
-    panel.set(xlabel="step", ylabel="expected rank, mean over depth", ylim=(0, None))
-    panel.legend(frameon=False, fontsize=5, ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
+            panel.plot(steps, means, label=_short(part) if kind == "-" else kind, linewidth=1.2)
+        panel.set_title(_short(part), fontsize=9, loc="left")
+        panel.set(ylabel="expected rank", ylim=(0, None))
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    panels[-1].set_xlabel("step")
+    return _saved(figure)
 
 
 def _draw_parts(panel, search: Search) -> None:
@@ -249,7 +257,10 @@ def _page(search: Search, finetunes: list[dict[str, Any]], pictures: dict[str, b
             "Trainable parameters that alpha expects, against the budget.",
         ),
         _section(
-            "Expected ranks", pictures, "trajectories", "Until alpha moves, all ranks are alike."
+            "Expected ranks",
+            pictures,
+            "trajectories",
+            "Mean over depth of each module type. Until alpha moves, all ranks are alike.",
         ),
         _section("Where the parameters are", pictures, "parts", ""),
     ]

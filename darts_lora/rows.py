@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from typing import Any
 
 from PIL import Image
@@ -92,17 +93,31 @@ def _open(row: dict, column: str, image: Any) -> Image.Image:
     if content is None and not isinstance(path, str):
         kind = type(image).__name__
         raise InputError(f"{row_name(row, column)}: must be an image or its path, not a {kind}")
-    if content is None and not os.path.exists(path):
-        path = os.path.join(os.path.dirname(str(row.get(SOURCE, ""))), path)
     try:
-        opened = Image.open(path if content is None else io.BytesIO(content))
+        opened = Image.open(_find(row, column, path) if content is None else io.BytesIO(content))
         opened.load()  # a file that is cut off shows only now
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # decoders raise any kind
         where = "" if path is None else f" {path!r}"
+        reason = re.sub(r" <_io\.BytesIO.*?>", "", str(error)) or type(error).__name__
         raise InputError(
-            f"{row_name(row, column)}: image{where} does not open ({error})"
+            f"{row_name(row, column)}: image{where} does not open ({reason})"
         ) from error
     return opened
+
+
+def _find(row: dict, column: str, path: str) -> str:
+    """The path in a folder of the row's source; else the path as it is."""
+    folders = {os.path.dirname(file) for file in str(row.get(SOURCE, "")).split(" + ")}
+    found = {os.path.join(folder, path) for folder in folders if folder}
+    found = sorted(filter(os.path.exists, found)) or [path]
+    if len(found) > 1:
+        raise InputError(
+            f"{row_name(row, column)}: image {path!r} is in several folders ({', '.join(found)}); "
+            "give its whole path"
+        )
+    return found[0]
 
 
 def _turns(row: dict, column: str, role: str) -> list[dict]:
@@ -129,13 +144,12 @@ def _turns(row: dict, column: str, role: str) -> list[dict]:
 
 def _pairs(row: dict) -> list[list[dict]]:
     """the_cauldron's `texts`: a list of {"user", "assistant"}."""
-    found = row["texts"]
-    for pair in found if isinstance(found, list) else [found]:
-        good = isinstance(pair, dict)
-        if not good or not all(isinstance(pair.get(key), str) for key in ("user", "assistant")):
+    found, roles = row["texts"], ("user", "assistant")
+    for pair in found if isinstance(found, list) else [None]:
+        good = isinstance(pair, dict) and all(isinstance(pair.get(role), str) for role in roles)
+        if not good:
             raise InputError(
                 f"{row_name(row, 'texts')}: must be a list of texts by user and assistant; "
-                f"found {pair!r:.100}"
+                f"found {pair or found!r:.100}"
             )
-    roles = ("user", "assistant")
     return [[{"role": role, "content": pair[role]} for role in roles] for pair in found]

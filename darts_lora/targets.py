@@ -9,12 +9,14 @@ from peft import LoraConfig, TaskType
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
-from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, PreTrainedModel
+from transformers import PreTrainedModel
 
 from darts_lora.errors import InputError
 from darts_lora.mixed_linear import linear_shape
 
 PARTS = ("vision", "language", "connector")
+# How transformers' models name the attention of their text blocks to the image.
+CROSS_ATTENTION = ("cross_attn", "crossattention", "cross_attention", "encoder_attn")
 
 
 def match_modules(
@@ -51,58 +53,73 @@ def match_modules(
 def model_parts(model: nn.Module) -> dict[str, str]:
     """Name of each linear layer -> the part of the model that it belongs to.
 
-    vision: the blocks of the image encoder. connector: what joins images and text, that is the
-    layers outside the blocks of both encoders (projectors, mergers), and the cross-attention in the
-    language model's blocks. language: all else; the whole of a text-only model.
+    vision: the blocks of the image encoder, and its embeddings. connector: what joins images and
+    text, that is the rest of the encoder (mergers), what is in neither encoder nor language model
+    (projectors, resamplers), and the cross-attention in the language model's blocks. language: all
+    else; the whole of a text-only model.
     """
-    names = {id(module): name for name, module in model.named_modules()}
-    encoder = decoder = None
+    modules = dict(model.named_modules())
+    linear = [name for name, module in modules.items() if linear_shape(module)]
+    names = {id(module): name for name, module in modules.items()}
+    encoder = audio = decoder = None
     if isinstance(model, PreTrainedModel):
         encoder = names.get(id(model.get_encoder(modality="image")))
+        audio = names.get(id(model.get_encoder(modality="audio")))
         decoder = names.get(id(model.get_decoder()))
-    linear = {name: module for name, module in model.named_modules() if linear_shape(module)}
     if not encoder:  # get_encoder gives the model itself where it has no image encoder
         return dict.fromkeys(linear, "language")
-    blocks = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    lists = [name for name, module in modules.items() if isinstance(module, nn.ModuleList)]
+    blocks = tuple(f"{name}." for name in lists if _is_inside(name, encoder))
+    language = [_outermost(decoder or "", encoder), *([audio] if audio else [])]
     parts = {}
     for name in linear:
-        in_block = any(name.startswith(f"{block}.") for block in blocks)
-        part = "vision" if name.startswith(f"{encoder}.") else "language"
-        outside = not in_block and name.split(".")[-1] != "lm_head"
-        outside &= not (decoder and name.startswith(f"{decoder}."))
-        cross = part == "language" and any(
-            piece.startswith(("cross_attn", "crossattention", "cross_attention", "encoder_attn"))
-            for piece in name.split(".")
-        )
-        parts[name] = "connector" if outside or cross else part
+        if _is_inside(name, encoder):
+            own = name.startswith(blocks) or "embed" in name.removeprefix(encoder)
+            parts[name] = "vision" if own and "merger" not in name else "connector"
+        else:
+            own = any(_is_inside(name, part) for part in language)
+            own |= name.endswith(("lm_head", *SEQ_CLS_HEAD_NAMES))
+            cross = any(piece.startswith(CROSS_ATTENTION) for piece in name.split("."))
+            parts[name] = "language" if own and not cross else "connector"
     return parts
+
+
+def _is_inside(name: str, outer: str) -> bool:
+    return not outer or name.startswith(f"{outer}.")
+
+
+def _outermost(name: str, other: str) -> str:
+    """The outermost module around `name` that does not hold the module `other` as well."""
+    pieces = name.split(".")
+    around = [".".join(pieces[: i + 1]) for i in range(len(pieces))]
+    return next((outer for outer in around if not _is_inside(other, outer)), name)
 
 
 def task_type(model: nn.Module) -> TaskType | None:
     """SEQ_CLS for a model with a sequence classification head: PEFT leaves heads alone there."""
-    classes = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.values()
-    return TaskType.SEQ_CLS if type(model) in classes else None
+    names = [cls.__name__ for cls in type(model).__mro__]
+    classifier = any(name.endswith("ForSequenceClassification") for name in names)
+    return TaskType.SEQ_CLS if classifier else None
 
 
 def match_saved_modules(model: nn.Module, modules_to_save: list[str] | None) -> list[str]:
     """Names of the modules that are trained in full and saved with the adapter, as PEFT matches
-    them: by the end of their names. None: the head of a classification model, else nothing.
+    them: by the end of their names. The head of a classification model is always one of them.
 
     Raises:
         InputError: a name that matches no module.
     """
     names = [name for name, _ in model.named_modules() if name]
-    if modules_to_save is None:
-        heads = SEQ_CLS_HEAD_NAMES if task_type(model) else []
-        return [name for name in names if name in heads]
-    for key in modules_to_save:
+    for key in modules_to_save or ():
         if not any(name.endswith(key) for name in names):
             near = difflib.get_close_matches(key, names) or [n for n in names if "." not in n]
             raise InputError(
                 f"modules_to_save={modules_to_save!r}: {key!r} matches no module; nearest names: "
                 f"{', '.join(near)}"
             )
-    return [name for name in names if name.endswith(tuple(modules_to_save))]
+    keys = [*(modules_to_save or ()), *(SEQ_CLS_HEAD_NAMES if task_type(model) else ())]
+    matched = [name for name in names if name.endswith(tuple(keys))]
+    return [name for name in matched if not any(_is_inside(name, outer) for outer in matched)]
 
 
 def _raise_no_match(model: nn.Module, names: list[str], target_modules, exclude_modules) -> None:

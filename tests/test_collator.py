@@ -9,7 +9,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
-from darts_lora.collator import IGNORED, Collator
+from darts_lora.collator import IGNORED, Collator, LabelCollator
 from darts_lora.config import DataConfig, ModelConfig
 from darts_lora.data import load_splits
 from darts_lora.errors import InputError
@@ -195,3 +195,164 @@ def test_a_template_that_does_not_continue_its_own_prompt():
     template = UNMARKED.replace("prompt %}[A]", "prompt %}[U]")
     with pytest.raises(InputError, match="does not continue its own prompt"):
         Collator(make_tokenizer(template))([{"prompt": "a", "completion": "b"}])
+
+
+# Rows of plain text, and models without a chat template.
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, UNMARKED, None], ids=["marks", "prefix", "none"])
+def test_plain_text_is_learnt_whole_whatever_the_chat_template(template):
+    collator = Collator(make_tokenizer(template))
+    rows = [{"text": "a b c"}, {"messages": turns("x", "d")[1:]}]
+    batch = collator(rows)
+    assert batch["input_ids"].tolist() == [[1, 6, 7, 8, 2], [1, 9, 2, 0, 0]]
+    x = IGNORED
+    assert batch["labels"].tolist() == [[x, 6, 7, 8, 2], [x, 9, 2, x, x]]
+    assert collator.check(rows) == pytest.approx(6 / 8)
+    for row in rows:  # there is no prompt to continue
+        assert set(collator.evaluation([row])) == {"whole"}
+        assert torch.equal(collator.evaluation([row])["whole"]["labels"], collator([row])["labels"])
+
+
+def test_parts_without_a_chat_template():
+    parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b "}]
+    rows = [{"messages": turns(parts, [{"type": "text", "text": "c"}])}]
+    collator = Collator(make_tokenizer(None))
+    batch = collator(rows)
+    assert batch["input_ids"].tolist() == [[1, 6, 7, 8, 2]]
+    assert batch["labels"].tolist() == [[IGNORED] * 3 + [8, 2]]
+    whole = collator.evaluation(rows)
+    assert whole["prompt"]["input_ids"].tolist() == [[1, 6, 7]] and whole["answers"] == ["c"]
+
+
+def test_images_without_a_chat_template(llava):
+    image, x, i = Image.new("RGB", (4, 4)), IGNORED, 3
+    between = [{"type": "text", "text": "a "}, {"type": "image"}, {"type": "text", "text": " b "}]
+    collator = Collator(llava(None))
+    batch = collator(
+        [
+            {"prompt": "a ", "completion": "b", "image": image},
+            {"messages": turns(between, [{"type": "text", "text": "c"}]), "image": image},
+        ]
+    )
+    assert batch["input_ids"].tolist() == [
+        [1, i, i, i, i, 6, 7, 2, 0],
+        [1, 6, i, i, i, i, 7, 8, 2],
+    ]
+    assert batch["labels"].tolist() == [
+        [x, x, x, x, x, x, 7, 2, x],
+        [x, x, x, x, x, x, x, 8, 2],
+    ]
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, UNMARKED, None], ids=["marks", "prefix", "none"])
+@pytest.mark.parametrize("text", ["a b", "<image> a b", "a <image> b"])
+def test_image_tokens_within_plain_text_are_not_learnt(llava, template, text):
+    collator = Collator(llava(template))
+    batch = collator([{"text": text, "image": Image.new("RGB", (4, 4))}])
+    ids, labels = batch["input_ids"][0], batch["labels"][0]
+    assert (ids == 3).sum() == 4, "the image is placed once"
+    assert ids[labels != IGNORED].tolist() == [6, 7, 2]
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, UNMARKED], ids=["marks", "prefix"])
+def test_an_image_mark_in_a_question_is_the_place_of_its_image(llava, template):
+    row = {"prompt": "a <image> b", "completion": "c", "image": Image.new("RGB", (4, 4))}
+    batch = Collator(llava(template))([row])
+    assert batch["input_ids"].tolist() == [[1, 4, 6, 3, 3, 3, 3, 7, 5, 8, 2]]
+    with pytest.raises(InputError, match="2 places for images, 1 images"):
+        Collator(llava(template))([row | {"prompt": "<image> <image>"}])
+
+
+# What counts for the loss, and how long a row may be.
+
+
+def test_padding_is_masked_where_it_is_the_end_token_too():
+    tokenizer = make_tokenizer(UNMARKED)
+    tokenizer.pad_token = tokenizer.eos_token
+    batch = Collator(tokenizer)([{"prompt": "a", "completion": c} for c in ("b", "b c d")])
+    assert batch["input_ids"].tolist()[0] == [1, 4, 6, 5, 7, 2, 2, 2]
+    assert batch["labels"].tolist()[0] == [IGNORED] * 4 + [7, 2] + [IGNORED] * 2
+
+
+@pytest.mark.parametrize(
+    ("longest", "context", "text"),
+    [(8, None, "max_length=8; .*, or raise max_length$"), (8, 20, "max_length=8; .* max_length$"),
+     (20, 8, "the model takes 8; shorten or leave out the row$")],
+)  # fmt: skip
+def test_what_limits_a_row_is_named(longest, context, text):
+    label = {"text": "a " * 9, "label": 0, ROW: 2}
+    row = {"prompt": "a", "completion": "b c d e", ROW: 2}  # nine tokens
+    collators = [
+        (Collator(make_tokenizer(TEMPLATE), longest, context=context), row, "completion"),
+        (LabelCollator(make_tokenizer(None), longest, {"a": 0}, context), label, "text"),
+    ]
+    for collator, long, column in collators:
+        for read in (collator, collator.check):
+            with pytest.raises(InputError, match=rf"^row 2, column '{column}': 9 tokens, {text}"):
+                read([long])
+            read([{**long, column: long[column][:-2]}])  # one less
+
+
+def test_a_check_of_nothing_and_of_the_first_rows():
+    collator = Collator(make_tokenizer(TEMPLATE), max_length=8)
+    good, bad = {"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "b c d e f"}
+    with pytest.raises(InputError, match="no row to learn from"):
+        collator.check([])
+    assert collator.check([good, bad], limit=1) == pytest.approx(2 / 6)
+    assert collator.check(iter([good] * 250 + [bad])) == pytest.approx(2 / 6)
+    with pytest.raises(InputError, match="10 tokens, max_length=8"):
+        collator.check(iter([good] * 249 + [bad]))
+    assert collator.check(iter([good, bad]), limit=10) == pytest.approx(2 / 6)
+
+
+# Classification.
+
+LABELS = {"no": 0, "maybe": 1, "yes": 2}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_labels_against_a_hand_made_expectation(side):
+    tokenizer = make_tokenizer(None)
+    tokenizer.padding_side = side
+    collator = LabelCollator(tokenizer, 8, LABELS)
+    rows = [
+        {"text": "a b c", "label": "yes"},
+        {"text": "d", "label": 1},
+        {"text": "e", "label": 0.0},
+    ]
+    batch = collator(rows)
+    assert batch["input_ids"].tolist() == [[6, 7, 8], [9, 0, 0], [10, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0], [1, 0, 0]]
+    assert batch["labels"].tolist() == [2, 1, 0] and batch["labels"].dtype == torch.int64
+    assert collator.check(rows) is None
+    whole = collator.evaluation(rows)
+    assert set(whole) == {"whole"}
+    assert all(torch.equal(whole["whole"][name], batch[name]) for name in batch)
+
+
+def test_pairs_of_texts_are_one_sequence():
+    rows = [
+        {"text": "a b", "text_pair": "c", "label": 0},
+        {"text": "d", "text_pair": "e", "label": 1},
+    ]
+    batch = LabelCollator(make_tokenizer(None), 3, LABELS)(rows)
+    assert batch["input_ids"].tolist() == [[6, 7, 8], [9, 10, 0]]
+    with pytest.raises(InputError, match="column 'text': 3 tokens, max_length=2"):
+        LabelCollator(make_tokenizer(None), 2, LABELS)(rows)
+
+
+@pytest.mark.parametrize(
+    ("label", "text"),
+    [(3, "3 is none of the model's 3 classes"), (-1, "-1 is none"), ("other", "'other' is none"),
+     (1.5, "1.5 is none"), (float("nan"), "nan is none"), (True, "True is none"),
+     (None, "None is none"), ([1], r"\[1\] is none")],
+)  # fmt: skip
+def test_labels_that_the_model_does_not_have(label, text):
+    collator = LabelCollator(make_tokenizer(None), 8, LABELS)
+    rows = [{"text": "a", "label": 0, ROW: 3}, {"text": "a", "label": label, ROW: 4}]
+    for read in (collator, collator.check):
+        with pytest.raises(
+            InputError, match=rf"^row 4, column 'label': {text}.*\(no, maybe, yes\)"
+        ):
+            read(rows)

@@ -1,17 +1,30 @@
-"""Data sets: the fixed split, and what is wrong with a source.
-Not here: what a row becomes (test_collator.py)."""
+"""Data sets: the fixed split, also of streams, loaders, and what is wrong with a source.
+Not here: what a row is (test_rows.py), and becomes (test_collator.py)."""
 
 import json
-from itertools import chain
+import random
+from itertools import chain, islice
 
 import pytest
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
 
+from darts_lora import RankSearch, SearchConfig, Supernet
 from darts_lora.collator import Collator
-from darts_lora.config import DataConfig, ModelConfig
-from darts_lora.data import load_splits, make_dataloader, split_record
+from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
+from darts_lora.data import (
+    load_splits,
+    make_dataloader,
+    search_dataloaders,
+    split_record,
+    training_rows,
+)
 from darts_lora.errors import InputError
 from darts_lora.models import load_processor
-from darts_lora.rows import ROW, row_images
+from darts_lora.rows import ROW, SOURCE, row_images
+from darts_lora.stream import BatchStream
+from small_models import residual
 
 NAMES = ("train", "validation", "test")
 
@@ -107,15 +120,52 @@ def test_missing_columns_are_named_with_those_found(tmp_path):
     assert "found: question, completion" in str(error.value)
 
 
-def test_empty_files_and_broken_files(tmp_path):
-    with pytest.raises(InputError, match=r"data_files: '.*empty\.jsonl': the file is empty"):
-        load_splits(DataConfig("json", write(tmp_path / "empty.jsonl", [])))
-    (tmp_path / "broken.jsonl").write_text('{"prompt": "a", ')
-    with pytest.raises(InputError, match="cannot be loaded"):
-        load_splits(DataConfig("json", str(tmp_path / "broken.jsonl")))
-    (tmp_path / "header.csv").write_text("prompt,completion\n")
-    with pytest.raises(InputError, match=r"(has no sample in it|cannot be loaded)"):
-        load_splits(DataConfig("csv", str(tmp_path / "header.csv")))
+GOOD = '{"prompt": "a", "completion": "b"}\n'
+BAD_FILES = {  # name, content, what is said of it
+    "empty": ("rows.jsonl", b"", "the file is empty"),
+    "blank": ("rows.jsonl", b"\n\n", "no sample in it"),
+    "no row": ("rows.json", b"[]", "no sample in it"),
+    "a header alone": ("rows.csv", b"prompt,completion\n", "no sample in it"),
+    "cut off": ("rows.jsonl", b'{"prompt": "a", ', "JSON parse error"),
+    "a broken line": ("rows.jsonl", f"{GOOD}{{oh}}\n{GOOD}".encode(), "in row 1"),
+    "no parquet": ("rows.parquet", b"garbage", "Parquet file size is 7 bytes"),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["", "stream"])
+@pytest.mark.parametrize("by", ["loader", "folder"])
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_empty_and_broken_files_are_named(tmp_path, case, by, streaming):
+    name, content, text = BAD_FILES[case]
+    path = tmp_path / name
+    path.write_bytes(content)
+    loader = {"jsonl": "json"}.get(path.suffix[1:], path.suffix[1:])
+    files = (loader, str(path)) if by == "loader" else (str(tmp_path), None)
+    with pytest.raises(InputError) as error:
+        load_splits(DataConfig(*files, streaming=streaming))
+    assert str(path) in str(error.value) and text in str(error.value)
+
+
+def test_an_empty_file_among_others_is_named(source, tmp_path):
+    empty = write(tmp_path / "empty.jsonl", [])
+    for files in ([source, empty], {"train": source, "test": empty}, str(tmp_path / "*.jsonl")):
+        with pytest.raises(InputError, match=f"data_files: '{empty}': the file is empty"):
+            load_splits(DataConfig("json", files))
+
+
+def test_a_folder_without_data_is_named(tmp_path):
+    with pytest.raises(InputError, match=rf"dataset='{tmp_path}': cannot be loaded \(.*any data"):
+        load_splits(DataConfig(str(tmp_path)))
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_rows_of_several_files_are_numbered_through(tmp_path, count):
+    files = [write(tmp_path / f"{i}.jsonl", [{"prompt": i}] * 4) for i in range(count)]
+    rows = [row for s in load_splits(DataConfig("json", files)).values() for row in s]
+    rows.sort(key=lambda row: row[ROW])
+    assert [row["prompt"] for row in rows] == sorted([*range(count)] * 4)
+    named = " + ".join(files) if count == 2 else str(tmp_path / "*")
+    assert {row[SOURCE] for row in rows} == {named}
 
 
 @pytest.mark.parametrize(
@@ -139,3 +189,218 @@ def test_a_loader_shuffles_by_its_seed_and_never_drops_all(source):
     assert [len(batch) for batch in order(0)] == [8, 8, 8, 4]
     assert len(make_dataloader(rows, list, 8, drop_last=True)) == 3
     assert len(make_dataloader(rows, list, 64, drop_last=True)) == 1
+
+
+# Streams.
+
+
+@pytest.fixture
+def stream(tmp_path):
+    """DataConfig of 400 streamed rows in four files; options change it."""
+    for k in range(4):
+        rows = [{"prompt": f"q{i}", "completion": f"a{i}"} for i in range(100 * k, 100 * k + 100)]
+        write(tmp_path / f"rows-{k}.jsonl", rows)
+    files = str(tmp_path / "rows-*.jsonl")
+    return lambda **options: DataConfig("json", files, streaming=True, **options)
+
+
+def numbers(rows):
+    return [row[ROW] for row in rows]
+
+
+@pytest.mark.parametrize("test_split", ["test", None])
+def test_the_parts_of_a_stream_are_disjoint_whole_and_the_same_each_time(stream, test_split):
+    names = NAMES if test_split is None else NAMES[:2]
+    config = stream(test_split=test_split)
+    parts = {name: numbers(rows) for name, rows in load_splits(config, names).items()}
+    assert tuple(parts) == names
+    assert sorted(chain(*parts.values())) == list(range(400)), "each row in one part alone"
+    assert all(part == sorted(part) for part in parts.values())
+    again = load_splits(config, names)
+    assert {name: numbers(rows) for name, rows in again.items()} == parts
+    other = load_splits(stream(test_split=test_split, split_seed=1), names)
+    assert all(numbers(rows) != parts[name] for name, rows in other.items())
+    test = 0.1 if test_split is None else 0
+    assert len(parts["validation"]) == pytest.approx(0.3 * (1 - test) * 400, abs=30)
+    assert len(parts.get("test", [])) == pytest.approx(test * 400, abs=15)
+    for name, rows in again.items():
+        assert [row["prompt"] for row in rows] == [f"q{i}" for i in parts[name]]
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.5, 0.9])
+def test_the_share_of_a_streams_validation_rows(stream, fraction):
+    parts = load_splits(stream(validation_fraction=fraction))
+    assert len(list(parts["validation"])) == pytest.approx(400 * fraction, abs=35)
+
+
+def test_only_the_wanted_parts_of_a_stream(stream):
+    test = load_splits(stream(test_split=None), ["test"])
+    everything = load_splits(stream(test_split=None), NAMES)
+    assert list(test) == ["test"]
+    assert numbers(test["test"]) == numbers(everything["test"])
+
+
+@pytest.mark.parametrize("test_split", ["test", None])
+def test_the_record_of_a_streams_split_gives_it_again(stream, test_split):
+    config = stream(test_split=test_split, max_train_samples=150, split_seed=3)
+    names = NAMES if test_split is None else NAMES[:2]
+    splits = load_splits(config, names)
+    record = json.loads(json.dumps(split_record(splits, config)))
+    assert "random.Random(f'{split_seed} {i}').random()" in record["rule"]
+    found = {name: [] for name in names}
+    test = 0 if record["test_split"] else record["test_fraction"]
+    for i in range(record["max_train_samples"]):
+        u = random.Random(f"{record['split_seed']} {i}").random()
+        validation = test + (1 - test) * record["validation_fraction"]
+        found["test" if u < test else "validation" if u < validation else "train"].append(i)
+    assert {name: numbers(rows) for name, rows in splits.items()} == found
+
+
+def test_sample_limits_of_a_stream(stream, tmp_path):
+    files = {"train": str(tmp_path / "rows-*.jsonl"), "test": str(tmp_path / "rows-0.jsonl")}
+    limits = {"max_train_samples": 50, "max_test_samples": 7}
+    config = DataConfig("json", files, streaming=True, **limits)
+    parts = {name: numbers(rows) for name, rows in load_splits(config, NAMES).items()}
+    assert sorted(parts["train"] + parts["validation"]) == list(range(50))
+    assert parts["test"] == list(range(7))
+    assert (
+        len(numbers(load_splits(stream(test_split=None, max_test_samples=7), NAMES)["test"])) == 7
+    )
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["", "stream"])
+@pytest.mark.parametrize("test_split", ["test", None])
+def test_training_rows_are_those_of_training_and_validation(stream, streaming, test_split):
+    config = stream(test_split=test_split, max_train_samples=300)
+    config.streaming = streaming
+    rows = numbers(training_rows(config, seed=1))
+    parts = load_splits(config)
+    assert sorted(rows) == sorted(chain(*map(numbers, parts.values())))
+    assert len(set(rows)) == len(rows)
+    if streaming:
+        assert rows != sorted(rows), "shuffled"
+        assert rows != numbers(training_rows(config, seed=2))
+
+
+def loaded(dataset, seed=0, epochs=1, **options):
+    """The row numbers that a loader gives, for each epoch."""
+    loader = make_dataloader(dataset, numbers, 8, shuffle=True, seed=seed, **options)
+    found = []
+    for epoch in range(epochs):
+        if hasattr(dataset, "set_epoch"):
+            loader.dataset.set_epoch(epoch)
+        found.append(list(chain(*loader)))
+    return found
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_epoch_of_a_streams_loader_has_each_row_of_its_part_once(stream, workers):
+    """Also with several files, which datasets shuffles and shares out among workers."""
+    for limit in (None, 250):
+        parts = load_splits(stream(test_split=None, max_train_samples=limit), NAMES)
+        for part in parts.values():
+            epochs = loaded(part, epochs=2, num_workers=workers)
+            assert [sorted(epoch) for epoch in epochs] == [numbers(part)] * 2
+            assert epochs[0] != epochs[1] != numbers(part)
+
+
+def test_a_streams_loader_shuffles_by_its_seed_and_keeps_the_last_batch(stream):
+    part = load_splits(stream())["train"]
+    assert loaded(part) == loaded(part) != loaded(part, seed=1)
+    assert len(loaded(part, drop_last=True)[0]) == len(numbers(part))
+    plain = make_dataloader(part, numbers, 8)
+    assert list(chain(*plain)) == numbers(part)
+    assert plain.num_workers == 0
+    assert make_dataloader(part, numbers, 8, num_workers=2).num_workers == 1
+
+
+def test_another_library_may_read_a_stream_with_more_workers(stream):
+    """transformers' Trainer opens its own loader: no row may be lost, and none come twice."""
+    rows = training_rows(stream())
+    loader = torch.utils.data.DataLoader(rows, 8, collate_fn=numbers, num_workers=2)
+    assert sorted(chain(*loader)) == list(range(400))
+
+
+def test_search_dataloaders_of_streams(stream):
+    splits = load_splits(stream())
+    loaders = search_dataloaders(splits, numbers, TrainingConfig(batch_size=16, num_workers=2), 0)
+    train, validation = (list(loader) for loader in loaders)
+    assert {len(batch) for batch in train[:-1] + validation[:-1]} == {16}
+    assert sorted(chain(*train)) == numbers(splits["train"])
+    assert sorted(chain(*validation)) == numbers(splits["validation"])
+
+
+def test_a_stream_of_batches_goes_on_where_another_stopped(stream):
+    splits = load_splits(stream(max_train_samples=50))
+
+    def batches():
+        loader, _ = search_dataloaders(splits, tensors, TrainingConfig(batch_size=8), 0)
+        return BatchStream(Accelerator(cpu=True).prepare(loader))
+
+    whole, moved = batches(), batches()
+    epoch = -(-len(numbers(splits["train"])) // 8)
+    taken = [next(whole)["row"].tolist() for _ in range(2 * epoch)]
+    assert sorted(chain(*taken[:epoch])) == sorted(chain(*taken[epoch:]))
+    assert taken[:epoch] != taken[epoch:], "each epoch has an order of its own"
+    moved.move_to((1, 2))
+    assert [next(moved)["row"].tolist() for _ in range(2)] == taken[epoch + 2 : epoch + 4]
+
+
+def tensors(rows):
+    """A batch for a small regression."""
+    x = torch.tensor([[hash((row[ROW], i)) % 97 / 97 for i in range(16)] for row in rows])
+    return {"x": x, "row": torch.tensor(numbers(rows))}
+
+
+def test_a_search_on_streams_keeps_validation_rows_out_of_the_weights(stream):
+    parts = load_splits(stream(max_train_samples=40))
+    training = TrainingConfig(max_steps=16, batch_size=8, logging_steps=8)
+    supernet = Supernet(residual(), SearchConfig(ranks=(0, 1, 2), budget_rank=1))
+    seen = {True: set(), False: set()}
+
+    def loss_fn(model, batch):
+        seen[supernet._arch_gradients] |= set(batch["row"].tolist())
+        return (model(batch["x"]) - batch["x"].flip(1)).pow(2).mean()
+
+    loaders = search_dataloaders(parts, tensors, training, 0)
+    genotype = RankSearch(supernet, *loaders, training=training, loss_fn=loss_fn).run()
+    assert set(genotype.ranks.values()) <= {0, 1, 2}
+    assert seen[False] == set(numbers(parts["train"])), "several epochs"
+    assert seen[True] == set(numbers(parts["validation"]))
+
+
+def test_a_saved_data_set_as_a_stream(tmp_path):
+    folder = str(tmp_path / "saved")
+    rows = [{"prompt": f"q{i}", "completion": f"a{i}"} for i in range(60)]
+    Dataset.from_list(rows).save_to_disk(folder)
+    config = DataConfig(folder, streaming=True)
+    assert [row["prompt"] for row in load_splits(config)["train"]]
+    assert sorted(numbers(training_rows(config))) == list(range(60))
+
+
+def test_a_stream_with_too_few_rows(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}] * 3)
+    for fraction, name in ((0.001, "validation"), (0.999, "train")):
+        config = DataConfig("json", path, streaming=True, validation_fraction=fraction)
+        with pytest.raises(InputError, match=rf"={fraction}: leaves no sample in the {name} split"):
+            load_splits(config)
+    config = DataConfig("json", path, streaming=True, test_split=None, test_fraction=0.001)
+    with pytest.raises(InputError, match=r"test_fraction=0\.001: leaves no sample in the test"):
+        load_splits(config, NAMES)
+
+
+def test_a_stream_that_breaks_off_is_named(tmp_path):
+    rows = [{"prompt": "q" * 1000, "completion": "a"}] * 20_000  # more than is read at once
+    path = write(tmp_path / "rows.jsonl", rows)
+    with open(path, "a") as file:
+        file.write('{"prompt": "a", ')
+    with pytest.raises(InputError, match=r"rows\.jsonl: cannot be read after \d{4,} rows \(JSON"):
+        numbers(load_splits(DataConfig("json", path, streaming=True))["train"])
+
+
+def test_a_stream_reads_only_what_is_taken(stream, tmp_path):
+    (tmp_path / "rows-3.jsonl").write_text("{oh}\n")
+    rows = load_splits(stream())["train"]
+    assert len(list(islice(rows, 100))) == 100
+    with pytest.raises(InputError, match="cannot be read after 300 rows"):
+        numbers(rows)

@@ -7,16 +7,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from peft import PeftModel
+import transformers as t
+from families import bert, make_family
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from darts_lora import Genotype, InputError, SearchConfig, Supernet, discretize
 from darts_lora import finetune as finetune_module
 from darts_lora.collator import Collator
-from darts_lora.config import DataConfig, TrainingConfig
+from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
 from darts_lora.data import load_splits, split_record
-from darts_lora.finetune import FinetuneConfig, add_adapter, finetune
+from darts_lora.finetune import FinetuneConfig, add_adapter, finetune, save_padded
 from darts_lora.models import load_model, load_processor
 from darts_lora.rows import ROW
 from small_models import randomise
@@ -66,6 +68,101 @@ def test_the_saved_adapter_alone_gives_the_same_logits(run, base_config, batch):
     loaded = PeftModel.from_pretrained(base, folder)
     assert (logits(loaded, batch) - expected).abs().max() <= 1e-5
     assert (logits(loaded.merge_and_unload(), batch) - expected).abs().max() <= 1e-5
+
+
+def test_the_padded_folder_gives_the_same_logits_by_one_rank(
+    genotype, base_config, data, batch, tmp_path
+):
+    config = FinetuneConfig(genotype, pad_to_max=True, output_dir=str(tmp_path))
+    model, _ = finetune(config, base_config, data, replace(TRAINING, learning_rate=0.1))
+    expected, base = logits(model, batch), load_model(base_config)
+    assert (logits(base, batch) - expected).abs().max() > 1e-1
+    padded = PeftModel.from_pretrained(base, tmp_path / "padded")
+    assert (logits(padded, batch) - expected).abs().max() <= 1e-5
+    read = padded.peft_config["default"]
+    assert (read.r, read.lora_alpha) == (4, 8) and not read.rank_pattern and not read.alpha_pattern
+    adapted = {n for n, rank in Genotype.load(genotype).ranks.items() if rank > 0}
+    modules = {n: m for n, m in padded.base_model.model.named_modules() if hasattr(m, "lora_A")}
+    assert modules.keys() == adapted
+    assert {(m.r["default"], m.scaling["default"]) for m in modules.values()} == {(4, 2.0)}
+    own, wide = weights(tmp_path), weights(tmp_path / "padded")
+    assert own.keys() == wide.keys()
+    assert {min(value.shape) for value in own.values()} == {2, 4}
+    assert {min(value.shape) for value in wide.values()} == {4}
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_padding_a_saved_adapter_leaves_its_scaling_and_its_other_weights(tmp_path, use_rslora):
+    folder = make_family(bert, str(tmp_path / "bert"))
+    base, ids = load_model(ModelConfig(folder)), torch.randint(0, 11, (4, 7))
+    names = [n for n, m in base.named_modules() if isinstance(m, nn.Linear) and ".layer." in n]
+    found = Genotype({n: (1, 3, 5)[i % 3] for i, n in enumerate(names)}, scaling=0.7)
+    adapted = get_peft_model(
+        base, found.to_lora_config(base, task_type="SEQ_CLS", use_rslora=use_rslora)
+    )
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad and "lora_A" not in name:
+            nn.init.normal_(parameter)
+    expected = adapted.eval()(ids).logits
+    adapted.save_pretrained(tmp_path / "adapter")
+    save_padded(str(tmp_path / "adapter"), str(tmp_path / "padded"))
+    padded = PeftModel.from_pretrained(load_model(ModelConfig(folder)), tmp_path / "padded").eval()
+    assert (padded(ids).logits - expected).abs().max() <= 1e-6 * expected.abs().max()
+    for name in names:
+        layer = padded.base_model.model.get_submodule(name)
+        assert layer.r["default"] == 5
+        assert layer.scaling["default"] == pytest.approx(0.7, rel=1e-12)
+    assert LoraConfig.from_pretrained(tmp_path / "padded").use_rslora == use_rslora
+
+
+def test_padding_an_adapter_whose_largest_rank_is_in_its_patterns(base_config, batch, tmp_path):
+    """As others write them: r is the smallest rank."""
+    wide = {"alpha_pattern": {"q_proj": 6}, "rank_pattern": {"q_proj": 4}}
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj", "v_proj"], **wide)
+    adapted = get_peft_model(load_model(base_config), config)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    expected = logits(adapted, batch)
+    adapted.save_pretrained(tmp_path / "adapter")
+    save_padded(str(tmp_path / "adapter"), str(tmp_path / "padded"))
+    padded = PeftModel.from_pretrained(load_model(base_config), tmp_path / "padded")
+    assert (padded.peft_config["default"].r, padded.peft_config["default"].lora_alpha) == (4, 6)
+    assert (logits(padded, batch) - expected).abs().max() <= 1e-5
+
+
+def test_a_classifiers_head_is_trained_and_saved_with_the_adapter(tmp_path):
+    folder = make_family(bert, str(tmp_path / "bert"))
+    rows = [{"text": f"it is {c}", "label": i} for i, c in enumerate(("red", "green", "blue"))]
+    for split in ("train", "test"):
+        text = "".join(json.dumps(row) + "\n" for row in 4 * rows)
+        (tmp_path / f"{split}.jsonl").write_text(text)
+    files = {split: str(tmp_path / f"{split}.jsonl") for split in ("train", "test")}
+    data, model = DataConfig("json", files), ModelConfig(folder)
+    config = FinetuneConfig(None, rank=2, output_dir=str(tmp_path / "out"))
+    trained, record = finetune(config, model, data, TRAINING)
+    head = load_model(model).classifier
+    state = weights(tmp_path / "out")
+    for part in ("weight", "bias"):
+        saved = state[f"base_model.model.classifier.{part}"]
+        assert not torch.equal(saved, getattr(head, part))
+    size = sum(p.numel() for p in head.parameters())
+    lora = sum(value.numel() for key, value in state.items() if "lora_" in key)
+    assert record["trainable_parameters"] == lora + size
+    ids = torch.randint(0, 11, (4, 7))
+    loaded = PeftModel.from_pretrained(load_model(model), tmp_path / "out").eval()
+    assert torch.allclose(loaded(ids).logits, trained.eval()(ids).logits, atol=1e-6)
+
+
+def test_a_head_of_two_layers_is_trained_in_full_without_a_genotype():
+    """PEFT saves DistilBERT's pre_classifier as well, by the end of its name."""
+    config = t.DistilBertConfig(vocab_size=64, dim=16, n_heads=2, hidden_dim=24, n_layers=1)
+    model = t.DistilBertForSequenceClassification(config)
+    adapted = add_adapter(model, FinetuneConfig(None, rank=2), None).base_model.model
+    for name in ("pre_classifier", "classifier"):
+        copied = adapted.get_submodule(name).modules_to_save["default"]
+        assert type(copied) is nn.Linear and copied.weight.requires_grad
+    assert hasattr(adapted.distilbert.transformer.layer[0].ffn.lin1, "lora_A")
 
 
 def test_the_record_and_the_ranks(run, genotype, base_config):

@@ -1,16 +1,28 @@
-"""Genotype: JSON, PEFT's view of it, names of older releases, warm start.
-Not here: how ranks are chosen (test_discretize.py)."""
+"""Genotype: JSON, PEFT's view of it, padding, names of older releases, warm start.
+Not here: how ranks are chosen (test_discretize.py), nor the padded folder (test_finetune.py)."""
 
 import json
+import re
+from random import Random
 
 import pytest
 import torch
-from peft import get_peft_model, set_peft_model_state_dict
-from safetensors.torch import save_file
+from families import TEXT
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import MllamaConfig, MllamaForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MllamaConfig,
+    MllamaForConditionalGeneration,
+)
 
 from darts_lora import Genotype, InputError, SearchConfig, Supernet, discretize
+from darts_lora.genotype import pad_to_max_rank
+from darts_lora.targets import match_modules
 from small_models import randomise, residual
 
 
@@ -27,6 +39,145 @@ class Awkward(nn.Module):
     def forward(self, x):
         x = self.q_proj(self.proj(x))
         return self.xproj(self.part["q+proj"](self.part["proj"](x)))
+
+
+class Deep(nn.Module):
+    """516 linear layers: of the names, some are at the root, some suffixes or prefixes of others
+    ("blocks.1.v" and "inner.blocks.1.v", "blocks.1" and "blocks.11"), some hold characters of
+    regular expressions."""
+
+    def __init__(self, inner: bool = True):
+        super().__init__()
+        names = ("v", "q_v", "q+v", "(v)|v$")
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({name: nn.Linear(8, 8) for name in names})
+            for _ in range(100 if inner else 27)
+        )
+        self.v, self.q_v, self.blocks_v = (nn.Linear(8, 8) for _ in range(3))
+        if inner:
+            self.inner = Deep(inner=False)
+            self.last, self.vv = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        layers = [layer for block in self.blocks for layer in block.values()]
+        for layer in (*layers, self.v, self.q_v, self.blocks_v):
+            x = x + 0.1 * torch.tanh(layer(x))
+        return self.vv(self.last(self.inner(x))) if hasattr(self, "inner") else x
+
+
+def deep():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Deep()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Ranks drawn for 516 layers; the adapter's folder, and its outputs before it was saved."""
+    random, model = Random(0), deep()
+    ranks = {n: random.randrange(9) for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    genotype = Genotype(ranks, scaling=1.5)
+    peft = get_peft_model(model, genotype.to_lora_config(model))
+    torch.manual_seed(1)
+    for name, parameter in peft.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.3)
+    folder, x = tmp_path_factory.mktemp("adapter"), torch.randn(5, 8)
+    peft.save_pretrained(folder)
+    return genotype, folder, x, peft(x).detach()
+
+
+def check_ranks(peft, genotype, rank=None):
+    """Each module has its rank (or this one), and the genotype's scaling, as PEFT holds them."""
+    for name, own in genotype.ranks.items():
+        module = peft.base_model.model.get_submodule(name)
+        if own == 0:
+            assert not hasattr(module, "lora_A"), name
+        else:
+            assert module.r["default"] == (rank or own), name
+            assert module.lora_A["default"].weight.shape[0] == (rank or own), name
+            assert module.scaling["default"] == pytest.approx(genotype.scaling, rel=1e-12), name
+
+
+def test_a_saved_adapter_of_516_layers_comes_back_bit_for_bit(saved):
+    genotype, folder, x, expected = saved
+    assert len(genotype.ranks) == 516 and set(genotype.ranks.values()) == set(range(9))
+    assert not torch.allclose(deep()(x), expected, atol=1e-2)
+    loaded = PeftModel.from_pretrained(deep(), folder)
+    check_ranks(loaded, genotype)
+    assert torch.equal(loaded(x), expected)
+
+
+def test_each_key_of_the_patterns_hits_one_layer(saved):
+    genotype, folder, _, _ = saved
+    config = PeftModel.from_pretrained(deep(), folder).peft_config["default"]
+    names = [name for name, _ in deep().named_modules()]
+    wanted = {name: rank for name, rank in genotype.ranks.items() if 0 < rank < 8}
+    for pattern, factor in ((config.rank_pattern, 1), (config.alpha_pattern, genotype.scaling)):
+        hit = {}
+        for key, value in pattern.items():
+            (name,) = [n for n in names if re.match(rf"(.*\.)?({key})$", n)]  # PEFT's own rule
+            hit[name] = value
+        assert hit == {name: rank * factor for name, rank in wanted.items()}
+
+
+def test_padded_weights_give_the_same_outputs_without_patterns(saved):
+    genotype, folder, x, _ = saved
+    model, original = deep(), PeftModel.from_pretrained(deep(), folder)
+    config = genotype.to_lora_config(model, pad_to_max=True)
+    assert config.r == 8 and not config.rank_pattern and not config.alpha_pattern
+    peft = get_peft_model(model, config)
+    check_ranks(peft, genotype, rank=8)
+    state = load_file(folder / "adapter_model.safetensors")
+    assert not set_peft_model_state_dict(peft, pad_to_max_rank(state)).unexpected_keys
+    for name, rank in genotype.ranks.items():  # each layer in float32
+        layer, own = (p.base_model.model.get_submodule(name) for p in (peft, original))
+        assert rank == 0 or torch.allclose(layer(x), own(x), rtol=0, atol=1e-6), name
+    x = x.double()  # rounding grows over 516 layers
+    assert torch.allclose(peft.double()(x), original.double()(x), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("pad", [False, True])
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("scaling", [2.0, 0.7])
+def test_the_scaling_is_the_genotypes_for_every_rank(pad, use_rslora, scaling):
+    ranks = {"proj": 1, "part.proj": 3, "q_proj": 0, "part.q+proj": 7, "xproj": 2}
+    genotype, model = Genotype(ranks, scaling), Awkward()
+    config = genotype.to_lora_config(model, pad_to_max=pad, use_rslora=use_rslora)
+    assert config.lora_alpha == pytest.approx(scaling * (7**0.5 if use_rslora else 7))
+    peft = get_peft_model(model, config).double()
+    check_ranks(peft, genotype, rank=7 if pad else None)
+    x = torch.randn(3, 8, dtype=torch.float64)
+    for name, rank in ranks.items():
+        if rank > 0:
+            module = peft.base_model.model.get_submodule(name)
+            a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+            nn.init.normal_(b)
+            expected = module.base_layer(x) + scaling * x @ a.T @ b.T
+            assert torch.allclose(module(x), expected, rtol=0, atol=1e-12)
+
+
+def test_conv1d_layers_are_merged_as_they_run():
+    """GPT-2 stores its weights transposed; merging must add B A the same way round."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2)).eval()
+    names = match_modules(model, "all-linear")
+    assert len(names) == 4 and all("c_" in name for name in names)
+    genotype = Genotype({name: rank for name, rank in zip(names, (0, 1, 3, 2), strict=True)})
+    assert genotype.with_shapes(model).shapes[names[0]] == (16, 48)
+    config = genotype.to_lora_config(model)
+    assert config.fan_in_fan_out
+    peft = get_peft_model(model, config)
+    check_ranks(peft, genotype)
+    for name, parameter in peft.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    ids = torch.randint(0, 32, (2, 7))
+    with peft.disable_adapter():
+        base = peft(ids).logits
+    expected = peft(ids).logits
+    assert not torch.allclose(base, expected, atol=1e-2)
+    assert torch.allclose(peft.merge_and_unload()(ids).logits, expected, atol=1e-5)
 
 
 def test_lora_config_gives_each_module_its_rank():
@@ -152,3 +303,35 @@ def test_inherited_weights_give_the_supernets_output(tmp_path, branches):
         Genotype({"other": 1}).inherited_state(tmp_path / "s")
     with pytest.raises(InputError, match=r"searched weights .*nothing"):
         genotype.inherited_state(tmp_path / "nothing")
+
+
+def test_a_trained_head_goes_with_the_genotype_and_into_peft(tmp_path):
+    torch.manual_seed(0)
+    sizes = {k: v for k, v in TEXT.items() if k != "num_key_value_heads"}
+    model = BertForSequenceClassification(BertConfig(**sizes, num_labels=3)).eval()
+    supernet = Supernet(model, SearchConfig(ranks=(0, 2)))
+    randomise(supernet)
+    nn.init.normal_(supernet.saved_modules["classifier"].weight)
+    genotype = discretize(supernet)
+    assert set(genotype.ranks.values()) == {0, 2} and "classifier" not in genotype.ranks
+    genotype.save(tmp_path / "g.json")
+    assert Genotype.load(tmp_path / "g.json").modules_to_save == ["classifier"]
+    with torch.no_grad():
+        for name, layer in supernet.layers.items():
+            layer.alpha.fill_(-1e9)[(0, 2).index(genotype.ranks[name])] = 0
+    ids = torch.randint(0, 64, (4, 7))
+    expected, state = supernet.model(ids).logits, genotype.inherited_state(supernet)
+    for task_type in (None, "SEQ_CLS"):
+        fresh = BertForSequenceClassification(model.config).eval()
+        fresh.load_state_dict(supernet.remove().state_dict())
+        base = fresh(ids).logits
+        peft = get_peft_model(fresh, genotype.to_lora_config(fresh, task_type=task_type))
+        assert genotype.modules_to_save == ["classifier"], "PEFT adds to the list that it is given"
+        assert not set_peft_model_state_dict(peft, state).unexpected_keys
+        peft.eval().save_pretrained(tmp_path / "adapter")
+        assert torch.allclose(peft(ids).logits, expected, atol=1e-5)
+        assert not torch.allclose(base, expected, atol=1e-1)
+        saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+        for part in ("weight", "bias"):
+            head = getattr(supernet.saved_modules["classifier"], part)
+            assert torch.equal(saved[f"base_model.model.classifier.{part}"], head)

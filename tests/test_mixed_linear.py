@@ -5,16 +5,19 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from darts_lora import InputError, MixedRankLinear
+from darts_lora.mixed_linear import linear_shape
 
 RANKS = (0, 1, 2, 4)
 BRANCHES = ("independent", "nested")
 
 
-def make(branches="independent", ranks=RANKS, scaling=2.0, seed=0):
+def make(branches="independent", ranks=RANKS, scaling=2.0, seed=0, base=None):
     torch.manual_seed(seed)
-    layer = MixedRankLinear(nn.Linear(6, 5), ranks, scaling=scaling, branches=branches).double()
+    base = nn.Linear(6, 5) if base is None else base
+    layer = MixedRankLinear(base, ranks, scaling=scaling, branches=branches).double()
     nn.init.normal_(layer.lora_B)
     nn.init.normal_(layer.alpha)
     return layer
@@ -122,6 +125,91 @@ def test_probabilities_and_branch_weights():
 def test_bad_input(ranks, options, message):
     with pytest.raises(InputError, match=message):
         MixedRankLinear(nn.Linear(6, 5), ranks, **options)
+
+
+def test_over_a_conv1d():
+    """GPT-2's linear layer, whose weight is (in, out)."""
+    base = Conv1D(5, 6)
+    layer, x = make(base=base), torch.randn(3, 7, 6, dtype=torch.float64, requires_grad=True)
+    assert (layer.in_features, layer.out_features) == (6, 5)
+    linear = nn.Linear(6, 5).double()
+    linear.weight.data, linear.bias.data = base.weight.data.T, base.bias.data + 0.5
+    base.bias.data += 0.5
+    same = make(base=linear)
+    assert torch.equal(same.lora_A, layer.lora_A) and torch.equal(same.alpha, layer.alpha)
+    assert (layer(x) - same(x)).abs().max() < 1e-12
+    assert (layer(x) - explicit(layer, x, layer.probabilities())).abs().max() < 1e-12
+    layer(x).pow(2).sum().backward()
+    for value in (x, layer.lora_A, layer.lora_B, layer.alpha):
+        assert value.grad.isfinite().all() and value.grad.abs().max() > 0
+    assert base.weight.grad is None
+
+
+@pytest.mark.parametrize("shape", [(6,), (1, 6), (0, 6), (0, 3, 6), (2, 0, 6), (2, 3, 4, 6)])
+@pytest.mark.parametrize("per_row", [False, True])
+def test_inputs_of_any_leading_shape(shape, per_row):
+    """One row without a batch, and none, as experts without a token see it."""
+    layer, x = make(), torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    weights = layer.probabilities()
+    if per_row:
+        weights = torch.rand(2, len(RANKS), dtype=torch.float64, requires_grad=True)
+        layer.gates = layer.scaling * weights @ layer.membership.T
+        if shape[0] != 2:
+            weights = weights[0] if shape[0] else weights[:0]
+    leaves = (x, layer.lora_A, layer.lora_B)
+    expected, found = explicit(layer, x, weights), layer(x)
+    assert found.shape == (*shape[:-1], 5) and torch.allclose(found, expected, atol=1e-12)
+    found, expected = (torch.autograd.grad(y.pow(2).sum(), leaves) for y in (found, expected))
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("base_dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("branches", BRANCHES)
+def test_branches_in_bfloat16(branches, base_dtype):
+    """Float64 activations hold bfloat16 weights exactly; narrower ones as well as they can."""
+    base = nn.Linear(6, 5, dtype=base_dtype)
+    layer = MixedRankLinear(base, RANKS, branches=branches, dtype=torch.bfloat16)
+    assert layer.lora_A.dtype == layer.lora_B.dtype == torch.bfloat16
+    assert layer.alpha.dtype == torch.float32
+    nn.init.normal_(layer.lora_B)
+    nn.init.normal_(layer.alpha)
+    x = torch.randn(3, 7, 6, dtype=base_dtype, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    parameters = (layer.lora_A, layer.lora_B, layer.alpha)
+    for value in (x, *parameters):
+        assert value.grad.dtype == value.dtype and value.grad.abs().max() > 0
+    assert y.dtype == base_dtype
+    gradients = [p.grad.double() for p in parameters]
+    exact = layer.double()
+    expected = explicit(exact, x.detach().double(), exact.probabilities())
+    exact.zero_grad()
+    expected.sum().backward()
+    close = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 0.05}[base_dtype]
+    assert (y.double() - expected).norm() < close * expected.norm()
+    for value, gradient in zip(parameters, gradients, strict=True):
+        rounded = max(close, 0.01)  # a gradient is as wide as its parameter
+        assert (gradient - value.grad).norm() < rounded * value.grad.norm()
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [
+        (nn.Linear(6, 5), (6, 5)),
+        (Conv1D(5, 6), (6, 5)),
+        (MixedRankLinear(nn.Linear(6, 5), RANKS), (6, 5)),
+        (nn.Embedding(6, 5), None),
+        (nn.LayerNorm(6), None),
+        (nn.Conv2d(6, 5, 1), None),
+        (nn.Bilinear(6, 5, 4), None),
+        (nn.Sequential(nn.Linear(6, 5)), None),
+    ],
+)
+def test_shape_of_linear_layers_alone(module, shape):
+    assert linear_shape(module) == shape
+    if shape is None:
+        with pytest.raises(InputError, match=f"a {type(module).__name__} is not a linear layer"):
+            MixedRankLinear(module, RANKS)
 
 
 def test_any_linear_like_base():

@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from families import TEXT_FAMILIES, make_family
 
 from darts_lora import Genotype
-from families import TEXT_FAMILIES, make_family
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -1,17 +1,18 @@
-"""Supernet: targets as PEFT's, gates once a forward, parameter groups, removal.
-Not here: training it (test_architect.py, test_search.py)."""
+"""Supernet: layers and modules trained in full, gates once a forward, parameter groups, removal.
+Not here: which modules match (test_targets.py), training it (test_architect.py, test_search.py)."""
 
 import copy
 
 import pytest
 import torch
+import transformers as t
+from families import TEXT
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from darts_lora import InputError, MixedRankLinear, SearchConfig, Supernet
-from darts_lora.supernet import match_modules
+from darts_lora.targets import match_modules, match_saved_modules
 from small_models import randomise, residual
 
 
@@ -22,29 +23,20 @@ def config(**options):
 def llama():
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=32, num_attention_heads=2, **sizes))
+    return t.LlamaForCausalLM(t.LlamaConfig(vocab_size=32, num_attention_heads=2, **sizes))
 
 
-@pytest.mark.parametrize(
-    ("targets", "excluded"),
-    [
-        ("all-linear", None),
-        (["q_proj", "v_proj"], None),
-        (["q_proj", "layers.1.mlp.up_proj"], ["layers.0.self_attn.q_proj"]),
-        (r".*\.mlp\..*_proj", r".*down.*"),
-        ("all-linear", ["o_proj"]),
-    ],
-)
-def test_targets_are_those_of_peft(targets, excluded):
-    names = match_modules(llama(), targets, excluded)
-    peft = get_peft_model(llama(), LoraConfig(target_modules=targets, exclude_modules=excluded))
-    assert names == [n for n, m in peft.base_model.model.named_modules() if hasattr(m, "lora_A")]
-    assert list(Supernet(llama(), config(target_modules=targets, exclude_modules=excluded)).layers)
+def bert():
+    torch.manual_seed(0)
+    sizes = {k: v for k, v in TEXT.items() if k != "num_key_value_heads"}
+    return t.BertForSequenceClassification(t.BertConfig(**sizes, num_labels=3)).eval()
 
 
-def test_nothing_matches_names_the_nearest():
-    with pytest.raises(InputError, match=r"target_modules=\['q_prj'\].*nearest names: q_proj"):
-        Supernet(llama(), config(target_modules=["q_prj"]))
+def test_the_searched_layers_are_those_that_match():
+    options = {"target_modules": ["q_proj", "up_proj"], "exclude_modules": ["layers.0.mlp.up_proj"]}
+    supernet = Supernet(llama(), config(**options))
+    assert list(supernet.layers) == match_modules(llama(), *options.values())
+    assert len(supernet.layers) == 3
 
 
 def test_target_that_is_no_linear_layer():
@@ -166,7 +158,7 @@ def test_gates_stay_fixed_under_recomputation():
 def test_probabilities_and_expected_parameters():
     supernet = Supernet(residual(), config())
     randomise(supernet)
-    p = supernet.probabilities()
+    p = supernet.probabilities().detach()
     assert p.shape == (4, 4)
     expected = sum(
         float(prob * rank * 32) for row in p for prob, rank in zip(row, (0, 1, 2, 4), strict=True)
@@ -198,3 +190,77 @@ def test_rows_come_from_the_text_not_from_packed_images():
     supernet.model(pixel_values=patches, input_ids=ids)
     (layer,) = supernet.layers.values()
     assert isinstance(layer, MixedRankLinear) and layer.gates.shape[0] == 4
+
+
+def test_a_classifiers_head_is_trained_in_a_copy_and_the_original_comes_back():
+    model, ids = bert(), torch.randint(0, 64, (4, 7))
+    head, before, structure = model.classifier, model(ids).logits, str(model)
+    values = copy.deepcopy(model.state_dict())
+    head.bias.requires_grad_(False)
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    supernet = Supernet(model, config(budget_rank=1))
+    (copied,) = supernet.saved_modules.values()
+    assert model.classifier is copied and copied is not head
+    assert "classifier" not in supernet.layers and "bert.pooler.dense" in supernet.layers
+    assert torch.equal(model(ids).logits, before)
+    shapes = [(layer.in_features, layer.out_features) for layer in supernet.layers.values()]
+    assert supernet.budget == sum(sum(shape) for shape in shapes), "the head is not counted"
+
+    weights = supernet.weight_parameters()
+    assert {id(p) for p in copied.parameters()} < {id(p) for p in weights}
+    assert len(weights) == len({id(p) for p in weights}) == 2 * len(supernet.layers) + 2
+    trained = {id(p) for p in (*weights, *supernet.arch_parameters())}
+    assert all(p.requires_grad == (id(p) in trained) for p in model.parameters())
+    randomise(supernet)
+    optimizer = torch.optim.SGD(weights, lr=0.1)
+    model(ids, labels=torch.tensor([0, 1, 2, 0])).loss.backward()
+    optimizer.step()
+    for part in ("weight", "bias"):
+        assert not torch.equal(getattr(copied, part), getattr(head, part))
+
+    assert supernet.remove() is model and model.classifier is head
+    assert str(model) == structure and torch.equal(model(ids).logits, before)
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
+    assert all(torch.equal(v, values[n]) for n, v in model.state_dict().items())
+    assert not torch.equal(supernet.saved_modules["classifier"].weight, head.weight)
+
+
+def test_named_modules_are_trained_in_full_and_not_searched():
+    supernet = Supernet(bert(), config(modules_to_save=["LayerNorm", "pooler"]))
+    saved = list(supernet.saved_modules)
+    assert saved == match_saved_modules(bert(), ["LayerNorm", "pooler"])
+    assert "bert.pooler" in saved and "classifier" in saved and len(saved) == 7
+    assert not [name for name in supernet.layers if name.startswith("bert.pooler")]
+    randomise(supernet)
+    supernet.model(torch.randint(0, 64, (4, 7))).logits.pow(2).sum().backward()
+    for name, module in supernet.saved_modules.items():
+        assert all(p.grad.abs().max() > 0 for p in module.parameters()), name
+    model = t.LlamaForCausalLM(t.LlamaConfig(**{**TEXT, "tie_word_embeddings": True}))
+    supernet = Supernet(model, config(modules_to_save=["lm_head"]))
+    assert supernet.saved_modules["lm_head"].weight is not model.model.embed_tokens.weight
+    supernet.remove()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_the_state_holds_the_modules_trained_in_full():
+    one, other = Supernet(bert(), config()), Supernet(bert(), config(seed=1))
+    randomise(one)
+    nn.init.normal_(one.saved_modules["classifier"].weight)
+    state = one.state_dict()
+    assert torch.equal(state["classifier.weight"], one.saved_modules["classifier"].weight)
+    assert len(state) == 3 * len(one.layers) + 2
+    other.load_state_dict(state)
+    ids = torch.randint(0, 64, (4, 7))
+    one.relaxation = other.relaxation = "softmax"
+    assert torch.equal(one.model(ids).logits, other.model(ids).logits)
+    del state["classifier.bias"]
+    with pytest.raises(InputError, match="names or shapes"):
+        other.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "options", [{"target_modules": ["classifier"]}, {"modules_to_save": ["bert"]}]
+)
+def test_nothing_left_to_search(options):
+    with pytest.raises(InputError, match=r"nothing is left to search, every match is"):
+        Supernet(bert(), config(**options))

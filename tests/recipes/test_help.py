@@ -12,13 +12,15 @@ from darts_lora.finetune import FinetuneConfig
 
 COMMON = {"help", "config", "print_config"}
 OWN = {
-    "search": {"output_dir", "resume"},
+    "search": {"output_dir", "resume", "cuda_graphs", "dry_run"},
+    "report": {"search_dir", "finetune_dir", "output"},
     "derive": {"search_dir", "method", "budget_rank", "budget_parameters", "output"},
     "finetune": set(),
     "evaluate": set(),
 }
 CONFIGS = {
     "search": (SearchConfig, ModelConfig, DataConfig, TrainingConfig),
+    "report": (),
     "derive": (),
     "finetune": (FinetuneConfig, ModelConfig, DataConfig, TrainingConfig),
     "evaluate": (EvaluateConfig, ModelConfig, DataConfig),

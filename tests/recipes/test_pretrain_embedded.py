@@ -14,6 +14,7 @@ from darts_lora.config import DataConfig, ModelConfig
 from darts_lora.data import load_splits
 from darts_lora.evaluate import score
 from darts_lora.models import EMBEDDED, load_model, load_processor
+from darts_lora.rows import row_images
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 import pretrain_embedded
@@ -56,7 +57,7 @@ def test_the_shipped_files_are_small_and_its_gates_are_open():
 def test_the_base_knows_the_questions_and_not_the_look():
     model, processor = load_model(ModelConfig()), load_processor(ModelConfig())
     rows = load_splits(DataConfig(max_test_samples=256), ["test"])["test"]
-    plain = [{**row, "image": ImageOps.invert(row["image"])} for row in rows]
+    plain = [{**row, "image": ImageOps.invert(*row_images(row))} for row in rows]
     assert score(model, plain, Collator(processor))["exact_match"] > 0.9
     assert score(model, rows, Collator(processor))["exact_match"] < 0.55
 

@@ -1,0 +1,98 @@
+"""What recipes/README.md shows: its commands parse, its options exist, its Python runs.
+Not here: what the commands do (the files beside this one), the other README (../test_readme.py)."""
+
+import ast
+import importlib.util
+import inspect
+import re
+import shlex
+import sys
+import textwrap
+from dataclasses import fields
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from recipes.conftest import ROOT
+
+from darts_lora.cli import parse
+from darts_lora.config import ModelConfig
+from darts_lora.models import load_model
+
+README = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
+# Programs that are not ours.
+OTHERS = ("vllm", "tensorboard")
+# Options of the parser itself, and TensorBoard's.
+EVERYWHERE = {"config", "help", "logdir"}
+
+
+def blocks(language):
+    found = re.findall(rf"^ *```{language}\n(.*?)^ *```", README, flags=re.DOTALL | re.MULTILINE)
+    return [textwrap.dedent(block) for block in found]
+
+
+def commands():
+    """Every command in a block of shell, as its parts: without comments, line ends, `&&`."""
+    joined = [re.sub(r"\\\n\s*", "", block) for block in blocks("bash")]
+    lines = [part for block in joined for part in re.split(r"\n|&&", block)]
+    return [parts for line in lines if (parts := shlex.split(line, comments=True))]
+
+
+OURS = [parts for parts in commands() if parts[0] not in OTHERS]
+
+
+@pytest.fixture
+def option_classes(monkeypatch):
+    """recipe's path -> the dataclasses of its options: what its main() takes, in order."""
+
+    def load(path):
+        spec = importlib.util.spec_from_file_location(f"shown_{path.stem}", path)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)
+        monkeypatch.syspath_prepend(str(path.parent))
+        spec.loader.exec_module(module)
+        signature = inspect.signature(module.main, eval_str=True)
+        return [parameter.annotation for parameter in signature.parameters.values()]
+
+    return load
+
+
+def test_the_whole_path_is_shown_first():
+    path = [parts[-1] if parts[-1].endswith(".py") else parts[1] for parts in OURS[:4]]
+    assert path == [f"recipes/{name}.py" for name in ("search", "derive", "finetune", "evaluate")]
+
+
+@pytest.mark.parametrize("parts", OURS, ids=" ".join)
+def test_a_command_names_a_recipe_and_options_that_it_knows(parts, option_classes, monkeypatch):
+    monkeypatch.chdir(ROOT)  # a --config is relative to it
+    launcher = ["accelerate", "launch"] if parts[0] == "accelerate" else ["python"]
+    recipe, *options = parts[len(launcher) :]
+    assert parts[: len(launcher)] == launcher and (ROOT / recipe).is_file()
+    classes = option_classes(ROOT / recipe)
+    # parse itself refuses options that do not exist, and values that are out of their bounds
+    assert [type(found) for found in parse(options, *classes)] == classes
+
+
+def test_options_in_the_text_exist(option_classes):
+    text = re.sub(r"^ *```.*?^ *```", "", README, flags=re.DOTALL | re.MULTILINE)
+    spans = " ".join(re.findall(r"`([^`\n]+)`", text))
+    shown = set(re.findall(r"--([a-z_]+)(?![a-z_-])", spans))  # with a hyphen inside: vLLM's
+    recipes = [ROOT / "recipes" / f"{n}.py" for n in ("search", "derive", "finetune", "evaluate")]
+    known = {f.name for recipe in recipes for c in option_classes(recipe) for f in fields(c)}
+    assert {"dry_run", "resume", "pad_to_max", "branches"} <= shown <= known | EVERYWHERE
+
+
+def test_files_that_it_names_exist():
+    named = set(re.findall(r"`((?:configs|benchmark|recipes)/[\w./]*)`", README))
+    assert named and all((ROOT / "recipes" / n).exists() or (ROOT / n).exists() for n in named)
+
+
+def test_the_python_on_a_finetuned_adapter(tmp_path, monkeypatch):
+    (example,) = blocks("python")
+    assert ast.parse(example)
+    adapted = get_peft_model(load_model(ModelConfig()), LoraConfig(r=2, target_modules=["fc1"]))
+    adapted.save_pretrained(tmp_path / "runs" / "finetune")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "recipes/README.md", "exec"), {})
+    merged = load_model(ModelConfig("runs/merged"))
+    assert [name for name, _ in merged.named_parameters() if "lora" in name] == []
+    assert (tmp_path / "runs" / "finetune" / "padded" / "adapter_config.json").is_file()

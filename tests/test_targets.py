@@ -1,0 +1,213 @@
+"""Which modules are searched and which are trained in full: PEFT's matching, parts, heads.
+Not here: what is put in their place (test_supernet.py)."""
+
+import re
+
+import pytest
+import torch
+import transformers as t
+from families import IMAGE_FAMILIES, TEXT, TEXT_FAMILIES, TORCHVISION_FAMILIES, bert, make_family
+from peft import LoraConfig, TaskType, get_peft_model
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+
+from darts_lora import InputError
+from darts_lora.config import ModelConfig
+from darts_lora.models import load_model
+from darts_lora.targets import match_modules, match_saved_modules, model_parts, task_type
+from small_models import residual, vision_model, vision_processor
+
+PARTS = ("vision", "connector", "language")
+
+
+def llama():
+    return t.LlamaForCausalLM(t.LlamaConfig(**TEXT))
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory):
+    """Name of a family -> its small model."""
+
+    def load(name):
+        if name == "mllama":
+            return vision_model(vision_processor())
+        make = {**TEXT_FAMILIES, **IMAGE_FAMILIES, **TORCHVISION_FAMILIES, "bert": bert}[name]
+        return load_model(ModelConfig(make_family(make, str(tmp_path_factory.mktemp(name)))))
+
+    return load
+
+
+@pytest.mark.parametrize(
+    ("targets", "excluded"),
+    [
+        ("all-linear", None),
+        (["q_proj", "v_proj"], None),
+        (["q_proj", "layers.1.mlp.up_proj"], ["layers.0.self_attn.q_proj"]),
+        (r".*\.mlp\..*_proj", r".*down.*"),
+        ("all-linear", ["o_proj"]),
+    ],
+)
+def test_targets_are_those_of_peft(targets, excluded):
+    names = match_modules(llama(), targets, excluded)
+    peft = get_peft_model(llama(), LoraConfig(target_modules=targets, exclude_modules=excluded))
+    assert names == [n for n, m in peft.base_model.model.named_modules() if hasattr(m, "lora_A")]
+
+
+# Family -> the searched layers of its image encoder, and of what joins images and text.
+WANTED = {
+    "mllama": (r"model\.vision_model\..*", r"model\.multi_modal_projector|.*\.cross_attn\..*"),
+    "llava": (r"model\.vision_tower\..*", r"model\.multi_modal_projector\.linear_[12]"),
+    "idefics3": (r"model\.vision_model\..*", r"model\.connector\..*"),
+    "smolvlm": (r"model\.vision_model\..*", r"model\.connector\..*"),
+    "qwen2_vl": (r"model\.visual\.blocks\..*", r"model\.visual\.merger\.mlp\.[02]"),
+    "qwen2_5_vl": (r"model\.visual\.blocks\..*", r"model\.visual\.merger\.mlp\.[02]"),
+}
+
+
+@pytest.mark.parametrize("name", WANTED)
+def test_parts_of_vision_language_models(family, name):
+    model = family(name)
+    check_parts(model, *WANTED[name])
+    text = "text_model" if name in ("idefics3", "smolvlm") else "language_model"
+    assert all(n.startswith(f"model.{text}.layers.") for n in match_modules(model, "language"))
+    assert model_parts(model)["lm_head"] == "language"
+
+
+def check_parts(model, vision, connector):
+    linear = match_modules(model, "all-linear")
+    found = {part: match_modules(model, part) for part in PARTS}
+    assert found["vision"] == [n for n in linear if re.fullmatch(vision, n)]
+    assert found["connector"] == [n for n in linear if re.fullmatch(connector, n)]
+    assert found["language"] == [n for n in linear if not re.fullmatch(f"{vision}|{connector}", n)]
+    assert all(found.values())
+
+
+def test_parts_of_models_whose_connectors_have_blocks_of_their_own():
+    """Resamplers and mergers in lists of blocks; embeddings of patches as a linear layer."""
+    small = {"num_hidden_layers": 1}
+    with torch.device("meta"):
+        idefics2 = t.Idefics2ForConditionalGeneration(
+            t.Idefics2Config(vision_config=small, text_config={"model_type": "mistral", **small})
+        )
+        qwen3 = t.Qwen3VLForConditionalGeneration(
+            t.Qwen3VLConfig(vision_config={"depth": 1}, text_config=small)
+        )
+        blip2 = t.Blip2ForConditionalGeneration(
+            t.Blip2Config(
+                vision_config=small, qformer_config=small, text_config={"model_type": "opt"} | small
+            )
+        )
+        instructblip = t.InstructBlipForConditionalGeneration(
+            t.InstructBlipConfig(
+                vision_config=small, qformer_config=small, text_config={"model_type": "t5"}
+            )
+        )
+        lfm2 = t.Lfm2VlForConditionalGeneration(
+            t.Lfm2VlConfig(vision_config={"model_type": "siglip2_vision_model"} | small)
+        )
+    assert any("perceiver_resampler.layers.0" in n for n in match_modules(idefics2, "connector"))
+    check_parts(idefics2, r"model\.vision_model\..*", r"model\.connector\..*")
+    assert any("deepstack_merger_list.0" in n for n in match_modules(qwen3, "connector"))
+    check_parts(qwen3, r"model\.visual\.blocks\..*", r"model\.visual\..*merger.*")
+    check_parts(blip2, r"vision_model\..*", r"qformer\..*|language_projection")
+    # a language model that is an encoder and a decoder
+    assert any("language_model.encoder." in n for n in match_modules(instructblip, "language"))
+    check_parts(instructblip, r"vision_model\..*", r"qformer\..*|language_projection")
+    assert model_parts(lfm2)["model.vision_tower.embeddings.patch_embedding"] == "vision"
+
+
+def test_several_parts_and_excluded_layers(family):
+    model = family("mllama")
+    linear = match_modules(model, "all-linear")
+    vision, connector = (match_modules(model, part) for part in ("vision", "connector"))
+    both = [n for n in linear if n in {*vision, *connector}]
+    assert match_modules(model, "connector+vision") == match_modules(model, "vision+connector")
+    assert match_modules(model, "connector+vision") == both
+    assert match_modules(model, "vision+language+connector") == linear
+    assert match_modules(model, "vision", ["fc1"]) == [n for n in vision if "fc1" not in n]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_a_text_model_is_language_alone(family, name):
+    model = family(name)
+    assert match_modules(model, "language") == match_modules(model, "all-linear")
+    for target in ("vision", "connector", "connector+vision", "visoin"):
+        with pytest.raises(
+            InputError, match=r"matches no module; .*parts of this model: language$"
+        ):
+            match_modules(model, target)
+
+
+@pytest.mark.parametrize("target", ["visoin", "vision+audio", "Vision", "vision language"])
+def test_a_part_that_no_model_has(family, target):
+    message = rf"target_modules='{re.escape(target)}': matches no .*: connector, language, vision$"
+    with pytest.raises(InputError, match=message):
+        match_modules(family("llava"), target)
+
+
+def test_a_model_that_is_not_of_transformers():
+    assert match_modules(residual(), "language") == [f"blocks.{i}" for i in range(4)]
+    assert task_type(residual()) is None and match_saved_modules(residual(), None) == []
+
+
+def test_nothing_matches_names_the_nearest():
+    with pytest.raises(InputError, match=r"target_modules=\['q_prj'\].*nearest names: q_proj"):
+        match_modules(llama(), ["q_prj"])
+    with pytest.raises(InputError, match=r"exclude_modules=\['q_proj'\]: matches no module"):
+        match_modules(llama(), ["q_proj"], ["q_proj"])
+
+
+class Renamed(t.BertForSequenceClassification):
+    """As models with code of their own: a class that transformers does not list."""
+
+
+BERT = {k: v for k, v in TEXT.items() if k != "num_key_value_heads"}
+CLASSIFIERS = {
+    "bert": lambda: t.BertForSequenceClassification(t.BertConfig(**BERT)),
+    "renamed": lambda: Renamed(t.BertConfig(**BERT)),
+    "roberta": lambda: t.RobertaForSequenceClassification(t.RobertaConfig(**BERT)),
+    "distilbert": lambda: t.DistilBertForSequenceClassification(
+        t.DistilBertConfig(vocab_size=64, dim=16, n_heads=2, hidden_dim=24, n_layers=1)
+    ),
+    "llama": lambda: t.LlamaForSequenceClassification(t.LlamaConfig(**TEXT)),
+}
+ATTENTION = ["q_proj", "query", "q_lin"]
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+@pytest.mark.parametrize("modules_to_save", [None, ["norm", "LayerNorm", "layer_norm"]])
+def test_modules_trained_in_full_are_those_of_peft(name, modules_to_save):
+    model = CLASSIFIERS[name]()
+    assert task_type(model) == TaskType.SEQ_CLS
+    keys = None
+    if modules_to_save:
+        names = [n for n, _ in model.named_modules()]
+        keys = [key for key in modules_to_save if any(n.endswith(key) for n in names)]
+    found = match_saved_modules(model, keys)
+    peft = LoraConfig(
+        target_modules=ATTENTION, modules_to_save=keys and list(keys), task_type="SEQ_CLS"
+    )
+    wrapped = get_peft_model(CLASSIFIERS[name](), peft).base_model.model.named_modules()
+    assert found == [n for n, m in wrapped if isinstance(m, ModulesToSaveWrapper)]
+    heads = {"llama": ["score"], "distilbert": ["pre_classifier", "classifier"]}
+    assert found[-len(heads.get(name, [0])) :] == heads.get(name, ["classifier"])
+
+
+def test_heads_are_found_in_classification_models_alone():
+    model = llama()
+    model.score = nn.Linear(16, 2)
+    assert task_type(model) is None and match_saved_modules(model, None) == []
+
+
+def test_modules_inside_others_are_not_saved_twice():
+    found = match_saved_modules(llama(), ["layers.0.mlp", "proj"])
+    assert "model.layers.0.mlp" in found and "model.layers.1.mlp.up_proj" in found
+    assert not [n for n in found if n.startswith("model.layers.0.mlp.")]
+
+
+def test_a_module_to_save_that_is_not_there():
+    message = r"modules_to_save=\['lm_hed'\]: 'lm_hed' matches no module; nearest names: lm_head"
+    with pytest.raises(InputError, match=message):
+        match_saved_modules(llama(), ["lm_hed"])
+    with pytest.raises(InputError, match=r"'xyz' matches no module; nearest names: model, lm_head"):
+        match_saved_modules(llama(), ["xyz"])
