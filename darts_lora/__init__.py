@@ -9,6 +9,7 @@ from darts_lora.genotype import Genotype
 from darts_lora.mixed_linear import MixedRankLinear
 from darts_lora.search import RankSearch
 from darts_lora.supernet import Supernet
+from darts_lora.tables import show
 
 __version__ = "0.1.0"
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "SearchConfig",
     "Supernet",
     "discretize",
+    "show",
 ]

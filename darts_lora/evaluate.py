@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -129,7 +130,9 @@ def score(
     loader = make_dataloader(rows, collator.evaluation if exact_match else collator, batch_size)
     loader = accelerator.prepare_data_loader(loader, device_placement=True)
     totals = torch.zeros(4, dtype=torch.float64)
-    for batch in tqdm(loader, name, unit="batch", disable=not accelerator.is_main_process):
+    quiet = {"disable": not accelerator.is_main_process}
+    quiet["mininterval"] = 0.5 if sys.stderr.isatty() else 10  # few lines in a file
+    for batch in tqdm(loader, name, unit="batch", **quiet):
         batch = batch if exact_match else {"whole": batch}
         losses, tokens, right = _row_losses(model, batch["whole"])
         if "answers" in batch:

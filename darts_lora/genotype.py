@@ -177,7 +177,7 @@ class Genotype:
             source: the supernet, or the supernet.safetensors that a search left.
 
         Returns:
-            "base_model.model.<name>.lora_A.weight" (rank, in) and "...lora_B.weight" (out, rank)
+            `base_model.model.<name>.lora_A.weight` (rank, in) and `...lora_B.weight` (out, rank)
             of every adapted module, and the weights of modules_to_save; in the supernet's dtype, on
             its device.
 
@@ -200,6 +200,11 @@ class Genotype:
             if key.startswith(saved) and saved:
                 state[f"{PEFT_PREFIX}{key}"] = value.detach().clone()
         return state
+
+    def _repr_html_(self) -> str:
+        from darts_lora.tables import html  # a notebook's view: not needed to hold a result
+
+        return html(self)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write JSON (temporary file, then rename)."""

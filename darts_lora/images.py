@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from darts_lora.show import by_part
+from darts_lora.tables import by_part
 
 CELL = 14  # pixels of a cell: a number of two digits fits
 FONT_SIZE = 10

@@ -1,5 +1,5 @@
 """A finished (or unfinished) search as one HTML file with its pictures, and the pictures as PNGs.
-Not here: the record that it reads (tensorboard.py), the table on the screen (show.py)."""
+Not here: the record that it reads (tensorboard.py), the table on the screen (tables.py)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from darts_lora.errors import InputError
 from darts_lora.files import write_text, write_whole
 from darts_lora.genotype import Genotype
 from darts_lora.images import rank_image
-from darts_lora.show import by_part
+from darts_lora.tables import by_part
 from darts_lora.tensorboard import read_metrics
 from darts_lora.verdict import verdict_text
 
@@ -149,7 +149,8 @@ def _writer(content: bytes):
 
 def _png(pixels) -> bytes:
     stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "PNG")
+    picture = Image.fromarray(pixels)  # twice as large: screens have fine pixels
+    picture.resize((2 * picture.width, 2 * picture.height)).save(stream, "PNG")
     return stream.getvalue()
 
 
@@ -194,17 +195,19 @@ def _trajectories(search: Search) -> bytes:
     figure = Figure(figsize=(7, 2.6 * len(parts)), layout="constrained")
     panels = figure.subplots(len(parts), sharex=True, sharey=True, squeeze=False)[:, 0]
     for panel, (part, kinds) in zip(panels, parts.items(), strict=True):
-        for kind, layers in kinds.items():
+        for number, (kind, layers) in enumerate(kinds.items()):
             places = [names.index(name) for name in layers.values()]
             means = [
                 sum(r["expected_ranks"][i] for i in places) / len(places) for r in search.records
             ]
-            panel.plot(steps, means, label=_short(part) if kind == "-" else kind, linewidth=1.2)
+            label, style = _short(part) if kind == "-" else kind, "--" if number > 9 else "-"
+            panel.plot(steps, means, style, label=label, linewidth=1.2)
         panel.set_title(_short(part), fontsize=9, loc="left")
-        panel.set(ylabel="expected rank", ylim=(0, None))
+        panel.set_ylabel("expected rank")
         panel.spines[["top", "right"]].set_visible(False)
         panel.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     panels[-1].set_xlabel("step")
+    panels[0].set_ylim(bottom=0)  # of all: they share the axis, and it holds all curves by now
     return _saved(figure)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -181,7 +182,7 @@ class RankSearch:
             desc="search",
             unit="step",
             disable=not self.accelerator.is_main_process,
-            mininterval=0.5,
+            mininterval=0.5 if sys.stderr.isatty() else 10,  # few lines in a file
         )
         for step in bar:
             losses.append(self._one_step(step))
@@ -191,7 +192,7 @@ class RankSearch:
             if self.step % self.training.logging_steps == 0 or save:
                 record = self._record(losses, time.monotonic() - started)
                 losses = []
-                bar.set_postfix_str(_progress_text(record, self.supernet.budget))
+                bar.set_postfix_str(_progress_text(record, self.supernet.budget), refresh=False)
                 if views is not None:
                     views.write(record)
             if save and self.output_dir is not None:

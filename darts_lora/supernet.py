@@ -151,7 +151,7 @@ class Supernet:
         return [layer.alpha for layer in self.layers.values()]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """ "<name>.lora_A", "<name>.lora_B", "<name>.alpha" of every layer, and the saved modules'
+        """`<name>.lora_A`, `<name>.lora_B`, `<name>.alpha` of every layer, and the saved modules'
         tensors under the model's own names; not copied."""
         state = {
             f"{name}.{part}": getattr(layer, part).detach()

@@ -7,7 +7,7 @@ from typing import Literal
 
 from darts_lora import Genotype, InputError, discretize
 from darts_lora.cli import run
-from darts_lora.show import show
+from darts_lora.tables import show
 
 
 @dataclass

@@ -13,7 +13,7 @@ from darts_lora.config import DataConfig, ModelConfig, TrainingConfig, check_wri
 from darts_lora.data import load_splits, make_collator, search_dataloaders, split_record
 from darts_lora.files import write_json
 from darts_lora.models import load_model
-from darts_lora.show import show, show_batch, show_supernet
+from darts_lora.tables import show, show_batch, show_supernet
 from darts_lora.verdict import verdict_text
 
 EMBEDDED_CONFIG = os.path.join(os.path.dirname(__file__), "configs", "embedded.yaml")

@@ -24,6 +24,7 @@ SHORT = {
     "recipes/finetune.py": "--max_steps 4 --batch_size 8",
     "recipes/evaluate.py": "--max_test_samples 16",
     "recipes/derive.py": "",
+    "recipes/report.py": "",
     "recipes/benchmark/plans.py": "--seeds [0] --random_plans 1 --max_steps 4 --batch_size 4 "
     "--max_test_samples 16",
 }
@@ -60,7 +61,9 @@ def test_every_command_is_known():
     assert shown == {*SHORT, *NOT_HERE}
 
 
-@pytest.mark.parametrize("recipe", ["search", "finetune", "evaluate", "derive", "benchmark/plans"])
+@pytest.mark.parametrize(
+    "recipe", ["search", "finetune", "evaluate", "derive", "report", "benchmark/plans"]
+)
 def test_the_commands_one_after_the_other(recipe, folder):
     """On the embedded default, each finds what the one before it left in runs/."""
     (line, *dry) = [line for line in commands() if f"recipes/{recipe}.py" in line]
@@ -68,7 +71,7 @@ def test_the_commands_one_after_the_other(recipe, folder):
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     environment["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
     done = subprocess.run(
-        [*line.split(), *SHORT[f"recipes/{recipe}.py"].split()],
+        [*shlex.split(line), *SHORT[f"recipes/{recipe}.py"].split()],
         cwd=folder,
         env=environment,
         capture_output=True,
@@ -81,6 +84,7 @@ def test_the_commands_one_after_the_other(recipe, folder):
         "finetune": "finetune/adapter_model.safetensors",
         "evaluate": "finetune/evaluation.json",
         "derive": "search/genotype_rank1.json",
+        "report": "search/report.html",
         "benchmark/plans": "plans/results.json",
     }
     assert (folder / "runs" / made[recipe]).is_file(), done.stdout

@@ -1,5 +1,5 @@
 """Draws the ranks of a genotype: the README's picture. Needs matplotlib (pip install ".[test]").
-Not here: the table on the screen (darts_lora/show.py).
+Not here: the table on the screen (darts_lora/tables.py).
 
 python recipes/benchmark/draw_ranks.py --genotype runs/search/genotype.json
 """
@@ -14,7 +14,7 @@ import numpy as np
 
 from darts_lora import Genotype
 from darts_lora.cli import run
-from darts_lora.show import by_part
+from darts_lora.tables import by_part
 
 
 @dataclass

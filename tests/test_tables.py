@@ -2,11 +2,12 @@
 Not here: the views in TensorBoard (test_tensorboard.py)."""
 
 import io
+import re
 
 from rich.console import Console
 
 from darts_lora import Genotype
-from darts_lora.show import by_part, rank_tables, show
+from darts_lora.tables import by_part, rank_tables, show
 
 RANKS = {
     "vision.layers.0.mlp.fc1": 16,
@@ -43,12 +44,12 @@ def test_each_layer_has_its_place_in_the_table_of_its_part():
     tables = {table.title: table for table in rank_tables(Genotype(RANKS, shapes=SHAPES))}
     assert list(tables) == ["vision.layers", "text.layers", "projector"]
     assert cells(tables["vision.layers"]) == [
-        ["mlp.fc1", "16  0", "8.0", "256"],
-        ["mlp.fc2", " .  4", "4.0", "64"],
+        ["mlp.fc1", "16  0", "█·", "8.0", "256"],
+        ["mlp.fc2", " .  4", " ▂", "4.0", "64"],
     ]
     assert tables["text.layers"].columns[1].header == " 3 10"
-    assert cells(tables["text.layers"]) == [["q_proj", " 2  8", "5.0", "160"]]
-    assert cells(tables["projector"]) == [["-", " 1", "1.0", "16"]]
+    assert cells(tables["text.layers"]) == [["q_proj", " 2  8", "▁▄", "5.0", "160"]]
+    assert cells(tables["projector"]) == [["-", " 1", "▁", "1.0", "16"]]
 
 
 def test_the_total_counts_adapted_layers_and_parameters():
@@ -62,8 +63,20 @@ def test_ranks_alone_have_no_parameters():
     assert "parameters" not in text and "mlp.fc2" in text
 
 
-def test_a_narrow_screen_loses_no_layer():
-    ranks = {f"text.layers.{i}.q_proj": 10 + i for i in range(40)}
-    text = printed(Genotype(ranks), width=60)
-    assert all(f"{rank} " in text for rank in ranks.values())
-    assert "…" not in text
+def test_a_deep_model_shows_bars_alone_and_a_narrow_screen_loses_none():
+    ranks = {f"text.layers.{i}.q_proj": 8 * (i % 3) for i in range(60)}
+    text = printed(Genotype(ranks), width=50)
+    assert [text.count(bar) for bar in "·▄█"] == [20, 20, 20] and "0..59" in text
+
+
+def test_a_bar_is_as_high_as_the_rank():
+    ranks = {f"text.layers.{i}.q_proj": rank for i, rank in enumerate((0, 1, 8, 32, 64))}
+    (table,) = rank_tables(Genotype(ranks))
+    assert cells(table)[0][2] == "·▁▁▄█"
+
+
+def test_a_notebook_shows_the_tables():
+    shown = Genotype(RANKS, shapes=SHAPES)._repr_html_()
+    text = re.sub(r"<[^>]+>", "", shown)
+    assert shown.startswith("<pre>") and "vision.layers" in text
+    assert "5 of 6 layers adapted, 496 trainable parameters" in text

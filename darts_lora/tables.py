@@ -3,6 +3,8 @@ Not here: what goes to TensorBoard (tensorboard.py) and the verdict's words (ver
 
 from __future__ import annotations
 
+import io
+import math
 import re
 from collections import defaultdict
 
@@ -16,6 +18,8 @@ from darts_lora.genotype import Genotype
 from darts_lora.supernet import Supernet
 from darts_lora.targets import model_parts
 
+BARS = "▁▂▃▄▅▆▇█"
+MOST_NUMBERS = 50  # characters of a row of numbers; deeper models show bars alone
 _LAYER_NUMBER = re.compile(r"^(?P<part>.*?)\.(?P<layer>\d+)\.(?P<kind>.+)$")
 
 
@@ -34,27 +38,47 @@ def by_part(names) -> dict[str, dict[str, dict[int, str]]]:
 
 
 def rank_tables(genotype: Genotype) -> list[Table]:
-    """One table for each part of the model: a row a module type, the ranks in order of depth."""
-    tables = []
+    """One table for each part of the model: a row a module type, the ranks in order of depth, as
+    bars and, where they are few, as numbers."""
+    tables, largest = [], max([*genotype.ranks.values(), 1])
     for part, kinds in by_part(genotype.ranks).items():
         depths = sorted({depth for layers in kinds.values() for depth in layers})
         width = max(len(str(value)) for value in [*genotype.ranks.values(), *depths])
         table = Table(title=part, title_justify="left", expand=False)
         table.add_column("module")
-        table.add_column(" ".join(f"{depth:>{width}}" for depth in depths), no_wrap=False)
+        few = len(depths) * (width + 1) <= MOST_NUMBERS
+        if few:
+            table.add_column(" ".join(f"{depth:>{width}}" for depth in depths))
+        table.add_column(f"{depths[0]}..{depths[-1]}" if len(depths) > 1 else "", overflow="fold")
         table.add_column("mean", justify="right")
         if genotype.shapes is not None:
             table.add_column("parameters", justify="right")
         for kind, layers in kinds.items():
             ranks = {depth: genotype.ranks[name] for depth, name in layers.items()}
             row = " ".join(f"{ranks.get(depth, '.'):>{width}}" for depth in depths)
-            cells = [kind, row, f"{sum(ranks.values()) / len(ranks):.1f}"]
+            bars = "".join(_bar(ranks.get(depth), largest) for depth in depths)
+            mean = f"{sum(ranks.values()) / len(ranks):.1f}"
+            cells = [kind, *([row] if few else []), bars, mean]
             if genotype.shapes is not None:
                 sizes = [sum(genotype.shapes[n]) * genotype.ranks[n] for n in layers.values()]
                 cells.append(f"{sum(sizes):,}")
             table.add_row(*cells)
         tables.append(table)
     return tables
+
+
+def _bar(rank: int | None, largest: int) -> str:
+    """A block as high as the rank; a dot for 0, a blank where there is no layer."""
+    if not rank:
+        return " " if rank is None else "·"
+    return BARS[math.ceil(rank / largest * len(BARS)) - 1]
+
+
+def html(genotype: Genotype) -> str:
+    """The tables as HTML, for notebooks."""
+    console = Console(record=True, file=io.StringIO(), width=110)
+    show(genotype, console)
+    return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
 
 
 def show(genotype: Genotype, console: Console | None = None) -> None:
