@@ -1,0 +1,205 @@
+"""Where rows come from: the hub, files, folders, streams; each row with its number and its source.
+Not here: which split a row goes to (data.py), what it means (rows.py)."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from functools import cache
+from glob import glob
+from typing import Any, NamedTuple
+
+from datasets import (
+    Dataset,
+    DatasetBuilder,
+    Features,
+    Image,
+    IterableDataset,
+    List,
+    load_dataset_builder,
+    load_from_disk,
+)
+
+from darts_lora.config import DataConfig
+from darts_lora.errors import InputError
+from darts_lora.models import EMBEDDED
+from darts_lora.rows import IMAGE_COLUMNS, ROW, SOURCE
+
+Rows = Dataset | IterableDataset
+
+
+class Source(NamedTuple):
+    """What a data set was loaded as: its splits, and the files of each, where they are local."""
+
+    splits: dict[str, Rows]
+    files: dict[str, list[str]]
+
+
+def load_source(config: DataConfig) -> Source:
+    """All splits of the data set that the options name.
+
+    Raises:
+        InputError: it cannot be loaded, or a file is missing or empty.
+    """
+    name, files, options = config.dataset, config.data_files, {}
+    if name == "embedded":
+        files = {split: str(EMBEDDED / "data" / f"{split}.parquet") for split in ("train", "test")}
+        name, options["cache_dir"] = "parquet", _temporary_cache()
+    if "/" not in name and not os.path.isdir(name):  # a loader; else files are relative to name
+        _check_files(files)
+    found = {}
+    try:
+        if any(os.path.isfile(os.path.join(name, f)) for f in ("dataset_dict.json", "state.json")):
+            source = load_from_disk(name)  # what save_to_disk wrote
+            return Source(source if isinstance(source, dict) else {"train": source}, found)
+        builder = load_dataset_builder(name, config.dataset_config, data_files=files, **options)
+        if config.data_files is not None or os.path.isdir(name):
+            data_files = builder.config.data_files or {}
+            found = {str(split): list(map(str, data_files[split])) for split in data_files}
+        return Source(_read(builder, config.streaming), found)
+    except Exception as error:  # datasets raises any kind here: files, formats, network, scripts
+        raise InputError(_what_failed(error, config, found)) from error
+
+
+def _read(builder: DatasetBuilder, streaming: bool) -> dict[str, Rows]:
+    if streaming:
+        return builder.as_streaming_dataset()
+    builder.download_and_prepare()
+    for split, info in (builder.info.splits or {}).items():
+        if info.num_examples == 0:
+            raise ValueError(f"the split {split!r} has no sample in it")
+    return builder.as_dataset()
+
+
+def _what_failed(error: Exception, config: DataConfig, found: dict[str, list[str]]) -> str:
+    cause, where = error.__cause__ or error, f"dataset={config.dataset!r}"
+    reason = " ".join(str(cause).split())[:300] or type(cause).__name__
+    if config.data_files is not None:
+        where += f", data_files={config.data_files!r}"
+    elif found:
+        where += f", files {' + '.join(map(_named, found.values()))}"
+    empty = [file for files in found.values() for file in files if _has_nothing(file)]
+    if empty:
+        reason = f"{empty[0]!r}: the file is empty"
+    return f"{where}: cannot be loaded ({reason})"
+
+
+@cache
+def _temporary_cache() -> str:
+    """The embedded data's cache: gone with the process, nothing in the home folder."""
+    folder = tempfile.TemporaryDirectory(prefix="darts_lora-")
+    _temporary_cache.folder = folder  # its finalizer removes it
+    return folder.name
+
+
+def _check_files(files: Any) -> None:
+    """InputError for a local path or pattern that matches no file, or an empty file."""
+    if isinstance(files, dict):
+        files = list(files.values())
+    if isinstance(files, list):
+        for file in files:
+            _check_files(file)
+    elif files is not None and "://" not in files:
+        found = glob(files, recursive=True)
+        if not found:
+            raise InputError(f"data_files: no such file: {files!r}")
+        empty = [file for file in found if _has_nothing(file)]
+        if empty:
+            raise InputError(f"data_files: {empty[0]!r}: the file is empty")
+
+
+def _has_nothing(file: str) -> bool:
+    return os.path.isfile(file) and not os.path.getsize(file)
+
+
+def source_split(source: Source, config: DataConfig, option: str) -> Rows:
+    """The split that `option` names, its rows numbered, its images encoded.
+
+    Raises:
+        InputError: there is no such split, or no row in it.
+    """
+    name = getattr(config, option)
+    if name not in source.splits:
+        hint = "; null holds rows of the training split back" if option == "test_split" else ""
+        has = f"data set {config.dataset!r} has only {', '.join(source.splits)}"
+        raise InputError(f"{option}={name!r}: {has}{hint}")
+    split = _keep_encoded(source.splits[name])
+    where = _source_name(config, name, source.files.get(name, []))
+    if config.streaming:
+        split = IterableDataset.from_generator(_NumberedStream(split, where))
+    if is_empty(split):
+        raise InputError(f"{where}: has no sample in it")
+    if config.streaming:
+        return split
+    split = split.remove_columns([c for c in (ROW, SOURCE) if c in split.column_names])
+    split = split.add_column(ROW, list(range(len(split))))
+    return split.add_column(SOURCE, [where] * len(split))
+
+
+class _NumberedStream:
+    """A stream's rows with their numbers: always all rows in the order of the source.
+
+    datasets would change the order of a stream's files with each epoch and share them out among
+    workers, and count anew; a row's number decides its split, so the splits would overlap.
+    """
+
+    def __init__(self, rows: Rows, where: str):
+        self.rows, self.where = rows, where
+
+    def __call__(self) -> Iterator[dict]:
+        read = 0
+        try:
+            for batch in self.rows.iter(batch_size=1):  # iter(self.rows) would heed the worker
+                row = {column: values[0] for column, values in batch.items()}
+                yield {**row, ROW: read, SOURCE: self.where}
+                read += 1
+        except Exception as error:  # any kind, as when a data set is loaded
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(
+                f"{self.where}: cannot be read after {read} rows ({reason})"
+            ) from error
+
+
+def is_empty(rows: Rows) -> bool:
+    """Whether there is no row; of a stream, the first one is read."""
+    return next(iter(rows), None) is None if isinstance(rows, IterableDataset) else len(rows) == 0
+
+
+def _source_name(config: DataConfig, split: str, files: list[str]) -> str:
+    """The split's files, or data set and split; its dirname is what paths are relative to."""
+    tables = [file for file in files if os.path.basename(file).startswith("metadata.")]
+    if files:
+        return _named(tables or files)
+    folder = os.path.isdir(config.dataset)
+    return f"{os.path.join(config.dataset, '') if folder else config.dataset}, split {split!r}"
+
+
+def _named(files: list[str]) -> str:
+    """A few files by their paths, many by their folders."""
+    folders = sorted({os.path.dirname(file) for file in files})
+    if len(files) <= 3:
+        return " + ".join(files)
+    if len(folders) <= 3:
+        return " + ".join(os.path.join(folder, "*") for folder in folders)
+    return f"{len(files)} files in {len(folders)} folders"
+
+
+def _keep_encoded(split: Rows) -> Rows:
+    """Images as {"bytes", "path"}: whoever needs one opens it, and says which does not open."""
+    features = dict(split.features or {})
+    encoded = {}
+    for column in IMAGE_COLUMNS:
+        feature = features.get(column)
+        if isinstance(feature, Image):
+            encoded[column] = Image(decode=False)
+        elif isinstance(feature, List) and isinstance(feature.feature, Image):
+            encoded[column] = List(Image(decode=False))
+    if isinstance(split, IterableDataset):
+        for column, feature in encoded.items():
+            split = split.cast_column(column, feature)
+    elif encoded:  # the same bytes: cast_column would write lists of images to the disk again
+        info = split.info.copy()
+        info.features = Features({**features, **encoded})
+        split = Dataset(split.data, info, split.split)
+    return split
