@@ -43,7 +43,8 @@ EXTRAS = {
 }
 # What loading raises where a model is not there, is damaged or cut off (struct: GGUF headers), or
 # needs a package that is not there.
-UNREADABLE = (OSError, ValueError, RuntimeError, ImportError, SafetensorError, struct.error)
+UNREADABLE = (OSError, ValueError, TypeError, RuntimeError, ImportError)
+UNREADABLE += (SafetensorError, struct.error)
 
 
 def load_model(config: ModelConfig) -> PreTrainedModel:
