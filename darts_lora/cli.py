@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, fields
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
@@ -55,6 +56,8 @@ def run(
         if default_config and not named & {"--config", "--model_name_or_path", "--dataset"}:
             args = ["--config", default_config, *args]
         main(*parse(args, own, *shared, previous=previous, description=main.__doc__))
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # its threads may abort the exit otherwise
     except InputError as error:
         if is_main_process():
             print(f"error: {error}", file=sys.stderr, flush=True)

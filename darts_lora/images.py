@@ -24,11 +24,16 @@ def _font() -> ImageFont.FreeTypeFont:
     return ImageFont.load_default(FONT_SIZE)
 
 
-def rank_image(ranks: Mapping[str, float], largest: float) -> np.ndarray:
+def rank_image(
+    ranks: Mapping[str, float], largest: float, parts: Mapping[str, str] | None = None
+) -> np.ndarray:
     """A panel for each part of the model: a row a module type, depth to the right, ranks (or their
-    means) as colour and rounded number; (height, width, 3) uint8."""
+    means) as colour and rounded number; (height, width, 3) uint8.
+
+    `parts` (targets.model_parts) gives cross-attention within a part a panel of its own.
+    """
     panels = []
-    for part, kinds in by_part(ranks).items():
+    for part, kinds in _apart(by_part(ranks), parts or {}).items():
         depths = sorted({depth for layers in kinds.values() for depth in layers})
         values = np.full((len(kinds), len(depths)), np.nan)
         for row, layers in enumerate(kinds.values()):
@@ -37,6 +42,18 @@ def rank_image(ranks: Mapping[str, float], largest: float) -> np.ndarray:
         titles = [str(depth) for depth in depths]
         panels.append(_panel(part, list(kinds), titles, values, largest, numbers=True))
     return _stack(panels)
+
+
+def _apart(grouped: dict, parts: Mapping[str, str]) -> dict:
+    """by_part's result; the connector's module types in a mixed part are a part of their own."""
+    result = {}
+    for part, kinds in grouped.items():
+        joins = {k for k, names in kinds.items() if parts.get(min(names.values())) == "connector"}
+        for title, chosen in ((part, kinds.keys() - joins), (f"{part}: cross-attention", joins)):
+            group = {kind: names for kind, names in kinds.items() if kind in chosen}
+            if group:
+                result[title if len(group) < len(kinds) else part] = group
+    return result
 
 
 def probability_image(

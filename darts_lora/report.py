@@ -51,6 +51,8 @@ class Search:
     """Layer name -> (in, out)."""
     candidates: list[int]
     budget: float | None
+    parts: dict[str, str]
+    """Layer name -> vision, language or connector."""
     records: list[dict[str, Any]]
     """Of metrics.jsonl, one a step."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -68,7 +70,8 @@ class Search:
         try:
             with open(paths["layers.json"], encoding="utf-8") as file:
                 about = json.load(file)
-            shapes, candidates, budget = about["shapes"], about["candidates"], about["budget"]
+            shapes, candidates = about["shapes"], about["candidates"]
+            budget, parts = about["budget"], about["parts"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"search_dir={folder!r}: no search's layers.json there ({error}); name the "
@@ -84,6 +87,7 @@ class Search:
             shapes,
             candidates,
             budget,
+            parts,
             [records[step] for step in sorted(records)],
             load_config(config) if os.path.isfile(config) else {},
             Genotype.load(genotype) if os.path.isfile(genotype) else None,
@@ -125,7 +129,7 @@ def write_report(search: Search, finetunes: list[dict[str, Any]], output: str) -
         InputError: it cannot be written.
     """
     pictures = {
-        "ranks": _png(rank_image(search.ranks, search.candidates[-1])),
+        "ranks": _png(rank_image(search.ranks, search.candidates[-1], search.parts)),
         "losses": _figure(_draw_losses, search),
         "parameters": _figure(_draw_parameters, search),
         "trajectories": _trajectories(search),

@@ -16,6 +16,7 @@ from darts_lora.files import write_json
 from darts_lora.genotype import Genotype
 from darts_lora.images import probability_image, rank_image
 from darts_lora.supernet import Supernet
+from darts_lora.targets import model_parts
 from darts_lora.verdict import verdict_text
 
 SCALARS = {
@@ -55,8 +56,10 @@ class SearchViews:
 
     def __init__(self, output_dir: str, supernet: Supernet, first_step: int = 0, steps: int = 1):
         self.path, self.supernet = os.path.join(output_dir, "metrics.jsonl"), supernet
-        self.parts = {name: [x.in_features, x.out_features] for name, x in supernet.layers.items()}
-        layers = {"shapes": self.parts, "candidates": list(supernet.config.ranks)}
+        parts = model_parts(supernet.model)
+        self.parts = {name: parts.get(name, "language") for name in supernet.layers}
+        shapes = {name: [x.in_features, x.out_features] for name, x in supernet.layers.items()}
+        layers = {"shapes": shapes, "candidates": list(supernet.config.ranks), "parts": self.parts}
         write_json(os.path.join(output_dir, "layers.json"), {**layers, "budget": supernet.budget})
         kept = read_metrics(self.path, first_step) if first_step else []
         self.metrics = open(self.path, "w", encoding="utf-8")  # noqa: SIM115 - open for the run
@@ -93,7 +96,7 @@ class SearchViews:
         expected = dict(zip(names, ranks, strict=True))
         image = probability_image(names, probabilities, candidates)
         self.writer.add_image("alpha/probability", image, step, dataformats="HWC")
-        image = rank_image(expected, candidates[-1])
+        image = rank_image(expected, candidates[-1], self.parts)
         self.writer.add_image("ranks/expected", image, step, dataformats="HWC")
         for k, rank in enumerate(candidates):
             self.writer.add_histogram(f"alpha/rank_{rank}", alpha[:, k], step, bins=20)
@@ -103,7 +106,7 @@ class SearchViews:
     def finish(self, genotype: Genotype, options: dict[str, Any], step: int) -> None:
         """The last images, the map of the chosen ranks, the result in words, the hparams."""
         self.draw(step)
-        image = rank_image(genotype.ranks, genotype.candidates[-1])
+        image = rank_image(genotype.ranks, genotype.candidates[-1], self.parts)
         self.writer.add_image("ranks/chosen", image, step, dataformats="HWC")
         self.writer.add_text("result", self._result(genotype), step)
         lines = "\n".join(f"    {name}: {value}" for name, value in options.items())

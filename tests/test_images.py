@@ -45,3 +45,11 @@ def test_many_module_types_make_several_lines():
     names = [f"text.layers.{i}.kind_{k}" for k in range(40) for i in range(2)]
     image = probability_image(names, torch.full((80, 3), 1 / 3), [0, 1, 2])
     assert image.shape[1] <= 1400 + 100 and image.shape[0] > 2 * 4 * CELL
+
+
+def test_cross_attention_has_a_panel_of_its_own():
+    ranks = dict.fromkeys(NAMES, 0) | {"text.layers.1.cross": 8, "projector": 8}
+    parts = {"text.layers.1.cross": "connector", "projector": "connector"}
+    apart, together = rank_image(ranks, 8, parts), rank_image(ranks, 8)
+    assert apart.shape[0] == together.shape[0] + 2 * CELL + 10, "two lines of labels and a gap more"
+    assert (cells(apart, 2, 3) == 255).all(), "the first panel holds the self-attention alone"

@@ -126,7 +126,7 @@ def test_a_folder_that_is_no_searchs(tmp_path, content):
 
 
 def test_a_search_without_a_record(tmp_path):
-    about = {"shapes": {"a": [1, 1]}, "candidates": [0, 1], "budget": None}
+    about = {"shapes": {"a": [1, 1]}, "candidates": [0, 1], "budget": None, "parts": {}}
     (tmp_path / "layers.json").write_text(json.dumps(about))
     with pytest.raises(InputError, match=r"metrics\.jsonl has no record yet"):
         Search.load(str(tmp_path))

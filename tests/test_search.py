@@ -265,6 +265,7 @@ weights = [[w.detach().sum().item() for w in search.supernet.weight_parameters()
 found = [gather_object(x) for x in ([rows], [gates], alpha, weights)]
 if search.accelerator.is_main_process:
     print("FOUND" + json.dumps(found))
+search.accelerator.end_training()  # else threads of the process group may abort the exit
 """
 
 

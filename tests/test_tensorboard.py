@@ -86,6 +86,7 @@ def test_one_file_whatever_there_is_to_see(searched):
     assert len(list((folder / "tensorboard").rglob("*"))) == 1
     layers = json.loads((folder / "layers.json").read_text())
     assert list(layers["shapes"]) == list(genotype.ranks) and layers["candidates"] == [0, 1, 2]
+    assert layers["parts"] == dict.fromkeys(genotype.ranks, "language")
 
 
 class Alpha:
@@ -95,7 +96,7 @@ class Alpha:
         names = [PATH.format(i // 13, i % 13) for i in range(count)]
         self.layers = dict.fromkeys(names, SimpleNamespace(in_features=64, out_features=64))
         self.config, self.budget = SimpleNamespace(ranks=ranks), 1000.0
-        self.alpha = torch.randn(count, len(ranks))
+        self.alpha, self.model = torch.randn(count, len(ranks)), torch.nn.Module()
 
     def stacked_alpha(self):
         return self.alpha
