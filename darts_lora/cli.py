@@ -3,6 +3,7 @@ Not here: what an option means (config.py), nor anything that knows a model or a
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -57,7 +58,8 @@ def run(
             args = ["--config", default_config, *args]
         main(*parse(args, own, *shared, previous=previous, description=main.__doc__))
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()  # its threads may abort the exit otherwise
+            gc.collect()  # what still holds the process group at the exit may abort it
+            torch.distributed.destroy_process_group()
     except InputError as error:
         if is_main_process():
             print(f"error: {error}", file=sys.stderr, flush=True)

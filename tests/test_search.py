@@ -245,6 +245,7 @@ def test_options_that_cannot_work_are_refused_before_any_step(tmp_path):
 
 
 TWO_PROCESSES = """
+import gc
 import json
 from accelerate.utils import gather_object
 from test_search import loss_fn, make
@@ -265,7 +266,10 @@ weights = [[w.detach().sum().item() for w in search.supernet.weight_parameters()
 found = [gather_object(x) for x in ([rows], [gates], alpha, weights)]
 if search.accelerator.is_main_process:
     print("FOUND" + json.dumps(found))
-search.accelerator.end_training()  # else threads of the process group may abort the exit
+accelerator = search.accelerator
+del search, make, recording
+gc.collect()  # what still holds the process group at the exit may abort it
+accelerator.end_training()
 """
 
 
