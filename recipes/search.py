@@ -28,8 +28,8 @@ class SearchRun:
     resume: bool = False
     """Go on from the newest checkpoint in output_dir."""
     cuda_graphs: bool = False
-    """Launch each step's kernels as one CUDA graph: several times faster for small models. Set
-    pad_to_multiple_of as well: each length of batch is captured once."""
+    """Launch each step's kernels as one CUDA graph: for small models, whose kernels take longer to
+    launch than to run. Set pad_to_multiple_of as well: each length of batch is captured once."""
     dry_run: bool = False
     """Show one decoded batch, its labels, the searched layers and their parameters, and stop."""
 
