@@ -1,9 +1,8 @@
 """RankSearch: the loop on accelerate: warm-up, alternation, logging, when to log and to save.
-Not here: a step of alpha (architect.py), its phases (schedule.py), checkpoints, views."""
+Not here: the two steps (weights.py, architect.py), phases (schedule.py), checkpoints, views."""
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import sys
@@ -20,7 +19,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
-from transformers import get_scheduler
 
 from darts_lora.architect import Architect
 from darts_lora.checkpoint import (
@@ -39,6 +37,7 @@ from darts_lora.schedule import Schedule, derive_genotype
 from darts_lora.stream import BatchStream
 from darts_lora.supernet import Supernet
 from darts_lora.verdict import normalised_entropy
+from darts_lora.weights import WeightStep
 
 
 def model_loss(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -97,14 +96,24 @@ class RankSearch:
             ),
         )
         set_seed(config.seed, device_specific=True)
-        self._prepare(train_dataloader, val_dataloader)
-        self._graphed_weights = self._capture_steps() if cuda_graphs else None
+        self.weights = WeightStep(supernet, self.accelerator, self.training, loss_fn)
+        self.model = self.weights.model
+        loaders = self.accelerator.prepare(train_dataloader, val_dataloader)
+        self.train_stream, self.val_stream = map(BatchStream, loaders)
+        several = self.accelerator.num_processes > 1
+        self.architect = Architect(
+            supernet,
+            inner_learning_rate=self.training.learning_rate,
+            reduce=(lambda g: self.accelerator.reduce(g, "mean")) if several else None,
+        )
+        self.arch_scheduler = self.schedule.arch_scheduler(self.architect.optimizer)
+        if cuda_graphs:
+            self._capture_steps()
         self.step = 0
-        self.validation_loss = math.nan
-        self.norms: dict[str, Tensor] = {}  # of the last gradients, before clipping
+        self.validation_loss, self.alpha_gradient_norm = math.nan, None
 
-    def _capture_steps(self) -> Graphed | None:
-        """The weight step's gradients as a graph, and the architect's."""
+    def _capture_steps(self) -> None:
+        """The gradients of both steps as graphs, or one line that says why not."""
         reason = None
         if self.accelerator.device.type != "cuda":
             reason = f"the device is {self.accelerator.device.type}"
@@ -112,15 +121,8 @@ class RankSearch:
             reason = "one process without loss scaling (fp16) can be captured"
         if reason is not None:
             self.accelerator.print(f"no CUDA graph, steps are launched one by one: {reason}")
-            return None
+            return
         supernet, pool = self.supernet, torch.cuda.graph_pool_handle()
-        weights = supernet.weight_parameters()
-
-        def gradients(batch) -> tuple[Tensor, list[Tensor]]:
-            loss = self.loss_fn(self.model, batch)
-            found = torch.autograd.grad(loss, weights, allow_unused=True)
-            filled = zip(weights, found, strict=True)
-            return loss.detach(), [torch.zeros_like(w) if g is None else g for w, g in filled]
 
         def key() -> str:
             return supernet.relaxation
@@ -129,33 +131,7 @@ class RankSearch:
             loss_fn = partial(self.loss_fn, supernet.model)
             first_order = partial(self.architect.first_order, loss_fn)
             self.architect.graphed = Graphed(first_order, key=key, pool=pool)
-        return Graphed(gradients, key=key, pool=pool)
-
-    def _prepare(self, train_dataloader: DataLoader, val_dataloader: DataLoader) -> None:
-        supernet, training = self.supernet, self.training
-        optimizer = torch.optim.AdamW(
-            supernet.weight_parameters(),
-            lr=training.learning_rate,
-            weight_decay=training.weight_decay,
-            fused=self.accelerator.device.type == "cuda" or None,  # few launches
-        )
-        self.model, self.optimizer, train, validation = self.accelerator.prepare(
-            supernet.model, optimizer, train_dataloader, val_dataloader
-        )
-        self.train_stream, self.val_stream = BatchStream(train), BatchStream(validation)
-        several = self.accelerator.num_processes > 1
-        self.architect = Architect(
-            supernet,
-            inner_learning_rate=training.learning_rate,
-            reduce=(lambda g: self.accelerator.reduce(g, "mean")) if several else None,
-        )
-        # not prepared: accelerate would step them once for every process
-        self.schedulers = [
-            get_scheduler(
-                training.lr_scheduler, self.optimizer, training.lr_warmup_steps, training.max_steps
-            ),
-            self.schedule.arch_scheduler(self.architect.optimizer),
-        ]
+        self.weights.graphed = Graphed(self.weights.gradients, key=key, pool=pool)
 
     def run(self, resume: bool = False) -> Genotype:
         """Search, and discretize: under the budget where there is one, else by argmax.
@@ -206,39 +182,15 @@ class RankSearch:
     def _one_step(self, step: int) -> Tensor:
         """A weight step and, after the warm-up, an architecture step; the training loss."""
         self.schedule.enter(step)
-        loss, batch = self._weight_step()
+        loss, batch = self.weights.step(self.train_stream)
         if self.schedule.trains_alpha(step):
             metrics = self.architect.step(
                 lambda b: self.loss_fn(self.supernet.model, b), next(self.val_stream), batch
             )
-            self.schedulers[1].step()
+            self.arch_scheduler.step()
             self.validation_loss = metrics["loss"]
-            self.norms["alpha_gradient_norm"] = metrics["gradient_norm"]
+            self.alpha_gradient_norm = metrics["gradient_norm"]
         return loss
-
-    def _weight_step(self) -> tuple[Tensor, Any]:
-        parts = self.training.gradient_accumulation_steps
-        total = 0.0
-        for part in range(parts):
-            batch = next(self.train_stream)
-            more = part < parts - 1
-            if self._graphed_weights is not None:
-                loss, gradients = self._graphed_weights(batch)
-                loss = loss / parts
-                _accumulate(self.supernet.weight_parameters(), gradients, parts)
-            else:
-                with self.accelerator.no_sync(self.model) if more else contextlib.nullcontext():
-                    loss = self.loss_fn(self.model, batch) / parts
-                    self.accelerator.backward(loss)
-            total = total + loss.detach()
-        if self.training.max_grad_norm:
-            weights = self.supernet.weight_parameters()
-            norm = self.accelerator.clip_grad_norm_(weights, self.training.max_grad_norm)
-            self.norms["gradient_norm"] = norm
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.schedulers[0].step()
-        return total, batch
 
     def _record(self, losses: list[Tensor], seconds: float) -> dict[str, Any]:
         """Figures of the steps since the last record; the one place that waits for the device."""
@@ -263,7 +215,6 @@ class RankSearch:
         rows = len(train_losses) * self.training.gradient_accumulation_steps
         rows *= self.training.batch_size * self.accelerator.num_processes
         pace, self.recorded = max(seconds - self.recorded, 1e-9), seconds
-        norms = {name: None if norm is None else float(norm) for name, norm in self.norms.items()}
         record = {
             "step": self.step,
             "train_loss": sum(train_losses) / len(train_losses),
@@ -272,10 +223,9 @@ class RankSearch:
             "expected_parameters": expected,
             "multiplier": None if multiplier is None else float(multiplier.factor),
             "temperature": self.supernet.temperature,
-            "learning_rate": self.schedulers[0].get_last_lr()[0],
-            "gradient_norm": None,
-            "alpha_gradient_norm": None,
-            **norms,
+            "learning_rate": self.weights.scheduler.get_last_lr()[0],
+            "gradient_norm": _number(self.weights.gradient_norm),
+            "alpha_gradient_norm": _number(self.alpha_gradient_norm),
             "samples_per_second": round(rows / pace, 2),
             "expected_ranks": [round(rank, 3) for rank in ranks.tolist()],
             "seconds": round(seconds, 3),
@@ -311,13 +261,16 @@ class RankSearch:
         self.accelerator.wait_for_everyone()
         return genotype
 
+    def _schedulers(self) -> tuple:
+        return self.weights.scheduler, self.arch_scheduler
+
     def _save_checkpoint(self) -> None:
         state = {
             "step": self.step,
             "supernet": self.supernet.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.weights.optimizer.state_dict(),
             "scaler": self.accelerator.scaler and self.accelerator.scaler.state_dict(),
-            "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
+            "schedulers": [scheduler.state_dict() for scheduler in self._schedulers()],
             "architect": self.architect.state_dict(),
             "streams": [self.train_stream.position, self.val_stream.position],
             "random": gather_object([random_state(self.accelerator.device)]),
@@ -333,10 +286,10 @@ class RankSearch:
             )
         self.step = state["step"]
         self.supernet.load_state_dict(state["supernet"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.weights.optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        for scheduler, saved in zip(self.schedulers, state["schedulers"], strict=True):
+        for scheduler, saved in zip(self._schedulers(), state["schedulers"], strict=True):
             scheduler.load_state_dict(saved)
         self.architect.load_state_dict(state["architect"])
         streams = (self.train_stream, self.val_stream)
@@ -346,15 +299,8 @@ class RankSearch:
         restore_random_state(state["random"][self.accelerator.process_index])
 
 
-def _accumulate(parameters: list[Tensor], gradients: list[Tensor], parts: int) -> None:
-    """Add gradients / parts to the parameters' own, in few kernels."""
-    if parts > 1:  # else they are used up before the next replay overwrites them
-        gradients = torch._foreach_div(gradients, parts)
-    if parameters[0].grad is None:
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-    else:
-        torch._foreach_add_([parameter.grad for parameter in parameters], gradients)
+def _number(value: Tensor | None) -> float | None:
+    return None if value is None else float(value)
 
 
 def _peak_memory(device: torch.device) -> float | None:

@@ -99,7 +99,7 @@ def test_a_graphed_search_trains_as_one_without():
             cuda_graphs=cuda_graphs,
         )
         search.run()
-        assert not cuda_graphs or len(search._graphed_weights.captured) == 1
+        assert not cuda_graphs or len(search.weights.graphed.captured) == 1
         found.append(supernet.state_dict())
     for name, value in found[0].items():
         assert torch.allclose(value, found[1][name], atol=1e-5), name

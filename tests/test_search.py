@@ -57,7 +57,7 @@ def make(output_dir=None, loss=loss_fn, train=None, **options):
 def snapshot(search):
     """Weights and the state of their optimizer."""
     weights = search.supernet.weight_parameters()
-    states = [search.optimizer.state[w] for w in weights]
+    states = [search.weights.optimizer.state[w] for w in weights]
     kept = [value for state in states for value in state.values()]
     assert len(kept) == 3 * len(weights)
     return [tensor.detach().clone() for tensor in [*weights, *kept]]
@@ -95,17 +95,17 @@ def test_no_validation_sample_ever_enters_a_weight_step(order):
 
 def test_alpha_rests_during_warm_up_and_in_every_weight_step():
     search = make(warmup_steps=5)
-    alphas, weight_step = [], search._weight_step
+    alphas, weight_step = [], search.weights.step
 
-    def watched():
+    def watched(batches):
         before = search.supernet.stacked_alpha().detach().clone()
-        result = weight_step()
+        result = weight_step(batches)
         assert torch.equal(search.supernet.stacked_alpha(), before)
         assert all(alpha.grad is None for alpha in search.supernet.arch_parameters())
         alphas.append(before)
         return result
 
-    search._weight_step = watched
+    search.weights.step = watched
     search.run()
     assert all((alpha == 0).all() for alpha in alphas[:6])
     assert (alphas[6] != 0).any()

@@ -1,0 +1,102 @@
+"""WeightStep: gradients of the LoRA weights on training batches, accumulation, clipping, optimizer.
+Not here: the step of alpha (architect.py), the loop around both (search.py)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import get_scheduler
+
+from darts_lora.config import TrainingConfig
+from darts_lora.graphs import Graphed
+from darts_lora.supernet import Supernet
+
+
+class WeightStep:
+    """Trains a supernet's weights, and leaves alpha alone; owns the weights' optimizer.
+
+    Args:
+        supernet: whose weights are trained.
+        accelerator: prepares the model and the optimizer.
+        training: learning rate and its course, accumulation, clipping.
+        loss_fn: (model, batch) -> scalar loss.
+
+    Attributes:
+        model: the supernet's model as accelerate prepared it.
+        optimizer, scheduler: of the weights.
+        graphed: batch -> loss and gradients, in place of loss_fn (graphs.py); None: eager launches.
+        gradient_norm: of the last step, before clipping; None without clipping.
+    """
+
+    def __init__(
+        self,
+        supernet: Supernet,
+        accelerator: Accelerator,
+        training: TrainingConfig,
+        loss_fn: Callable[[torch.nn.Module, Any], Tensor],
+    ):
+        self.accelerator, self.training, self.loss_fn = accelerator, training, loss_fn
+        self.parameters = supernet.weight_parameters()
+        optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=training.learning_rate,
+            weight_decay=training.weight_decay,
+            fused=accelerator.device.type == "cuda" or None,  # few launches
+        )
+        self.model, self.optimizer = accelerator.prepare(supernet.model, optimizer)
+        # not prepared: accelerate would step it once for every process
+        self.scheduler = get_scheduler(
+            training.lr_scheduler, self.optimizer, training.lr_warmup_steps, training.max_steps
+        )
+        self.graphed: Graphed | None = None
+        self.gradient_norm: Tensor | None = None
+
+    def step(self, batches: Iterator[Any]) -> tuple[Tensor, Any]:
+        """One step on as many of the batches as are accumulated; the mean loss, the last batch."""
+        parts, total = self.training.gradient_accumulation_steps, 0.0
+        for part in range(parts):
+            batch = next(batches)
+            total = total + self._backward(batch, parts, last=part == parts - 1)
+        if self.training.max_grad_norm:
+            self.gradient_norm = self.accelerator.clip_grad_norm_(
+                self.parameters, self.training.max_grad_norm
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scheduler.step()
+        return total, batch
+
+    def gradients(self, batch: Any) -> tuple[Tensor, list[Tensor]]:
+        """The loss on the batch and its gradients of the weights; no `.grad` is written."""
+        loss = self.loss_fn(self.model, batch)
+        found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        filled = zip(self.parameters, found, strict=True)
+        return loss.detach(), [torch.zeros_like(w) if g is None else g for w, g in filled]
+
+    def _backward(self, batch: Any, parts: int, last: bool) -> Tensor:
+        """Add the gradients of loss / parts to the weights' own; loss / parts."""
+        if self.graphed is not None:
+            loss, gradients = self.graphed(batch)
+            _accumulate(self.parameters, gradients, parts)
+            return loss / parts
+        waits = contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
+        with waits:
+            loss = self.loss_fn(self.model, batch) / parts
+            self.accelerator.backward(loss)
+        return loss.detach()
+
+
+def _accumulate(parameters: list[Tensor], gradients: list[Tensor], parts: int) -> None:
+    """Add gradients / parts to the parameters' own, in few kernels."""
+    if parts > 1:  # else they are used up before the next replay overwrites them
+        gradients = torch._foreach_div(gradients, parts)
+    if parameters[0].grad is None:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+    else:
+        torch._foreach_add_([parameter.grad for parameter in parameters], gradients)
