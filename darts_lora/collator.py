@@ -1,5 +1,5 @@
 """Rows -> batches of tensors: chat template, images, labels on the assistant's answers only.
-Not here: what a row means (rows.py), where rows come from (data.py), how a model is loaded."""
+Not here: what a row means (rows.py), where rows come from (sources.py), how a model is loaded."""
 
 from __future__ import annotations
 

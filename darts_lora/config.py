@@ -71,7 +71,7 @@ class SearchConfig:
     """Layers to leave out, as in PEFT: a list of name suffixes or a regex."""
     modules_to_save: list[str] | None = None
     """Modules trained in full beside the adapters and saved with them, as in PEFT (name suffixes);
-    default: the head of a classification model. The budget does not count them."""
+    a classification model's head is always one. The budget does not count them."""
     scaling: float = 2.0
     """The factor s = lora_alpha / r before every branch, the same for all ranks."""
     # independent: 1.006 of the oracle's loss on the hard planted problems, nested 1.012 (5 seeds)

@@ -156,10 +156,15 @@ def save_padded(adapter: str, output_dir: str) -> None:
     """
     config = LoraConfig.from_pretrained(adapter)
     state = pad_to_max_rank(load_file(os.path.join(adapter, "adapter_model.safetensors")))
-    scaling = config.lora_alpha / config.r
+    divisor = math.sqrt if config.use_rslora else float
+    scaling = config.lora_alpha / divisor(config.r)
     # the largest rank of what is there; the scaling is the same for all
     config.r = max(value.shape[0] for key, value in state.items() if ".lora_A." in key)
-    config.lora_alpha, config.rank_pattern, config.alpha_pattern = scaling * config.r, {}, {}
+    config.lora_alpha, config.rank_pattern, config.alpha_pattern = (
+        scaling * divisor(config.r),
+        {},
+        {},
+    )
     config.save_pretrained(output_dir)
     path = os.path.join(output_dir, "adapter_model.safetensors")
     write_whole(path, lambda temporary: save_file(state, temporary, {"format": "pt"}))

@@ -1,6 +1,8 @@
 """Tiny random models of the families that people have, in folders as save_pretrained writes them.
 Not here: the tests (recipes/test_families.py)."""
 
+from importlib import import_module
+
 import torch
 import transformers as t
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -85,44 +87,28 @@ def llava(folder: str) -> None:
     ).save_pretrained(folder)  # fmt: skip
 
 
-def idefics3(folder: str) -> None:
-    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+def idefics(prefix: str):
+    """Idefics3, and SmolVLM, which takes videos as well."""
 
-    text = tokenizer()
-    config = t.Idefics3Config(
-        vision_config={**VISION, "image_size": 32},
-        text_config=t.LlamaConfig(**TEXT),
-        image_token_id=text.convert_tokens_to_ids("<image>"),
-        scale_factor=2,
-        pad_token_id=12,
-    )
-    t.Idefics3ForConditionalGeneration(config).save_pretrained(folder)
-    images = Idefics3ImageProcessorPil(
-        size={"longest_edge": 32}, max_image_size={"longest_edge": 32}
-    )
-    t.Idefics3Processor(
-        images, text, image_seq_len=4, chat_template=text.chat_template
-    ).save_pretrained(folder)
+    def make(folder: str) -> None:
+        name, text = prefix.lower(), tokenizer()
+        config = getattr(t, f"{prefix}Config")(
+            vision_config={**VISION, "image_size": 32},
+            text_config=t.LlamaConfig(**TEXT),
+            image_token_id=text.convert_tokens_to_ids("<image>"),
+            scale_factor=2,
+            pad_token_id=12,
+        )
+        getattr(t, f"{prefix}ForConditionalGeneration")(config).save_pretrained(folder)
+        pil = import_module(f"transformers.models.{name}.image_processing_pil_{name}")
+        size = {"longest_edge": 32}
+        images = getattr(pil, f"{prefix}ImageProcessorPil")(size=size, max_image_size=size)
+        videos = [t.SmolVLMVideoProcessor()] if prefix == "SmolVLM" else []
+        getattr(t, f"{prefix}Processor")(
+            images, text, *videos, image_seq_len=4, chat_template=text.chat_template
+        ).save_pretrained(folder)
 
-
-def smolvlm(folder: str) -> None:
-    from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
-
-    text = tokenizer()
-    config = t.SmolVLMConfig(
-        vision_config={**VISION, "image_size": 32},
-        text_config=t.LlamaConfig(**TEXT),
-        image_token_id=text.convert_tokens_to_ids("<image>"),
-        scale_factor=2,
-        pad_token_id=12,
-    )
-    t.SmolVLMForConditionalGeneration(config).save_pretrained(folder)
-    images = SmolVLMImageProcessorPil(
-        size={"longest_edge": 32}, max_image_size={"longest_edge": 32}
-    )
-    t.SmolVLMProcessor(
-        images, text, t.SmolVLMVideoProcessor(), image_seq_len=4, chat_template=text.chat_template
-    ).save_pretrained(folder)
+    return make
 
 
 def qwen_vl(version: str):
@@ -184,8 +170,12 @@ TEXT_FAMILIES = {
     "mistral": text_family(t.MistralConfig),
     "gpt2": text_family(t.GPT2Config),
 }
-IMAGE_FAMILIES = {"llava": llava, "idefics3": idefics3}
-TORCHVISION_FAMILIES = {"smolvlm": smolvlm, "qwen2_vl": qwen_vl("2"), "qwen2_5_vl": qwen_vl("2.5")}
+IMAGE_FAMILIES = {"llava": llava, "idefics3": idefics("Idefics3")}
+TORCHVISION_FAMILIES = {
+    "smolvlm": idefics("SmolVLM"),
+    "qwen2_vl": qwen_vl("2"),
+    "qwen2_5_vl": qwen_vl("2.5"),
+}
 
 
 def make_family(make, folder: str) -> str:

@@ -22,20 +22,18 @@ def loss_fn(model, batch):
     return (model(batch) - 1).pow(2).mean()
 
 
+def make(supernet, cuda_graphs, **training):
+    options = {"training": TrainingConfig(**training), "loss_fn": loss_fn}
+    return RankSearch(supernet, rows(), rows(), cuda_graphs=cuda_graphs, **options)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_without_a_gpu_one_line_says_so_and_the_result_is_the_same(capsys):
     found = []
     for cuda_graphs in (False, True):
         torch.manual_seed(0)
         supernet = Supernet(residual(), SearchConfig(ranks=(0, 1, 2), budget_rank=1))
-        search = RankSearch(
-            supernet,
-            rows(),
-            rows(),
-            training=TrainingConfig(max_steps=6, logging_steps=3),
-            loss_fn=loss_fn,
-            cuda_graphs=cuda_graphs,
-        )
+        search = make(supernet, cuda_graphs, max_steps=6, logging_steps=3)
         found.append(search.run())
     lines = capsys.readouterr().out.splitlines()
     assert lines == ["no CUDA graph, steps are launched one by one: the device is cpu"]
@@ -90,14 +88,7 @@ def test_a_graphed_search_trains_as_one_without():
         torch.manual_seed(0)
         config = SearchConfig(ranks=(0, 1, 2), budget_rank=1, relaxation="softmax", warmup_steps=0)
         supernet = Supernet(residual(), config)
-        search = RankSearch(
-            supernet,
-            rows(),
-            rows(),
-            training=TrainingConfig(max_steps=20, gradient_accumulation_steps=2),
-            loss_fn=loss_fn,
-            cuda_graphs=cuda_graphs,
-        )
+        search = make(supernet, cuda_graphs, max_steps=20, gradient_accumulation_steps=2)
         search.run()
         assert not cuda_graphs or len(search.weights.graphed.captured) == 1
         found.append(supernet.state_dict())

@@ -1,15 +1,20 @@
 """The ways that speed.py compares: each makes its steps on a frozen model, and takes itself out.
 Not here: models, batches, clocks (speed.py)."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from torch import nn
 
 from darts_lora import Architect, SearchConfig, Supernet
+from darts_lora.config import TrainingConfig
 from darts_lora.graphs import Graphed
 from darts_lora.search import model_loss
+from darts_lora.weights import WeightStep
 
 
 def _trainer(parameters: list, loss) -> callable:
@@ -88,27 +93,16 @@ def peft_autocast(model, ranks):
 def _ours(model, ranks, *, branches: str, graphs: bool = False, dtype: str = "float32"):
     config = SearchConfig(ranks, branches=branches, budget_rank=ranks[1], adapter_dtype=dtype)
     supernet = Supernet(model, config)
-    architect, weights = Architect(supernet), supernet.weight_parameters()
-    optimizer = torch.optim.AdamW(weights, lr=1e-4, fused=weights[0].is_cuda or None)
-
-    def loss(batch):
-        return model_loss(model, batch)
-
-    def gradients(batch):
-        value = loss(batch)
-        found = torch.autograd.grad(value, weights, allow_unused=True)
-        filled = zip(weights, found, strict=True)
-        return value.detach(), [torch.zeros_like(w) if g is None else g for w, g in filled]
-
+    accelerator = Accelerator(cpu=next(model.parameters()).device.type == "cpu")
+    training = TrainingConfig(learning_rate=1e-4, lr_scheduler="constant", max_grad_norm=0.0)
+    weights = WeightStep(supernet, accelerator, training, model_loss)
+    architect, loss = Architect(supernet), partial(model_loss, model)
     if graphs:
-        gradients = Graphed(gradients)
-        architect.graphed = Graphed(lambda batch: architect.first_order(loss, batch))
+        weights.graphed = Graphed(weights.gradients)
+        architect.graphed = Graphed(partial(architect.first_order, loss))
 
     def weight_step(batch):
-        for weight, gradient in zip(weights, gradients(batch)[1], strict=True):
-            weight.grad = gradient
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        weights.step(iter([batch]))
 
     def architecture_step(batch):
         architect.step(loss, batch)
