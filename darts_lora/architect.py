@@ -41,7 +41,7 @@ class Architect:
         config = supernet.config
         self.supernet, self.inner_learning_rate, self.reduce = supernet, inner_learning_rate, reduce
         self.optimizer = torch.optim.Adam(
-            supernet.arch_parameters(),
+            [supernet.alpha],
             lr=config.arch_learning_rate,
             betas=config.arch_betas,
             weight_decay=config.arch_weight_decay,
@@ -49,7 +49,7 @@ class Architect:
         self.multiplier = BudgetMultiplier(supernet.budget) if supernet.budget else None
         self.graphed: Callable[[Any], tuple[Tensor, list[Tensor]]] | None = None
         self.steps = 0
-        self.gradient_sums = torch.zeros(2, *supernet.stacked_alpha().shape)
+        self.gradient_sums = torch.zeros(2, *supernet.alpha.shape)
 
     def step(
         self, loss_fn: Callable[[Any], Tensor], val_batch: Any, train_batch: Any = None
@@ -71,21 +71,22 @@ class Architect:
         if self.supernet.config.order == 2:
             if train_batch is None:
                 raise InputError("train_batch=None: order=2 (unrolled) needs a training batch")
-            loss, gradients = self._unrolled(loss_fn, val_batch, train_batch)
+            loss, gradient = self._unrolled(loss_fn, val_batch, train_batch)
         elif self.graphed is not None:
-            loss, gradients = self.graphed(val_batch)
+            loss, (gradient,) = self.graphed(val_batch)
         else:
-            loss, gradients = self.first_order(loss_fn, val_batch)
-        gradient = torch.stack(gradients)
+            loss, (gradient,) = self.first_order(loss_fn, val_batch)
+        return self.update(loss, gradient)
+
+    def update(self, loss: Tensor, gradient: Tensor) -> dict[str, Tensor]:
+        """The part of `step` behind the gradient of the validation loss, (N, K); its result."""
         if self.reduce is not None:
             gradient = self.reduce(gradient)
         self.gradient_sums = self.gradient_sums.to(gradient.device)
         self.gradient_sums[self.steps % 2] += gradient
         self.steps += 1
         metrics = {"loss": loss, "gradient_norm": gradient.norm()}
-        gradient = gradient + self._budget_gradient(gradient, metrics)
-        for alpha, row in zip(self.supernet.arch_parameters(), gradient.unbind(0), strict=True):
-            alpha.grad = row
+        self.supernet.alpha.grad = gradient + self._budget_gradient(gradient, metrics)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return metrics
@@ -93,8 +94,8 @@ class Architect:
     def first_order(
         self, loss_fn: Callable[[Any], Tensor], batch: Any
     ) -> tuple[Tensor, list[Tensor]]:
-        """The loss on the batch and its gradients of alpha; nothing is changed."""
-        return self._gradients(loss_fn, batch, self.supernet.arch_parameters())
+        """The loss on the batch and [its gradient of alpha, (N, K)]; nothing is changed."""
+        return self._gradients(loss_fn, batch, [self.supernet.alpha])
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed search needs: tensors and plain numbers."""
@@ -116,8 +117,9 @@ class Architect:
         self, loss_fn: Callable, batch: Any, parameters: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
         """The loss and its gradients of `parameters` alone; no `.grad` is written."""
-        alphas = set(self.supernet.arch_parameters())
-        with self.supernet.arch_gradients(weights=not alphas.issuperset(parameters)):
+        with self.supernet.arch_gradients(
+            weights=any(p is not self.supernet.alpha for p in parameters)
+        ):
             loss = loss_fn(batch)
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         filled = [
@@ -131,17 +133,16 @@ class Architect:
         metrics["expected_parameters"] = expected.detach()
         if self.multiplier is None:
             return torch.zeros_like(gradient)
-        alphas = self.supernet.arch_parameters()
-        cost = torch.stack(torch.autograd.grad(expected / self.multiplier.budget, alphas))
+        (cost,) = torch.autograd.grad(expected / self.multiplier.budget, self.supernet.alpha)
         factor = self.multiplier.step(expected.detach(), gradient, cost)
         metrics["multiplier"] = factor
         return factor * cost
 
     def _unrolled(
         self, loss_fn: Callable, val_batch: Any, train_batch: Any
-    ) -> tuple[Tensor, list[Tensor]]:
+    ) -> tuple[Tensor, Tensor]:
         """Gradient of L_val(w - xi dL_train/dw, alpha), by finite differences (DARTS eq. 7, 8)."""
-        alphas = self.supernet.arch_parameters()
+        alpha = self.supernet.alpha
         weights = self.supernet.weight_parameters()
         rate = self.inner_learning_rate
         same_samples = _ReplayRandomness(weights[0].device)
@@ -151,8 +152,7 @@ class Architect:
                 _, inner = self._gradients(loss_fn, train_batch, weights)
             _shift(weights, saved, inner, -rate)
             with same_samples:
-                loss, both = self._gradients(loss_fn, val_batch, [*alphas, *weights])
-            direct, vector = both[: len(alphas)], both[len(alphas) :]
+                loss, (direct, *vector) = self._gradients(loss_fn, val_batch, [alpha, *weights])
             norm = torch.stack([v.norm() for v in vector]).norm()
             size = torch.stack([w.norm() for w in saved]).norm()
             # central differences: the error falls with the square of the relative step, rounding
@@ -162,12 +162,12 @@ class Architect:
             for sign in (1, -1):
                 _shift(weights, saved, vector, sign * epsilon)
                 with same_samples:
-                    sides.append(self._gradients(loss_fn, train_batch, alphas)[1])
+                    sides.append(self._gradients(loss_fn, train_batch, [alpha])[1][0])
         finally:
             for weight, value in zip(weights, saved, strict=True):
                 weight.data.copy_(value)
-        scale = rate / (2 * epsilon)
-        return loss, [d - scale * (up - down) for d, up, down in zip(direct, *sides, strict=True)]
+        up, down = sides
+        return loss, direct - rate / (2 * epsilon) * (up - down)
 
 
 def _shift(weights: list, origin: list, direction: list, step: float | Tensor) -> None:

@@ -1,74 +1,127 @@
-"""Checkpoints of a search: written whole, the newest few kept, read back without pickled code.
-Not here: what a search puts into one (search.py)."""
+"""Checkpoints of a search: written whole, the newest few kept, read back checked, never pickled
+code. Not here: what a search puts into one (resume.py)."""
 
 from __future__ import annotations
 
 import glob
+import hashlib
+import json
 import os
 import pickle
+import shutil
+import warnings
 from typing import Any
 
 import torch
 
 from darts_lora.errors import InputError
-from darts_lora.files import write_whole
+from darts_lora.files import write_json, write_whole
 
 KEPT = 2
+STATE_NAME, RECORD_NAME = "state.pt", "checkpoint.json"
 
 
 def checkpoints(output_dir: str | None) -> list[str]:
-    """Paths of the checkpoints there, oldest first."""
+    """Paths of the checkpoints (folders) there, oldest first."""
     if output_dir is None:
         return []
-    return sorted(glob.glob(os.path.join(glob.escape(output_dir), "checkpoints", "step-*.pt")))
+    pattern = os.path.join(glob.escape(output_dir), "checkpoints", "step-*")
+    return sorted(path for path in glob.glob(pattern) if ".tmp-" not in path)
 
 
-def save_checkpoint(output_dir: str, state: dict[str, Any]) -> None:
-    """Write tensors, numbers and texts of `state`, then remove all but the newest few.
+def save_checkpoint(output_dir: str, state: dict[str, Any], options: dict[str, Any]) -> None:
+    """Write `state` (tensors, numbers, texts) with the run's options, then remove all but the
+    newest few. A checkpoint is a folder: state.pt, and checkpoint.json with the SHA-256 over both.
 
     Raises:
-        InputError: it cannot be written.
+        InputError: it cannot be written; those before are still there.
     """
-    path = os.path.join(output_dir, "checkpoints", f"step-{state['step']:07d}.pt")
-    write_whole(path, lambda temporary: torch.save(state, temporary))
-    for old in checkpoints(output_dir)[:-KEPT]:
-        os.remove(old)
+
+    def write(folder: str) -> None:
+        os.mkdir(folder)
+        path = os.path.join(folder, STATE_NAME)
+        try:
+            torch.save(state, path)
+        except RuntimeError as error:  # its writer does not give the system's own error
+            raise OSError(f"is the disk full? {error}") from error
+        record = {"step": state["step"], "options": options}
+        record["sha256"] = _digest(path, record)
+        write_json(os.path.join(folder, RECORD_NAME), record)
+
+    write_whole(os.path.join(output_dir, "checkpoints", f"step-{state['step']:07d}"), write)
+    remove_checkpoints(checkpoints(output_dir)[:-KEPT])
 
 
-def load_checkpoint(output_dir: str | None, num_processes: int) -> dict[str, Any]:
-    """The newest checkpoint, on the CPU.
+def load_checkpoint(output_dir: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """State (on the CPU) and options of the newest checkpoint that is whole; one warning names
+    those that are not.
 
     Raises:
-        InputError: there is none, it cannot be read, or another number of processes wrote it.
+        InputError: there is none, or none is whole.
     """
     found = checkpoints(output_dir)
     if not found:
         raise InputError(f"resume: there is no checkpoint in {output_dir!r}; start without it")
+    damaged = []
+    for path in reversed(found):
+        try:
+            record = _read_record(path)
+            state = _read_state(path, record)
+        except InputError as error:
+            damaged.append(str(error))
+            continue
+        if damaged:
+            warnings.warn(f"resume: {'; '.join(damaged)}: going on from {path}", stacklevel=2)
+        return state, record["options"]
+    raise InputError(f"resume: {'; '.join(damaged)}: no checkpoint is left to go on from")
+
+
+def steps_done(output_dir: str | None) -> tuple[int, dict[str, Any]] | None:
+    """Step and options of the newest checkpoint whose record can be read; None: there is none."""
+    for path in reversed(checkpoints(output_dir)):
+        try:
+            record = _read_record(path)
+        except InputError:
+            continue
+        return record["step"], record["options"]
+    return None
+
+
+def remove_checkpoints(paths: list[str]) -> None:
+    """Remove them; a killed process leaves one that load_checkpoint finds damaged."""
+    for path in paths:
+        shutil.rmtree(path)
+
+
+def _read_record(path: str) -> dict[str, Any]:
     try:
-        state = torch.load(found[-1], map_location="cpu", weights_only=True)
+        with open(os.path.join(path, RECORD_NAME), encoding="utf-8") as file:
+            record = json.load(file)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({' '.join(str(error).split())[:200]})") from error
+    kinds = {"step": int, "options": dict, "sha256": str}
+    if not isinstance(record, dict) or any(
+        not isinstance(record.get(k), t) for k, t in kinds.items()
+    ):
+        raise InputError(f"{path} cannot be read ({RECORD_NAME} is not of a checkpoint)")
+    return record
+
+
+def _read_state(path: str, record: dict[str, Any]) -> dict[str, Any]:
+    state = os.path.join(path, STATE_NAME)
+    content = {key: value for key, value in record.items() if key != "sha256"}
+    try:
+        if _digest(state, content) != record["sha256"]:
+            raise InputError(f"{path} is damaged (its checksum is another)")
+        return torch.load(state, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise InputError(
-            f"resume: {found[-1]} cannot be read ({' '.join(str(error).split())[:200]}); "
-            "remove it to go on from the one before"
-        ) from error
-    if len(state["random"]) != num_processes:
-        raise InputError(
-            f"resume: {found[-1]} was written by {len(state['random'])} processes, this run has "
-            f"{num_processes}"
-        )
-    return state
+        raise InputError(f"{path} cannot be read ({' '.join(str(error).split())[:200]})") from error
 
 
-def random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """State of the generators that samples and dropout draw from, on this process."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def restore_random_state(state: dict[str, torch.Tensor]) -> None:
-    """Set what random_state gave."""
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"])
+def _digest(path: str, record: dict[str, Any]) -> str:
+    """SHA-256 over a file and a record, in hexadecimal digits."""
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -3,22 +3,33 @@ Not here: what an option means (config.py), nor anything that knows a model or a
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, fields
+from difflib import get_close_matches
 from typing import Any
 
 import torch
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from jsonargparse import (
+    ArgumentError,
+    ArgumentParser,
+    get_loader,
+    set_loader,
+    set_parsing_settings,
+)
 
-from darts_lora.errors import InputError
-from darts_lora.files import write_text
+from darts_lora.errors import InputError, one_line
+from darts_lora.files import is_main_process, write_text
+from darts_lora.interruption import Stopped
 
 CONFIG_NAME = "config.yaml"
+MAX_DEPTH = 20  # of lists and mappings in a configuration: options have three
 
 
 def run(
@@ -37,10 +48,10 @@ def run(
         if __name__ == "__main__":
             run(main, FinetuneConfig, ModelConfig, TrainingConfig, previous="genotype")
 
-    The fields of all classes (dataclasses) become flat options, described by the docstrings under
-    the fields; `main`'s docstring opens the help. An option's value is, first found: the one on
-    the command line, the one in the file of `--config`, the one that the run before resolved
-    (`shared` classes only), the default of the field.
+    The fields of all classes (dataclasses with defaults) become flat options, described by the
+    docstrings under the fields; `main`'s docstring opens the help. An option's value is, first
+    found: the one on the command line, the one in the file of `--config`, the one that the run
+    before resolved (`shared` classes only), the default of the field.
 
     `previous` names the option of `own` that says where the run before left its result: a folder,
     or a file in it; that folder's config.yaml gives the values of the third kind, if it is there.
@@ -49,26 +60,26 @@ def run(
     model nor a data set: the settings of the embedded default.
 
     An InputError, of parsing or out of `main`, is printed as one line, `error: ...`, by the main
-    process; the exit status is then 2.
+    process; the exit status is then 2. A run that was stopped (interruption.py) has its own status.
     """
+    status = 0
     try:
         args = sys.argv[1:]
         named = {arg.split("=")[0] for arg in args}
         if default_config and not named & {"--config", "--model_name_or_path", "--dataset"}:
             args = ["--config", default_config, *args]
         main(*parse(args, own, *shared, previous=previous, description=main.__doc__))
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            gc.collect()  # what still holds the process group at the exit may abort it
-            torch.distributed.destroy_process_group()
+    except Stopped as stopped:
+        status = stopped.code
     except InputError as error:
         if is_main_process():
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
-
-
-def is_main_process() -> bool:
-    """Whether this is the process that prints, of those that `accelerate launch` started."""
-    return os.environ.get("RANK", "0") == "0"
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.collect()  # what still holds the process group at the exit may abort it
+        torch.distributed.destroy_process_group()
+    if status:
+        sys.exit(status)
 
 
 def parse(
@@ -84,29 +95,54 @@ def parse(
         InputError: an unknown option, a value of the wrong type or out of its bounds.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    set_loader("strict_yaml", _load_yaml, (yaml.YAMLError,))
     parser = ArgumentParser(
+        parser_mode="strict_yaml",
         default_env=False,
         exit_on_error=False,
         allow_abbrev=False,
         usage="%(prog)s [--config FILE.yaml] [--option value ...]",
         description=description,
     )
-    parser.add_argument(
-        "--config", action="config", help="YAML file of options; those after it win."
-    )
+    parser.add_argument("--config", help="YAML file of options; the command line wins.")
     classes = (own, *shared)
     for config_class in classes:
         parser.add_class_arguments(config_class)
     args = _spell_out_flags(args, classes)
     try:
+        path = _config_file(args)
+        given = {} if path is None else _checked_options(parser, path, load_config(path))
+        parser.set_defaults(given)
         values = parser.parse_args(args)
         if previous is not None:
-            inherited = _inherited(getattr(values, previous), shared)
-            parser.set_defaults(inherited)
+            inherited = _inherited(parser, getattr(values, previous), shared)
+            parser.set_defaults({**inherited, **given})
             values = parser.parse_args(args)
-    except (ArgumentError, TypeError) as error:
-        raise InputError(" ".join(str(error).split())) from error
+    except (ArgumentError, TypeError, ValueError, RecursionError) as error:
+        raise error if isinstance(error, InputError) else InputError(one_line(error)) from error
     return [c(**{f.name: values[f.name] for f in fields(c) if f.init}) for c in classes]
+
+
+def _config_file(args: list[str]) -> str | None:
+    """What --config names."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config")
+    return parser.parse_known_args(args)[0].config
+
+
+def _checked_options(parser: ArgumentParser, path: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a file, checked as those of the command line are."""
+    known = set(parser.get_defaults().keys()) - {"config"}
+    for name in options:
+        if name not in known:
+            near = get_close_matches(name, known, 1)
+            hint = f"; nearest name: {near[0]}" if near else ""
+            raise InputError(f"{path}: the option {name!r:.100} is not known{hint}")
+    try:
+        parser.parse_object(options)
+    except (ArgumentError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: {one_line(error)}") from error
+    return options
 
 
 def _spell_out_flags(args: list[str], classes: tuple[type, ...]) -> list[str]:
@@ -119,7 +155,9 @@ def _spell_out_flags(args: list[str], classes: tuple[type, ...]) -> list[str]:
     ]
 
 
-def _inherited(result: str | None, classes: tuple[type, ...]) -> dict[str, Any]:
+def _inherited(
+    parser: ArgumentParser, result: str | None, classes: tuple[type, ...]
+) -> dict[str, Any]:
     """The options of `classes` in the config.yaml beside (or in) the result of the run before."""
     if result is None:
         return {}
@@ -128,24 +166,49 @@ def _inherited(result: str | None, classes: tuple[type, ...]) -> dict[str, Any]:
     if not os.path.isfile(path):
         return {}
     names = {f.name for c in classes for f in fields(c)}
-    return {name: value for name, value in load_config(path).items() if name in names}
+    options = {name: value for name, value in load_config(path).items() if name in names}
+    return _checked_options(parser, path, options)
 
 
 def load_config(path: str) -> dict[str, Any]:
     """The options in a YAML file, name to value.
 
     Raises:
-        InputError: not a file, not YAML, or no mapping.
+        InputError: not a file, not YAML, no mapping of names; an alias, a key that stands there
+            twice, or lists in lists without end.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            options = yaml.safe_load(file)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path}: not a readable YAML file ({reason})") from error
-    if not isinstance(options, dict):
+        with open(path, encoding="utf-8-sig") as file:
+            options = _load_yaml(file.read())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: not a readable YAML file ({one_line(error)})") from error
+    if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
         raise InputError(f"{path}: must map option names to values, as config.yaml of a run does")
     return options
+
+
+def _load_yaml(text: str) -> Any:
+    """YAML, without what no configuration needs: aliases grow without bound when they are written
+    out, deep nesting exhausts the stack, and of a key that stands there twice the first is lost."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.YAMLError(f"the alias *{event.anchor}: write the value out")
+        if depth > MAX_DEPTH:
+            raise yaml.YAMLError(f"lists or mappings more than {MAX_DEPTH} deep")
+    nodes = [yaml.compose(text, Loader=yaml.SafeLoader)]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, yaml.MappingNode):
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if twice := [key for key, count in Counter(keys).items() if count > 1]:
+                raise yaml.YAMLError(f"the option {twice[0]!r:.100} stands there twice")
+            nodes += [value for _, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+    return get_loader("yaml")(text)  # which reads 1e-4 as a number
 
 
 def save_config(output_dir: str, *configs) -> str:

@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from contextlib import contextmanager
 from difflib import SequenceMatcher
 from itertools import islice
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
-from darts_lora.errors import InputError
+from darts_lora.errors import InputError, one_line
 from darts_lora.rows import (
     IMAGE_COLUMNS,
     ROW,
@@ -145,18 +147,20 @@ class Collator:
         return (part.get("text") or "").count(self.image_token) if self.image_token else 0
 
     def _encode(self, rows, conversations, *, padding_side, add_generation_prompt=False) -> dict:
-        texts = [
-            self.processor.apply_chat_template(
-                conversation,
-                **self._template(conversation),
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
-            for conversation in conversations
-        ]
+        texts = []
+        for row, conversation in zip(rows, conversations, strict=True):
+            with _naming([row], "the chat template cannot take it"):
+                text = self.processor.apply_chat_template(
+                    conversation,
+                    **self._template(conversation),
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                )
+            texts.append(text)
         images = [row_images(row) for row in rows] if self.multimodal else []
+        mixed = "; some have no image" if any(images) and not all(images) else ""
         bos = self.tokenizer.bos_token
-        try:
+        with _naming(rows, "the processor cannot take them", mixed):
             batch = self.processor(
                 text=texts,
                 **({"images": images} if any(images) else {}),
@@ -168,10 +172,6 @@ class Collator:
                 pad_to_multiple_of=None if add_generation_prompt else self.pad_to_multiple_of,
                 return_tensors="pt",
             )
-        except (ValueError, IndexError) as error:
-            names, mixed = ", ".join(map(row_name, rows)), any(images) and not all(images)
-            reason = f"{error}; some have no image" if mixed else error
-            raise InputError(f"{names}: the processor cannot take them ({reason})") from error
         for row, length in zip(rows, batch["attention_mask"].sum(1).tolist(), strict=True):
             _check_length(self, row, row_layout(row)[-1], length)
         batch.pop("token_type_ids", None)
@@ -197,15 +197,15 @@ class Collator:
         """Tokens and answer mask before the processor expands images: by the template's own marks,
         else by prefix (an answer begins where the prompt before it ends)."""
         if re.search(r"\{%-?\s*generation\b", self._template(conversation)["chat_template"]):
-            plain = self._tokens(conversation, return_assistant_tokens_mask=True)
+            plain = self._tokens(row, conversation, return_assistant_tokens_mask=True)
             return plain["input_ids"], [bool(m) for m in plain["assistant_masks"]]
-        ids = self._tokens(conversation)["input_ids"]
+        ids = self._tokens(row, conversation)["input_ids"]
         mask = [False] * len(ids)
         for i, message in enumerate(conversation):
             if message["role"] != "assistant":
                 continue
-            before = self._tokens(conversation[:i], add_generation_prompt=True)["input_ids"]
-            until = self._tokens(conversation[: i + 1])["input_ids"]
+            before = self._tokens(row, conversation[:i], add_generation_prompt=True)["input_ids"]
+            until = self._tokens(row, conversation[: i + 1])["input_ids"]
             if ids[: len(before)] != before or ids[: len(until)] != until:
                 raise InputError(
                     f"{row_name(row)}: the chat template does not continue its own prompt; "
@@ -214,14 +214,15 @@ class Collator:
             mask[len(before) : len(until)] = [True] * (len(until) - len(before))
         return ids, mask
 
-    def _tokens(self, conversation: list[dict], **options) -> dict:
-        return self.tokenizer.apply_chat_template(
-            conversation,
-            **self._template(conversation),
-            tokenize=True,
-            return_dict=True,
-            **options,
-        )
+    def _tokens(self, row: dict, conversation: list[dict], **options) -> dict:
+        with _naming([row], "the chat template cannot take it"):
+            return self.tokenizer.apply_chat_template(
+                conversation,
+                **self._template(conversation),
+                tokenize=True,
+                return_dict=True,
+                **options,
+            )
 
     def _template(self, conversation: list[dict]) -> dict[str, str | None]:
         """The chat template, and what it needs to know."""
@@ -257,9 +258,9 @@ class LabelCollator:
             InputError: a row that is too long, or has no text or no such label.
         """
         labels = torch.tensor([self._label(row) for row in rows])
-        batch = self.tokenizer(
-            *self._texts(rows), padding=True, padding_side="right", return_tensors="pt"
-        )
+        texts = self._texts(rows)
+        with _naming(rows, "the tokenizer cannot take them"):
+            batch = self.tokenizer(*texts, padding=True, padding_side="right", return_tensors="pt")
         for row, length in zip(rows, batch["attention_mask"].sum(1).tolist(), strict=True):
             _check_length(self, row, "text", length)
         return {**batch, "labels": labels}
@@ -300,6 +301,16 @@ class LabelCollator:
                 f"{len(self.label_ids)} classes ({names}); num_labels sets their number"
             )
         return label
+
+
+@contextmanager
+def _naming(rows: list[dict], what: str, note: str = ""):
+    """What a chat template or a processor raises as an InputError that names the rows."""
+    try:
+        yield
+    except (TemplateError, ValueError, IndexError, TypeError) as error:
+        names = ", ".join(map(row_name, rows))
+        raise InputError(f"{names}: {what} ({one_line(error)}{note})") from error
 
 
 def _first(rows: Iterable[dict], limit: int) -> Iterable[dict]:

@@ -5,10 +5,14 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from dataclasses import dataclass, fields
 from typing import Literal
 
 from darts_lora.errors import InputError
+
+MAX_INT = 2**63 - 1
+MAX_SEED = 2**31 - 1  # NumPy takes 32 bits, and each process adds its number
 
 
 def _require(ok: bool, option: str, value, rule: str) -> None:
@@ -24,8 +28,16 @@ def _is_real(value) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _check_bounds(config, *, at_least=None, above=None, choices=None) -> None:
-    """Check option -> bound for numbers (None passes where it is the default) and literals."""
+def check_bounds(config, *, at_least=None, above=None, choices=None) -> None:
+    """Check option -> bound for numbers (None passes where it is the default) and literals.
+
+    Raises:
+        InputError: an option of the dataclass object `config` is out of its bounds.
+    """
+    for field in fields(config):
+        value, largest = getattr(config, field.name), MAX_SEED if "seed" in field.name else MAX_INT
+        if _is_int(value):
+            _require(value <= largest, field.name, value, f"must be an integer <= {largest}")
     at_least, above, choices = at_least or {}, above or {}, choices or {}
     optional = {f.name for f in fields(config) if f.default is None}
     for name, bound in {**at_least, **above}.items():
@@ -42,6 +54,21 @@ def _check_bounds(config, *, at_least=None, above=None, choices=None) -> None:
     for name, allowed in choices.items():
         value = getattr(config, name)
         _require(value in allowed, name, value, f"must be one of {', '.join(map(str, allowed))}")
+
+
+def _check_modules(option: str, value, *, regex: bool) -> None:
+    """A list of module names or, where `regex`, one regular expression."""
+    if isinstance(value, str) and regex:
+        try:
+            re.compile(value)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise InputError(
+                f"{option}={value!r:.200}: is no regular expression ({error})"
+            ) from error
+    names = [value] if isinstance(value, str) and regex else value
+    ok = isinstance(names, list | tuple) and all(isinstance(n, str) and n for n in names)
+    kinds = "names, or a regular expression" if regex else "names"
+    _require(ok, option, value, f"must be a list of module {kinds}, none of them empty")
 
 
 def check_ranks(ranks) -> tuple[int, ...]:
@@ -111,6 +138,10 @@ class SearchConfig:
     """One architecture step every this many weight steps."""
     order: Literal[1, 2] = 1
     """1: first-order architecture gradient; 2: unrolled (DARTS eq. 7 and 8)."""
+    joint: bool = False
+    """One forward and backward of a training and a validation batch together for both steps of a
+    RankSearch: less time where launches of kernels cost more than their work, as with small
+    batches, but both batches are in memory at once. order 1, no modules_to_save."""
     # a quarter: before, branches are untrained and alpha sees noise; half is no better (0.096)
     warmup_steps: int | None = None
     """Weight steps with uniformly drawn ranks before alpha moves; default: a quarter of all."""
@@ -119,7 +150,11 @@ class SearchConfig:
 
     def __post_init__(self):
         self.ranks = check_ranks(self.ranks)
-        _check_bounds(
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            value = getattr(self, name)
+            if value is not None or name == "target_modules":
+                _check_modules(name, value, regex=name != "modules_to_save")
+        check_bounds(
             self,
             at_least={"dropout": 0.0, "arch_weight_decay": 0.0, "arch_every": 1, "warmup_steps": 0}
             | {"seed": 0},
@@ -134,6 +169,9 @@ class SearchConfig:
                 "arch_lr_scheduler": ("constant", "linear", "cosine"),
             },
         )
+        _require(self.joint in (True, False), "joint", self.joint, "must be true or false")
+        if self.joint and self.order == 2:
+            raise InputError("joint=true, order=2: an unrolled step needs passes of its own")
         _require(self.dropout < 1, "dropout", self.dropout, "must be below 1")
         for name, rule in (
             ("temperature", lambda t: t > 0),
@@ -174,7 +212,7 @@ class ModelConfig:
     """Run code that comes with the model from the hub. Only for sources that you trust."""
 
     def __post_init__(self):
-        _check_bounds(
+        check_bounds(
             self,
             above={"num_labels": 0},
             choices={
@@ -218,7 +256,7 @@ class DataConfig:
     """Seed of the split into training and validation rows."""
 
     def __post_init__(self):
-        _check_bounds(
+        check_bounds(
             self,
             at_least={"split_seed": 0},
             above={"max_train_samples": 0, "max_test_samples": 0, "max_length": 0}
@@ -227,6 +265,9 @@ class DataConfig:
         for name in ("validation_fraction", "test_fraction"):
             value = getattr(self, name)
             _require(_is_real(value) and 0 < value < 1, name, value, "must be between 0 and 1")
+        rule = f"must be at most max_length={self.max_length}"
+        multiple = self.pad_to_multiple_of
+        _require(multiple <= self.max_length, "pad_to_multiple_of", multiple, rule)
 
 
 @dataclass
@@ -257,14 +298,17 @@ class TrainingConfig:
     """Steps between two checkpoints; 0: none but the last."""
     num_workers: int = 0
     """Worker processes of each data loader."""
+    max_runtime: float | None = None
+    """Stop in good order after this time of training (minutes), with exit status 75; a search then
+    goes on with --resume. Leave room for loading the model and for writing."""
 
     def __post_init__(self):
-        _check_bounds(
+        check_bounds(
             self,
             at_least={"weight_decay": 0.0, "lr_warmup_steps": 0, "max_grad_norm": 0.0}
             | {"save_steps": 0, "num_workers": 0},
             above={"max_steps": 0, "batch_size": 0, "gradient_accumulation_steps": 0}
-            | {"learning_rate": 0.0, "logging_steps": 0},
+            | {"learning_rate": 0.0, "logging_steps": 0, "max_runtime": 0.0},
             choices={
                 "lr_scheduler": ("constant", "linear", "cosine"),
                 "mixed_precision": ("no", "bf16", "fp16"),
@@ -284,9 +328,10 @@ def check_writable(output_dir: str, option: str = "output_dir") -> str:
         with open(probe, "w"):
             pass
         os.remove(probe)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a path with a null character
+        reason = getattr(error, "strerror", None) or error
         raise InputError(
-            f"{option}={output_dir!r}: cannot be written ({error.strerror}); "
+            f"{option}={output_dir!r}: cannot be written ({reason}); "
             "name a folder that you may write to"
         ) from error
     return output_dir

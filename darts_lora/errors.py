@@ -4,3 +4,8 @@ Not here: checks themselves (each room checks its own input), nor errors of PyTo
 
 class InputError(ValueError):
     """Bad input from the user. Recipes print its message alone and exit with status 2."""
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """What another library's error says, as a part of one line: at most `limit` characters."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__

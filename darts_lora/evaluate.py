@@ -6,21 +6,21 @@ from __future__ import annotations
 import math
 import os
 import sys
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from darts_lora.collator import IGNORED, Collator, LabelCollator
-from darts_lora.config import DataConfig, ModelConfig
+from darts_lora.config import DataConfig, ModelConfig, check_bounds
 from darts_lora.data import Rows, load_splits, make_collator, make_dataloader
-from darts_lora.errors import InputError
+from darts_lora.errors import InputError, one_line
 from darts_lora.files import write_json
 from darts_lora.models import load_model
 
@@ -41,11 +41,7 @@ class EvaluateConfig:
     """Longest generated answer (tokens); default: just enough for the batch's reference answers."""
 
     def __post_init__(self):
-        for name in ("eval_batch_size", "max_new_tokens"):
-            value = getattr(self, name)
-            optional = name == "max_new_tokens" and value is None
-            if not optional and (type(value) is not int or value < 1):
-                raise InputError(f"{name}={value!r}: must be an integer >= 1")
+        check_bounds(self, at_least={"eval_batch_size": 1, "max_new_tokens": 1})
 
 
 def evaluate(
@@ -93,10 +89,12 @@ def evaluate(
 
 def _load_adapter(base: nn.Module, folder: str) -> PeftModel:
     try:
-        # "Trainable" only so that PEFT can count the parameters.
-        return PeftModel.from_pretrained(base, folder, is_trainable=True)
-    except (ValueError, RuntimeError, OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
+        with warnings.catch_warnings():  # PEFT warns of modules that stay as they were initialised
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            # "Trainable" only so that PEFT can count the parameters.
+            return PeftModel.from_pretrained(base, folder, is_trainable=True)
+    except Exception as error:  # any kind: damaged files, fields that PEFT does not expect
+        reason = one_line(error)
         raise InputError(
             f"adapter={folder!r}: cannot be loaded into the model ({reason}); "
             "is model_name_or_path the model that it was trained on?"

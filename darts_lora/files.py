@@ -1,18 +1,40 @@
-"""Files that are there whole or not at all: written beside, then renamed.
+"""Files and folders that are there whole or not at all, one run alone in a folder, strict JSON.
 Not here: what stands in them."""
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import json
 import os
-from collections.abc import Callable
+import re
+import shutil
+import socket
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from darts_lora.errors import InputError
+from safetensors import SafetensorError
+
+from darts_lora.errors import InputError, one_line
+
+try:
+    import fcntl
+except ImportError:  # no such locks on Windows
+    fcntl = None
+
+LOCK_NAME = "run.lock"
+_locked: set[str] = set()
+
+
+def is_main_process() -> bool:
+    """Whether this process writes and prints, of those that `accelerate launch` started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def write_whole(path: str | os.PathLike, write: Callable[[str], Any]) -> None:
-    """Call `write(temporary path)` and rename its file to `path`.
+    """Call `write(temporary path)` and rename the file or folder that it makes there to `path`,
+    once it is on the disk; a folder replaces a folder, a file a file.
 
     Raises:
         InputError: it cannot be written.
@@ -21,13 +43,22 @@ def write_whole(path: str | os.PathLike, write: Callable[[str], Any]) -> None:
     temporary = f"{path}.tmp-{os.getpid()}"
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        _remove(temporary)  # of a killed writer with this number
         write(temporary)
+        _flush(temporary)
+        if os.path.isdir(temporary) and os.path.isdir(path):
+            shutil.rmtree(path)
         os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
+        _flush_one(os.path.dirname(path) or ".")
+    except (
+        OSError,
+        ValueError,
+        SafetensorError,
+    ) as error:  # ValueError: a null character in a path
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise InputError(f"{path}: cannot be written ({reason})") from error
     finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+        _remove(temporary)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -43,3 +74,100 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 def write_json(path: str | os.PathLike, record: Any) -> None:
     """Write a JSON file; raises InputError where it cannot be written."""
     write_text(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """What stands in a JSON file, by the standard alone: no NaN or Infinity, no key twice.
+
+    Raises:
+        InputError: it cannot be read, is not UTF-8, not JSON, or nested too deep; the message does
+            not name the file.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file, parse_constant=_refuse, object_pairs_hook=_distinct)
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"cannot be read ({one_line(error)})") from error
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r:.100} stands there twice")
+        found[key] = value
+    return found
+
+
+@contextlib.contextmanager
+def locked(folder: str | None) -> Iterator[None]:
+    """Hold `folder` for one run: a second live one is refused, and what killed ones left half
+    written is removed. The kernel frees the lock of a process that dies. Blocks of one process may
+    stand inside each other; of several processes of one run, the first holds the lock for all.
+
+    Raises:
+        InputError: another live run holds it.
+    """
+    key = folder and os.path.realpath(folder)
+    if folder is None or key in _locked or not is_main_process() or fcntl is None:
+        yield
+        return
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, LOCK_NAME), "a+", encoding="utf-8") as file:
+        _lock(file, folder)
+        _locked.add(key)
+        try:
+            for place in (folder, os.path.join(folder, "checkpoints")):
+                for left in glob.glob(os.path.join(glob.escape(place), "*.tmp-*")):
+                    if re.search(r"\.tmp-\d+$", left):
+                        _remove(left)
+            yield
+        finally:
+            _locked.remove(key)
+
+
+def _lock(file, folder: str) -> None:
+    try:
+        # not flock: data workers would inherit it, and hold it for a while when this process dies
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise InputError(
+            f"output_dir={folder!r}: a live run uses it ({file.read().strip()}); name another "
+            "folder, or end that run first"
+        ) from None
+    except OSError as error:  # some network file systems
+        warnings.warn(f"{folder}: cannot be locked ({error.strerror})", stacklevel=4)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+
+
+def _flush(path: str) -> None:
+    """Wait until a file, or a folder with all that is in it, is on the disk."""
+    for folder, _, names in os.walk(path):
+        for name in names:
+            _flush_one(os.path.join(folder, name))
+    _flush_one(path)
+
+
+def _flush_one(path: str) -> None:
+    if os.name == "nt" and os.path.isdir(path):
+        return  # Windows opens no folders
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: str) -> None:
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.remove(path)

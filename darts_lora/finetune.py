@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -28,11 +30,18 @@ from transformers import (
 )
 
 from darts_lora.collator import Collator, LabelCollator
-from darts_lora.config import DataConfig, ModelConfig, TrainingConfig, check_writable
+from darts_lora.config import (
+    DataConfig,
+    ModelConfig,
+    TrainingConfig,
+    check_bounds,
+    check_writable,
+)
 from darts_lora.data import Rows, make_collator, training_rows
 from darts_lora.errors import InputError
-from darts_lora.files import write_json, write_whole
+from darts_lora.files import locked, write_json, write_whole
 from darts_lora.genotype import Genotype, pad_to_max_rank
+from darts_lora.interruption import Stopped, StopRequest, heed_parent_alone, told_as_input_errors
 from darts_lora.models import load_model
 from darts_lora.targets import match_modules, match_saved_modules, task_type
 
@@ -64,22 +73,16 @@ class FinetuneConfig:
     """Seed of the LoRA weights and of the data order."""
 
     def __post_init__(self):
-        if self.init not in ("scratch", "inherit"):
-            raise InputError(f"init={self.init!r}: must be one of scratch, inherit")
-        if self.adapter_dtype not in ("float32", "bfloat16"):
-            raise InputError(
-                f"adapter_dtype={self.adapter_dtype!r}: must be one of float32, bfloat16"
-            )
+        check_bounds(
+            self,
+            at_least={"rank": 1, "seed": 0},
+            above={"scaling": 0.0},
+            choices={"init": ("scratch", "inherit"), "adapter_dtype": ("float32", "bfloat16")},
+        )
         if self.rank is None and self.genotype is None:
             raise InputError("genotype=None: give a genotype, or a rank for a uniform baseline")
-        if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
-            raise InputError(f"rank={self.rank!r}: must be an integer >= 1")
         if self.rank is not None and self.init == "inherit":
             raise InputError("init='inherit': a search leaves weights for its genotype alone")
-        if not (math.isfinite(self.scaling) and self.scaling > 0):
-            raise InputError(f"scaling={self.scaling!r}: must be a number > 0")
-        if type(self.seed) is not int or self.seed < 0:
-            raise InputError(f"seed={self.seed!r}: must be an integer >= 0")
 
 
 def finetune(
@@ -93,9 +96,24 @@ def finetune(
         The trained model, and the record that stands in finetune.json.
 
     Raises:
-        InputError: bad input of any kind, before training starts; a loss that is not finite.
+        InputError: bad input of any kind, before training starts; a live run in output_dir; a loss
+            that is not finite; no memory is left; a data worker died.
+        Stopped: SIGTERM, SIGINT or max_runtime, as of RankSearch.run; the adapter so far is in
+            output_dir/checkpoint.
     """
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise InputError(
+            "distributed_type=FSDP: a finetune keeps whole weights on each process; launch it with "
+            "recipes/accelerate_configs/ddp.yaml or single.yaml"
+        )
     check_writable(config.output_dir)
+    with locked(config.output_dir):
+        return _finetune(config, model, data, training)
+
+
+def _finetune(
+    config: FinetuneConfig, model: ModelConfig, data: DataConfig, training: TrainingConfig
+) -> tuple[PeftModel, dict[str, Any]]:
     genotype = _load_genotype(config.genotype)
     collator = make_collator(model, data)
     rows = training_rows(data, config.seed)
@@ -207,17 +225,22 @@ def train(
     if half and training.mixed_precision == "no" and trainable[0].dtype == torch.float32:
         precision = "bf16" if model.dtype == torch.bfloat16 else "fp16"
         training = replace(training, mixed_precision=precision)
+    stop, folder = StopRequest(training.max_runtime), os.path.join(output_dir, "checkpoint")
     trainer = _Trainer(
         model=model,
         args=_arguments(training, output_dir, seed),
         train_dataset=dataset,
         data_collator=collator,
-        callbacks=[_SaveAdapter(training.save_steps)],
     )
+    trainer.add_callback(_SaveAdapter(trainer, training.save_steps, folder, stop))
     trainer.remove_callback(ProgressCallback)  # prints whole dictionaries
     trainer.add_callback(_Progress)
     start = time.perf_counter()
-    with disable_input_dtype_casting(model, active=half):
+    with (
+        stop,
+        told_as_input_errors(lambda: _kept(folder)),
+        disable_input_dtype_casting(model, active=half),
+    ):
         trainer.train()
     seconds = time.perf_counter() - start
     if trainer.is_world_process_zero():
@@ -254,6 +277,11 @@ def _arguments(training: TrainingConfig, output_dir: str, seed: int) -> Training
 class _Trainer(Trainer):
     """Stops at a loss that is not finite, on any process, before it enters the weights."""
 
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        loader.worker_init_fn = partial(_begin_worker, loader.worker_init_fn)
+        return loader
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
         losses = self.accelerator.gather(loss.detach())
@@ -265,6 +293,12 @@ class _Trainer(Trainer):
         return loss
 
 
+def _begin_worker(seed: Callable[[int], None] | None, worker: int) -> None:
+    heed_parent_alone(worker)
+    if seed is not None:
+        seed(worker)
+
+
 class _Progress(ProgressCallback):
     """The bar with the time left; beside it one number, the loss."""
 
@@ -274,18 +308,34 @@ class _Progress(ProgressCallback):
 
 
 class _SaveAdapter(TrainerCallback):
-    """Every `save_steps` steps, the adapter alone to output_dir/checkpoint; 0: never."""
+    """The adapter to `folder` every `save_steps` steps (0: never) and where a stop is asked for."""
 
-    def __init__(self, save_steps: int):
-        self.save_steps = save_steps
+    def __init__(self, trainer: Trainer, save_steps: int, folder: str, stop: StopRequest):
+        self.trainer, self.save_steps, self.folder, self.stop = trainer, save_steps, folder, stop
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
+        asked = torch.tensor([self.stop.status], device=self.trainer.accelerator.device)
+        status = int(self.trainer.accelerator.gather(asked).max())  # of any process, for all
+        if state.global_step == state.max_steps:
+            status = 0
         due = self.save_steps > 0 and state.global_step % self.save_steps == 0
-        if due and state.is_world_process_zero:
-            folder = os.path.join(args.output_dir, "checkpoint")
-            model.save_pretrained(f"{folder}.new")
-            shutil.rmtree(folder, ignore_errors=True)
-            os.rename(f"{folder}.new", folder)
+        if (due or status) and state.is_world_process_zero:
+            write_whole(self.folder, model.save_pretrained)
+        if status:
+            if state.is_world_process_zero:
+                print(
+                    f"\n{self.stop.reason(status)}: stopped after step {state.global_step} of "
+                    f"{state.max_steps}; {_kept(self.folder)}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            raise Stopped(status)
+
+
+def _kept(folder: str) -> str:
+    if not os.path.isdir(folder):
+        return "no adapter was written"
+    return f"{folder} has the last adapter that was saved; a finetune starts anew"
 
 
 def _record(trainer: Trainer, seconds: float) -> dict[str, Any]:

@@ -3,10 +3,10 @@ Not here: how ranks are chosen (discretize.py) and retrained (finetune.py)."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,14 +20,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from darts_lora.errors import InputError
-from darts_lora.files import write_json
+from darts_lora.config import check_ranks
+from darts_lora.errors import InputError, one_line
+from darts_lora.files import read_json, write_json
 from darts_lora.mixed_linear import branch_columns, linear_shape
 
 if TYPE_CHECKING:
     from darts_lora.supernet import Supernet
 
 VERSION = 1
+MAX_RANK = 2**31 - 1
+MAX_NAME = 1000  # characters; transformers' longest have about 100
+NAMES = f"dotted module names, no part empty, of at most {MAX_NAME} printable characters"
 PEFT_PREFIX = "base_model.model."
 
 
@@ -36,7 +40,9 @@ class Genotype:
     """One rank for every searched layer.
 
     Raises:
-        InputError: ranks are not names -> integers >= 0, or the scaling is not above 0.
+        InputError: a field holds something else than its docstring says. Module names are dotted,
+            no part empty, of printable characters: they go to the screen and into regular
+            expressions (escaped), never into paths.
     """
 
     ranks: dict[str, int]
@@ -59,20 +65,58 @@ class Genotype:
     """How it was found: method, budget, steps, seed, versions."""
 
     def __post_init__(self):
-        ok = isinstance(self.ranks, dict) and self.ranks
-        for name, rank in self.ranks.items() if ok else ():
-            ok = ok and isinstance(name, str) and bool(name) and type(rank) is int and rank >= 0
-        if not ok:
-            raise InputError("genotype: ranks must map module names to integers >= 0")
-        if not (isinstance(self.scaling, int | float) and 0 < self.scaling < float("inf")):
-            raise InputError(f"genotype: scaling={self.scaling!r} must be a number above 0")
+        ok = isinstance(self.ranks, dict) and bool(self.ranks)
+        _require(ok, "ranks", self.ranks, "must map module names to integers >= 0")
+        for name, rank in self.ranks.items():
+            ok = type(rank) is int and 0 <= rank <= MAX_RANK
+            _require(
+                ok, "ranks", {name: rank}, f"must map module names to integers, 0 to {MAX_RANK}"
+            )
+            _require(_is_name(name), "ranks", {name: rank}, "must map " + NAMES)
+        ok = type(self.scaling) in (int, float) and 0 < self.scaling < 1e30
+        _require(ok, "scaling", self.scaling, "must be a number above 0")
+        ok = self.branches in ("independent", "nested")
+        _require(ok, "branches", self.branches, "must be independent or nested")
+        saved = self.modules_to_save
+        ok = isinstance(saved, list) and all(map(_is_name, saved))
+        _require(ok, "modules_to_save", saved, "must be a list of " + NAMES)
+        ok = self.base_model is None or isinstance(self.base_model, str)
+        _require(ok, "base_model", self.base_model, "must be the name of a model")
+        self._check_search()
+
+    def _check_search(self) -> None:
+        """What only a search knows: shapes, candidates, probabilities, its budget."""
+        if self.candidates is not None:
+            ok = list(check_ranks(self.candidates)) == self.candidates
+            _require(ok, "candidates", self.candidates, "must be a list of ranks that rise")
+        for option, length in (("shapes", 2), ("probabilities", len(self.candidates or ()))):
+            table = getattr(self, option)
+            if table is None:
+                continue
+            ok = isinstance(table, dict) and table.keys() == self.ranks.keys()
+            _require(ok, option, table, f"must give {length} numbers for every module of ranks")
+            for name, row in table.items():
+                ok = isinstance(row, list | tuple) and len(row) == length
+                ok = ok and (_is_shape(row) if option == "shapes" else _is_distribution(row))
+                kind = "sizes of at least 1" if option == "shapes" else "parts of 1"
+                rule = f"must give {length} numbers for every module of ranks, {kind}"
+                _require(ok, option, {name: row}, rule)
+        if self.shapes is not None:
+            self.shapes = {name: tuple(shape) for name, shape in self.shapes.items()}
+            for name, rank in self.ranks.items():
+                rule = f"must be at most {max(self.shapes[name])}, the larger side of the layer"
+                _require(rank <= max(self.shapes[name]), "ranks", {name: rank}, rule)
+        _require(isinstance(self.found_by, dict), "found_by", self.found_by, "must be a mapping")
+        budget = self.found_by.get("budget_parameters")
+        ok = budget is None or (type(budget) in (int, float) and 0 <= budget < 1e30)
+        _require(ok, "budget_parameters", budget, "must be a number >= 0")
 
     @classmethod
     def from_supernet(cls, supernet: Supernet) -> Genotype:
         """The most probable rank of each of the supernet's layers, and all that led to it."""
         candidates = list(supernet.config.ranks)
         with torch.no_grad():
-            probabilities = supernet.stacked_alpha().double().softmax(-1).cpu()
+            probabilities = supernet.alpha.double().softmax(-1).cpu()
         names = list(supernet.layers)
         model_config = getattr(supernet.model, "config", None)
         return cls(
@@ -122,6 +166,9 @@ class Genotype:
                 f"model, first {missing[0]!r}; is it the model that was searched "
                 f"({self.base_model or 'unknown'})?"
             )
+        twice = [name for name, count in Counter(names.values()).items() if count > 1]
+        if twice:
+            raise InputError(f"genotype: two of its names are of one module, {twice[0]!r}")
         renamed = {**asdict(self), "ranks": {names[n]: r for n, r in self.ranks.items()}}
         renamed["shapes"] = {new: linear[new] for new in names.values()}
         if self.probabilities is not None:
@@ -167,7 +214,9 @@ class Genotype:
             **options,
         )
         if model is not None:
-            _check_keys(lora_config, ranks, [name for name, _ in model.named_modules()])
+            names = [name for name, _ in model.named_modules()]
+            _check_keys(lora_config, ranks, names)
+            _check_saved(genotype.modules_to_save, names)
         return lora_config
 
     def inherited_state(self, source: Supernet | str | os.PathLike) -> dict[str, Tensor]:
@@ -219,32 +268,30 @@ class Genotype:
             InputError: the file is missing, truncated, or holds something else.
         """
         try:
-            with open(path, encoding="utf-8") as file:
-                content = json.load(file)
-        except (OSError, ValueError, RecursionError) as error:
-            raise InputError(f"genotype {os.fspath(path)!r}: cannot be read ({error})") from error
-        try:
-            return cls._from_content(content)
+            return cls._from_content(read_json(path))
         except InputError as error:
-            raise InputError(f"genotype {os.fspath(path)!r}: {error}") from error
+            reason = str(error).removeprefix("genotype: ")
+            raise InputError(f"genotype {os.fspath(path)!r}: {reason}") from error
 
     @classmethod
     def _from_content(cls, content: Any) -> Genotype:
         if not isinstance(content, dict):
             raise InputError(f"holds a {type(content).__name__}, not a genotype")
         if "version" not in content:
-            return cls({name.removeprefix(PEFT_PREFIX): rank for name, rank in content.items()})
-        if content["version"] != VERSION:
-            raise InputError(f"version {content['version']!r}; this release reads {VERSION}")
-        known = {key: content[key] for key in cls.__dataclass_fields__ if key in content}
-        genotype = cls(**{"ranks": None, **known})
-        for option, length in (("shapes", 2), ("probabilities", len(genotype.candidates or ()))):
-            table = getattr(genotype, option)
-            if table is not None and not _is_number_table(table, genotype.ranks, length):
-                raise InputError(f"{option} must give {length} numbers for every module of ranks")
-        if genotype.shapes is not None:
-            genotype.shapes = {name: tuple(shape) for name, shape in genotype.shapes.items()}
-        return genotype
+            ranks = {name.removeprefix(PEFT_PREFIX): rank for name, rank in content.items()}
+            if len(ranks) < len(content):
+                raise InputError(f"a module stands there with and without {PEFT_PREFIX!r}")
+            return cls(ranks)
+        version = content.pop("version")
+        if type(version) is not int or version != VERSION:
+            raise InputError(f"version {version!r:.100}; this release reads {VERSION}")
+        unknown = content.keys() - cls.__dataclass_fields__
+        if unknown:
+            raise InputError(
+                f"{min(unknown)!r:.100} is not known; a genotype has "
+                f"{', '.join(cls.__dataclass_fields__)}"
+            )
+        return cls(**{"ranks": None, **content})
 
 
 def pad_to_max_rank(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -268,16 +315,26 @@ def _read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"searched weights {os.fspath(path)!r}: {error}") from error
+        raise InputError(f"searched weights {os.fspath(path)!r}: {one_line(error)}") from error
 
 
-def _is_number_table(table: Any, names: Iterable[str], length: int) -> bool:
-    return (
-        isinstance(table, dict)
-        and set(table) == set(names)
-        and all(isinstance(row, list | tuple) and len(row) == length for row in table.values())
-        and all(isinstance(value, int | float) for row in table.values() for value in row)
-    )
+def _require(ok: bool, option: str, value: Any, rule: str) -> None:
+    if not ok:
+        raise InputError(f"genotype: {option}={value!r:.100}: {rule}")
+
+
+def _is_name(name: Any) -> bool:
+    ok = isinstance(name, str) and len(name) <= MAX_NAME and name.isprintable()
+    return ok and all(name.split("."))
+
+
+def _is_shape(row: Iterable) -> bool:
+    return all(type(size) is int and 0 < size <= MAX_RANK for size in row)
+
+
+def _is_distribution(row: Iterable) -> bool:
+    numbers = all(type(share) in (int, float) and 0 <= share <= 1 for share in row)
+    return numbers and abs(sum(row) - 1) < 1e-3
 
 
 def _current_names(names: Iterable[str], modules: dict, model: nn.Module) -> list[str]:
@@ -308,3 +365,16 @@ def _check_keys(lora_config: LoraConfig, ranks: dict[str, int], names: list[str]
         raise InputError(
             f"genotype: target_modules matches {len(targets)} modules, not {len(ranks)}"
         )
+
+
+def _check_saved(saved: list[str], names: list[str]) -> None:
+    """PEFT, which matches by the end of names, trains these modules and no others."""
+    for name in saved:
+        if name not in names:
+            raise InputError(f"genotype: modules_to_save={saved!r}: {name!r} is not in the model")
+        more = [n for n in names if n.endswith(name) and n not in saved]
+        if more:
+            raise InputError(
+                f"genotype: modules_to_save={saved!r}: PEFT would train {more[0]!r} as well, whose "
+                f"name ends like {name!r}"
+            )

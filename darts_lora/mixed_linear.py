@@ -60,6 +60,9 @@ class MixedRankLinear(nn.Module):
         alpha: float32 parameter (K,), the architecture weights, zeros at the start.
         gates: g for the coming forwards, (R,) or one row per example (rows, R), set by a Supernet;
             None: softmax(alpha) decides.
+        arch_gates: the second half of the rows of `gates`, for a joint pass: they alone get
+            gradients, and the first half of the examples alone gives A and B theirs. None: no
+            joint pass.
         trains_weights: whether gradients of A and B are wanted of the coming forwards.
 
     Raises:
@@ -113,6 +116,7 @@ class MixedRankLinear(nn.Module):
             membership[branch_columns(self.ranks, rank, branches), k] = 1
         self.register_buffer("membership", membership, persistent=False)
         self.gates: Tensor | None = None
+        self.arch_gates: Tensor | None = None
         self.trains_weights = True
 
     def probabilities(self) -> Tensor:
@@ -131,14 +135,26 @@ class MixedRankLinear(nn.Module):
         (image tiles: each row's gates are repeated); where it is not (packed sequences), the first
         row's gates serve all of x.
         """
-        gates = self.gates
+        gates, arch_gates = self.gates, self.arch_gates
         if gates is None:
             gates = self.scaling * (self.membership @ self.probabilities())
+        if gates.dim() == 1:
+            gates = gates[None]
+        elif x.dim() == 1 or x.shape[0] % gates.shape[0]:
+            if arch_gates is not None:
+                raise InputError(
+                    f"joint=true: a layer {self.in_features} -> {self.out_features} sees a tensor "
+                    f"{tuple(x.shape)} that is not made of the batch's rows; use joint=false"
+                )
+            gates = gates[:1]
         a, b = self.lora_A, self.lora_B
         if not self.trains_weights:
             a, b = a.detach(), b.detach()
-        y, x = self.base_layer(x), self.dropout(x)
-        return _Mixture.apply(y, x, a, b, _broadcast(gates, x))
+        base, dtype = self.base_layer, _compute_dtype(x)
+        if type(self.dropout) is nn.Identity and _is_plain(base, dtype):
+            return _Mixture.apply(x, a, b, gates, arch_gates, None, base.weight, base.bias, dtype)
+        x, y = self.dropout(x), base(x)
+        return _Mixture.apply(x, a, b, gates, arch_gates, y, None, None, dtype)
 
     @property
     def weight(self) -> Tensor:
@@ -155,67 +171,107 @@ class MixedRankLinear(nn.Module):
 
 
 class _Mixture(torch.autograd.Function):
-    """y + ((x A^T) * g) B^T in the dtype of x, or autocast's, as one node of autograd: nothing is
-    computed or kept for gradients that the step does not want, and the sum is part of a product.
+    """y + ((x A^T) * g) B^T in `dtype`, as one node of autograd: nothing is computed or kept for
+    gradients that the step does not want, and all sums are part of products.
 
-    y (..., out); x (..., in); A (R, in); B (out, R); g broadcasts against (..., R).
+    x (..., in); A (R, in); B (out, R); g (rows, R), whose rows divide the leading sizes of x; y
+    (..., out), or None: then y is x W^T + bias, W (out, in), and is part of the node. In a joint
+    pass arch_gates is the second half of g and gets the gradient of that half of the tokens; the
+    first half gives A and B theirs.
+
+    A model calls this hundreds of times a step: every call below costs as much as a small kernel.
     """
 
     @staticmethod
-    def forward(ctx, y, x, a, b, gates):
-        device = x.device.type
-        autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
-        with torch.autocast(device, enabled=False):
-            flat, a_used, b_used = _rows(x).to(dtype), a.to(dtype), b.to(dtype)
-            h = (flat @ a_used.T).view(*x.shape[:-1], len(a))
-            gated = h * gates.to(dtype)
-            gated_flat, y_flat = _rows(gated), _rows(y)
-            if y.dtype == dtype:
-                out = torch.addmm(y_flat, gated_flat, b_used.T)
-            else:
-                out = y_flat + (gated_flat @ b_used.T).to(y.dtype)
-        _, _, wants_a, wants_b, wants_gates = ctx.needs_input_grad
+    def forward(ctx, x, a, b, gates, arch_gates, y, weight, bias, dtype):
+        flat = _cast(x.reshape(-1, x.shape[-1]), dtype)
+        a_used, b_used = _cast(a, dtype), _cast(b, dtype)
+        _, wants_a, wants_b, wants_gates, wants_arch_gates = ctx.needs_input_grad[:5]
+        h = torch.mm(flat, a_used.t())
+        gated = _gate(h, gates, torch.empty_like(h) if wants_gates or wants_arch_gates else h)
+        if weight is not None:
+            out = nn.functional.linear(flat, weight, bias).addmm_(gated, b_used.t())
+        elif y.dtype == dtype:
+            out = torch.addmm(y.reshape(-1, y.shape[-1]), gated, b_used.t())
+        else:
+            out = y.reshape(-1, y.shape[-1]) + torch.mm(gated, b_used.t()).to(y.dtype)
+        if wants_arch_gates:
+            half = len(flat) // 2
+            flat, gated, h = flat[:half], gated[:half], h[half:]
         ctx.save_for_backward(
-            flat if wants_a else None, a_used, b_used, gates,
-            h if wants_gates else None, gated_flat if wants_b else None,
+            flat if wants_a else None, a_used, b_used, gates, weight,
+            h if wants_gates or wants_arch_gates else None, gated if wants_b else None,
         )  # fmt: skip
-        ctx.dtypes = x.dtype, a.dtype, b.dtype
-        return out.view(y.shape)
+        ctx.x_shape, ctx.dtypes = x.shape, (x.dtype, a.dtype, b.dtype)
+        return out.view(*x.shape[:-1], b.shape[0])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, out):
-        flat, a, b, gates, h, gated = ctx.saved_tensors
-        _, wants_x, wants_a, wants_b, wants_gates = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            raise RuntimeError("MixedRankLinear: gradients of gradients are not implemented")
+        flat, a, b, gates, weight, h, gated = ctx.saved_tensors
+        wants_x, wants_a, wants_b, wants_gates, wants_arch_gates, wants_y = ctx.needs_input_grad[:6]
         x_dtype, a_dtype, b_dtype = ctx.dtypes
-        out_flat = _rows(out).to(b.dtype)
-        g_x = g_a = g_b = g_gates = None
+        rows = _cast(out.reshape(-1, out.shape[-1]), b.dtype)
+        g_x = g_a = g_b = g_gates = g_arch_gates = None
         if wants_b:
-            g_b = (out_flat.T @ gated).to(b_dtype)
-        g_gated = (out_flat @ b).view(*out.shape[:-1], len(a))
+            g_b = _product(rows[: len(gated)].t(), gated, b_dtype)
+        g_h = torch.mm(rows, b)
         if wants_gates:
-            g_gates = (g_gated * h).float() if gates.dtype == torch.float32 else g_gated * h
-            g_gates = g_gates.sum_to_size(gates.shape)
+            g_gates = _groups(g_h * h, gates).sum(1, dtype=gates.dtype)
+        if wants_arch_gates:
+            second = gates[len(gates) // 2 :]
+            g_arch_gates = _groups(g_h[-len(h) :] * h, second).sum(1, dtype=gates.dtype)
         if wants_x or wants_a:
-            g_h = _rows(g_gated * gates.to(b.dtype))
-            g_a = (g_h.T @ flat).to(a_dtype) if wants_a else None
-            g_x = (g_h @ a).to(x_dtype).view(*out.shape[:-1], a.shape[1]) if wants_x else None
-        return out, g_x, g_a, g_b, g_gates
+            _gate(g_h, gates, g_h)
+        if wants_a:
+            g_a = _product(g_h[: len(flat)].t(), flat, a_dtype)
+        if wants_x:
+            g_x = torch.mm(g_h, a) if weight is None else torch.mm(rows, weight).addmm_(g_h, a)
+            g_x = _cast(g_x, x_dtype).view(ctx.x_shape)
+        g_y = out if wants_y else None
+        return g_x, g_a, g_b, g_gates, g_arch_gates, g_y, None, None, None
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x (..., n) as (rows, n); a single row and no row at all too."""
-    return x.reshape(-1, x.shape[-1])
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a product with x is computed in: autocast's, or that of x."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def _broadcast(gates: Tensor, h: Tensor) -> Tensor:
-    """Gates (R,) or (rows, R) in a shape that multiplies h (leading, ..., R)."""
-    if gates.dim() == 1:
-        return gates
-    times, remainder = divmod(h.shape[0], gates.shape[0]) if h.dim() > 1 else (0, 1)
-    if remainder:
-        return gates[0]
-    if times != 1:
-        gates = gates.repeat_interleave(times, dim=0)
-    return gates.view(-1, *[1] * (h.dim() - 2), gates.shape[-1])
+def _is_plain(base: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether calling `base` is x W^T + bias and nothing else: no quantization, no hook."""
+    if type(base) is not nn.Linear or "forward" in vars(base):
+        return False
+    weight = base.weight
+    return (
+        type(weight) in (nn.Parameter, Tensor)
+        and weight.dtype == dtype
+        and not (base._forward_hooks or base._forward_pre_hooks)
+        and not (base._backward_hooks or base._backward_pre_hooks)
+    )
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def _gate(h: Tensor, gates: Tensor, out: Tensor) -> Tensor:
+    """h * gates, computed in the wider dtype of both, written to `out`, which may be h."""
+    if gates.shape[0] == 1:
+        return torch.mul(h, gates, out=out)
+    torch.mul(_groups(h, gates), gates[:, None], out=_groups(out, gates))
+    return out
+
+
+def _groups(h: Tensor, gates: Tensor) -> Tensor:
+    """h (tokens, R) as (rows of gates, tokens of each, R): image tiles share their row's gates."""
+    rows = gates.shape[0]
+    return h.view(rows, h.shape[0] // rows, h.shape[1])
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b in `dtype`: on a GPU straight from the sums, which are float32 there."""
+    if a.is_cuda and dtype == torch.float32 != a.dtype:
+        return torch.mm(a, b, out_dtype=dtype)
+    return _cast(torch.mm(a, b), dtype)

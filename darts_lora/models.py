@@ -4,14 +4,12 @@ Not here: adapters and search layers (supernet.py, finetune.py), nor what a batc
 from __future__ import annotations
 
 import os
-import struct
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
-from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
@@ -30,7 +28,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from darts_lora.config import ModelConfig
-from darts_lora.errors import InputError
+from darts_lora.errors import InputError, one_line
 
 EMBEDDED = Path(__file__).parent / "embedded"
 # What a message of a missing package says -> the extra of this package that brings it.
@@ -41,10 +39,6 @@ EXTRAS = {
     "torchao": "quantization",
     "gguf": "smollm2",
 }
-# What loading raises where a model is not there, is damaged or cut off (struct: GGUF headers), or
-# needs a package that is not there.
-UNREADABLE = (OSError, ValueError, TypeError, RuntimeError, ImportError)
-UNREADABLE += (SafetensorError, struct.error)
 
 
 def load_model(config: ModelConfig) -> PreTrainedModel:
@@ -190,8 +184,8 @@ def _explained(model: ModelConfig):
     name, source = model.model_name_or_path, _source(model)
     try:
         yield
-    except UNREADABLE as error:
-        reason = " ".join(str(error).split())
+    except Exception as error:  # any kind: damaged files, sizes that are none, missing packages
+        reason = one_line(error, 500)
         named = EXTRAS.items() if isinstance(error, ImportError) else ()
         extras = {extra for package, extra in named if package in reason.lower()}
         if extras:
@@ -200,6 +194,4 @@ def _explained(model: ModelConfig):
             advice = "give a hub name, a folder written by save_pretrained, or embedded"
         local = os.path.isdir(source) or extras
         kind = "cannot be loaded" if local else "no local folder, no model of the hub"
-        raise InputError(
-            f"model_name_or_path={name!r}: {kind} ({reason[:300]}); {advice}"
-        ) from error
+        raise InputError(f"model_name_or_path={name!r}: {kind} ({reason}); {advice}") from error

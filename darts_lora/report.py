@@ -1,15 +1,13 @@
 """A finished (or unfinished) search as one HTML file with its pictures, and the pictures as PNGs.
-Not here: the record that it reads (tensorboard.py), the table on the screen (tables.py)."""
+Not here: the folders that it reads (runs.py), the table on the screen (tables.py)."""
 
 from __future__ import annotations
 
 import base64
 import html
 import io
-import json
 import os
 import platform
-from dataclasses import dataclass, field
 from typing import Any
 
 import matplotlib
@@ -17,14 +15,12 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from darts_lora.cli import CONFIG_NAME, load_config
 from darts_lora.config import check_writable
-from darts_lora.errors import InputError
 from darts_lora.files import write_text, write_whole
 from darts_lora.genotype import Genotype
 from darts_lora.images import rank_image
+from darts_lora.runs import Search
 from darts_lora.tables import by_part
-from darts_lora.tensorboard import read_metrics
 from darts_lora.verdict import verdict_text
 
 STYLE = """
@@ -42,92 +38,21 @@ code { background: #f3f3f3; padding: 0.1rem 0.3rem; overflow-wrap: anywhere }
 """
 
 
-@dataclass
-class Search:
-    """What a search's folder holds."""
-
-    folder: str
-    layers: dict[str, list[int]]
-    """Layer name -> (in, out)."""
-    candidates: list[int]
-    budget: float | None
-    parts: dict[str, str]
-    """Layer name -> vision, language or connector."""
-    records: list[dict[str, Any]]
-    """Of metrics.jsonl, one a step."""
-    options: dict[str, Any] = field(default_factory=dict)
-    genotype: Genotype | None = None
-    """None: the search is not finished."""
-
-    @classmethod
-    def load(cls, folder: str) -> Search:
-        """Read a search's folder, finished or not.
-
-        Raises:
-            InputError: it is not the folder of a search, or has no record yet.
-        """
-        paths = {name: os.path.join(folder, name) for name in ("layers.json", "metrics.jsonl")}
-        try:
-            with open(paths["layers.json"], encoding="utf-8") as file:
-                about = json.load(file)
-            shapes, candidates = about["shapes"], about["candidates"]
-            budget, parts = about["budget"], about["parts"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"search_dir={folder!r}: no search's layers.json there ({error}); name the "
-                "output_dir of recipes/search.py"
-            ) from error
-        # by step: whatever was written twice counts once
-        records = {record["step"]: record for record in read_metrics(paths["metrics.jsonl"])}
-        if not records:
-            raise InputError(f"search_dir={folder!r}: metrics.jsonl has no record yet")
-        config, genotype = os.path.join(folder, CONFIG_NAME), os.path.join(folder, "genotype.json")
-        return cls(
-            folder,
-            shapes,
-            candidates,
-            budget,
-            parts,
-            [records[step] for step in sorted(records)],
-            load_config(config) if os.path.isfile(config) else {},
-            Genotype.load(genotype) if os.path.isfile(genotype) else None,
-        )
-
-    @property
-    def ranks(self) -> dict[str, float]:
-        """The chosen ranks; of an unfinished search the expected ones."""
-        if self.genotype is not None:
-            return dict(self.genotype.ranks)
-        return dict(zip(self.layers, self.records[-1]["expected_ranks"], strict=True))
-
-
-def load_finetune(folder: str) -> dict[str, Any]:
-    """A finetune's name, trainable parameters, test loss and exact match, and those of its base.
-
-    Raises:
-        InputError: the folder has no evaluation.json.
-    """
-    path = os.path.join(folder, "evaluation.json")
-    try:
-        with open(path, encoding="utf-8") as file:
-            results = json.load(file)
-        adapter = results["adapter"]
-        return {"name": os.path.basename(os.path.normpath(folder)), **adapter} | {
-            "base": results.get("base")
-        }
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"finetune_dir={folder!r}: no evaluation.json there ({error}); run "
-            f"`accelerate launch recipes/evaluate.py --adapter {folder}` first"
-        ) from error
-
-
 def write_report(search: Search, finetunes: list[dict[str, Any]], output: str) -> None:
     """Write `output` (HTML) and, in the folder beside it named as it is, each picture as a PNG.
 
     Raises:
         InputError: it cannot be written.
     """
+    with matplotlib.rc_context({"text.parse_math": False}):  # "$" in a name is a character
+        pictures = _pictures(search, finetunes)
+    folder = check_writable(os.path.splitext(output)[0] + "_pictures", "output")
+    for name, content in pictures.items():
+        write_whole(os.path.join(folder, f"{name}.png"), _writer(content))
+    write_text(output, _page(search, finetunes, pictures))
+
+
+def _pictures(search: Search, finetunes: list[dict[str, Any]]) -> dict[str, bytes]:
     pictures = {
         "ranks": _png(rank_image(search.ranks, search.candidates[-1], search.parts)),
         "losses": _figure(_draw_losses, search),
@@ -137,10 +62,7 @@ def write_report(search: Search, finetunes: list[dict[str, Any]], output: str) -
     }
     if finetunes:
         pictures["finetunes"] = _figure(_draw_finetunes, finetunes)
-    folder = check_writable(os.path.splitext(output)[0] + "_pictures", "output")
-    for name, content in pictures.items():
-        write_whole(os.path.join(folder, f"{name}.png"), _writer(content))
-    write_text(output, _page(search, finetunes, pictures))
+    return pictures
 
 
 def _writer(content: bytes):
@@ -234,6 +156,8 @@ def _draw_parts(panel, search: Search) -> None:
 def _draw_finetunes(panel, finetunes: list[dict[str, Any]]) -> None:
     """Test loss against parameters, uniform ranks and derived models alike."""
     for run in finetunes:
+        if run["loss"] is None:  # not finite: the table says so
+            continue
         (point,) = panel.plot(run["trainable_parameters"], run["loss"], "o")
         place = (run["trainable_parameters"], run["loss"])
         panel.annotate(
@@ -297,8 +221,15 @@ def _result(search: Search) -> list[str]:
     return [
         f"{adapted} of {len(genotype.ranks)} layers adapted, {genotype.num_parameters:,} trainable "
         f"parameters; {last['step']} steps in {last['seconds']:.0f} s.",
-        verdict_text(genotype.found_by["verdict"]),
+        *_verdict(genotype),
     ]
+
+
+def _verdict(genotype: Genotype) -> list[str]:
+    try:
+        return [verdict_text(genotype.found_by["verdict"])]
+    except (KeyError, TypeError, ValueError):  # of another tool: the ranks are there all the same
+        return []
 
 
 def _section(title: str, pictures: dict, name: str, caption: str, kind: str = "") -> str:

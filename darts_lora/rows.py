@@ -72,7 +72,9 @@ def row_messages(row: dict) -> list[dict[str, Any]]:
 def row_images(row: dict) -> list[Image.Image]:
     """The row's images, decoded, from column `images` or `image`.
 
-    Values are images, paths (also relative to the data file), or {"bytes", "path"} as in Parquet.
+    Values are images, paths (also relative to the data file), or {"bytes", "path"} as in Parquet. A
+    path may lead anywhere on this machine: a data file can name each image that you can read, as
+    many do whose images lie elsewhere. It is read as an image alone and never fetched.
 
     Raises:
         InputError: an image that does not open, or something else than an image.
@@ -95,6 +97,8 @@ def _open(row: dict, column: str, image: Any) -> Image.Image:
         raise InputError(f"{row_name(row, column)}: must be an image or its path, not a {kind}")
     try:
         opened = Image.open(_find(row, column, path) if content is None else io.BytesIO(content))
+        if opened.format == "EPS":
+            raise ValueError("EPS is a program, which Ghostscript would run")
         opened.load()  # a file that is cut off shows only now
     except InputError:
         raise
@@ -117,6 +121,8 @@ def _find(row: dict, column: str, path: str) -> str:
             f"{row_name(row, column)}: image {path!r} is in several folders ({', '.join(found)}); "
             "give its whole path"
         )
+    if os.path.exists(found[0]) and not (os.path.isfile(found[0]) or os.path.isdir(found[0])):
+        raise ValueError("no regular file")  # a pipe or a device: reading it may never end
     return found[0]
 
 
@@ -132,7 +138,10 @@ def _turns(row: dict, column: str, role: str) -> list[dict]:
     for message in value:
         content = message.get("content") if isinstance(message, dict) else None
         parts = isinstance(content, list) and all(
-            isinstance(part, dict) and isinstance(part.get("type"), str) for part in content
+            isinstance(part, dict)
+            and isinstance(part.get("type"), str)
+            and isinstance(part.get("text", ""), str | None)
+            for part in content
         )
         if not (isinstance(content, str) or parts) or not isinstance(message.get("role"), str):
             raise InputError(

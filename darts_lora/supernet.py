@@ -9,7 +9,6 @@ import copy
 import torch
 from einops import einsum
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from darts_lora.config import SearchConfig
 from darts_lora.cost import parameters_per_rank, rank_costs, resolve_budget
@@ -34,6 +33,8 @@ class Supernet:
 
     Attributes:
         layers: name -> MixedRankLinear, in the model's order (N of them).
+        alpha: (N, K) float32 parameter, the architecture weights of all layers. It is no part of
+            the model: what wraps or shards the model leaves it whole. `layer.alpha` is a row of it.
         saved_modules: name -> module that is trained in full; the budget does not count it.
         costs: (N, K) float64, trainable parameters of each candidate.
         budget: trainable parameters, None without a budget.
@@ -78,10 +79,12 @@ class Supernet:
         self.saved_modules = {name: _trainable_copy(name, self._originals[name]) for name in saved}
         for name, module in {**self.layers, **self.saved_modules}.items():
             model.set_submodule(name, module)
-        # alpha is replicated and reduced by the Architect: DDP must not wait for its gradient
-        alphas = [f"{name}.alpha" for name in self.layers]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, alphas)
-        self._arch_gradients, self._weight_gradients = False, True
+        layers = self.layers.values()
+        self.alpha = nn.Parameter(torch.stack([layer.alpha.detach() for layer in layers]))
+        for layer in layers:
+            del layer.alpha
+        self._place_alpha(self.alpha.device)
+        self._arch_gradients, self._weight_gradients, self._joint = False, True, False
         self._hook = model.register_forward_pre_hook(self._draw_gates, with_kwargs=True)
 
     def _check_targets(self, targets: dict[str, nn.Module]) -> None:
@@ -106,18 +109,37 @@ class Supernet:
                 )
 
     def _draw_gates(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        alpha = self.stacked_alpha()
-        if not self._arch_gradients:
-            alpha = alpha.detach()
+        self._follow_weights()
+        alpha = self.alpha if self._arch_gradients else self.alpha.detach()
         rows = _batch_rows(args, kwargs) if self.config.sampling == "example" else None
-        if self._temperature.device != alpha.device:
-            self._temperature = self._temperature.to(alpha.device)
+        if self._joint:
+            rows = rows or 2  # one draw for each half
         drawn = sample(alpha, self.relaxation, self._temperature, rows)
-        membership = next(iter(self.layers.values())).membership
-        gates = self.config.scaling * einsum(drawn, membership, "... n k, r k -> n ... r")
-        for layer, layer_gates in zip(self.layers.values(), gates.unbind(0), strict=True):
-            layer.gates = layer_gates
+        gates = einsum(drawn, self._membership, "... n k, r k -> n ... r")
+        arch_gates = [None] * len(self.layers)
+        if self._joint:
+            if gates.dim() == 2:  # softmax draws nothing
+                gates = gates[:, None].expand(-1, 2, -1)
+            arch_gates = gates[:, gates.shape[1] // 2 :].unbind(0)
+            gates = gates.detach()
+        for layer, *drawn in zip(self.layers.values(), gates.unbind(0), arch_gates, strict=True):
+            layer.gates, layer.arch_gates = drawn
             layer.trains_weights = self._weight_gradients
+
+    def _follow_weights(self) -> None:
+        """Move alpha where the layers' weights were moved."""
+        device = next(iter(self.layers.values())).lora_A.device
+        if self.alpha.device != device:
+            self._place_alpha(device)
+
+    def _place_alpha(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        """Move alpha, its rows in the layers, and what is multiplied with it."""
+        self.alpha.data = self.alpha.data.to(device, dtype)
+        for layer, row in zip(self.layers.values(), self.alpha.detach(), strict=True):
+            layer.alpha = row
+        self._temperature = self._temperature.to(device)
+        membership = next(iter(self.layers.values())).membership
+        self._membership = self.config.scaling * membership.to(self.alpha)
 
     @property
     def temperature(self) -> float:
@@ -129,17 +151,17 @@ class Supernet:
         self._temperature.fill_(value)  # in place: a captured forward reads this tensor
 
     @contextlib.contextmanager
-    def arch_gradients(self, weights: bool = True):
-        """Forwards inside connect the loss to alpha, and, as outside, to the LoRA weights."""
-        self._arch_gradients, self._weight_gradients = True, weights
+    def arch_gradients(self, weights: bool = True, joint: bool = False):
+        """Forwards inside connect the loss to alpha, and, as outside, to the LoRA weights.
+
+        With `joint`, the first half of the batch's rows is connected to the LoRA weights alone,
+        the second half to alpha alone.
+        """
+        self._arch_gradients, self._weight_gradients, self._joint = True, weights, joint
         try:
             yield
         finally:
-            self._arch_gradients, self._weight_gradients = False, True
-
-    def stacked_alpha(self) -> Tensor:
-        """All alphas, (N, K) float32, differentiable."""
-        return torch.stack([layer.alpha for layer in self.layers.values()])
+            self._arch_gradients, self._weight_gradients, self._joint = False, True, False
 
     def weight_parameters(self) -> list[nn.Parameter]:
         """A and B of every layer, and the saved modules: what the weight step trains."""
@@ -147,8 +169,8 @@ class Supernet:
         return lora + [p for module in self.saved_modules.values() for p in module.parameters()]
 
     def arch_parameters(self) -> list[nn.Parameter]:
-        """alpha of every layer: what the architecture step trains."""
-        return [layer.alpha for layer in self.layers.values()]
+        """alpha of all layers, one (N, K) tensor: what the architecture step trains."""
+        return [self.alpha]
 
     def state_dict(self) -> dict[str, Tensor]:
         """`<name>.lora_A`, `<name>.lora_B`, `<name>.alpha` of every layer, and the saved modules'
@@ -168,6 +190,7 @@ class Supernet:
         Raises:
             InputError: names or shapes are not those of this supernet.
         """
+        self._follow_weights()  # before what belongs to alpha is loaded: its optimizer
         own = self.state_dict()
         if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in state.items()}:
             raise InputError("supernet state: names or shapes are not those of this supernet")
@@ -176,7 +199,7 @@ class Supernet:
 
     def probabilities(self) -> Tensor:
         """softmax(alpha) of every layer, (N, K) float32, differentiable."""
-        return self.stacked_alpha().softmax(-1)
+        return self.alpha.softmax(-1)
 
     def expected_parameters(self) -> Tensor:
         """Expected trainable parameters of a sampled architecture, scalar, differentiable."""
@@ -188,7 +211,7 @@ class Supernet:
         `saved_modules` stay readable."""
         self._hook.remove()
         for layer in self.layers.values():
-            layer.gates = None
+            layer.gates = layer.arch_gates = None
         for name, module in self._originals.items():
             self.model.set_submodule(name, module)
         for name, parameter in self.model.named_parameters():

@@ -10,6 +10,7 @@ from collections import defaultdict
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -44,7 +45,7 @@ def rank_tables(genotype: Genotype) -> list[Table]:
     for part, kinds in by_part(genotype.ranks).items():
         depths = sorted({depth for layers in kinds.values() for depth in layers})
         width = max(len(str(value)) for value in [*genotype.ranks.values(), *depths])
-        table = Table(title=part, title_justify="left", expand=False)
+        table = Table(title=escape(part), title_justify="left", expand=False)
         table.add_column("module")
         few = len(depths) * (width + 1) <= MOST_NUMBERS
         if few:
@@ -58,7 +59,7 @@ def rank_tables(genotype: Genotype) -> list[Table]:
             row = " ".join(f"{ranks.get(depth, '.'):>{width}}" for depth in depths)
             bars = "".join(_bar(ranks.get(depth), largest) for depth in depths)
             mean = f"{sum(ranks.values()) / len(ranks):.1f}"
-            cells = [kind, *([row] if few else []), bars, mean]
+            cells = [escape(kind), *([row] if few else []), bars, mean]
             if genotype.shapes is not None:
                 sizes = [sum(genotype.shapes[n]) * genotype.ranks[n] for n in layers.values()]
                 cells.append(f"{sum(sizes):,}")
@@ -142,7 +143,7 @@ def show_supernet(supernet: Supernet, console: Console | None = None) -> None:
             layers = [supernet.layers[name] for name in names.values()]
             shapes = dict.fromkeys((layer.in_features, layer.out_features) for layer in layers)
             table.add_row(
-                group if kind == "-" else f"{group}.*.{kind}",
+                escape(group if kind == "-" else f"{group}.*.{kind}"),
                 parts.get(next(iter(names.values())), "-"),
                 str(len(layers)),
                 ", ".join(f"{i} -> {o}" for i, o in shapes),
@@ -157,7 +158,7 @@ def show_supernet(supernet: Supernet, console: Console | None = None) -> None:
         f"{len(supernet.layers)} layers, candidate ranks {list(supernet.config.ranks)}; budget "
         f"{'none' if supernet.budget is None else f'{supernet.budget:,.0f} parameters'}; uniform "
         f"rank 1: {supernet.parameters_per_rank:,}; the search trains {searched:,} weights beside "
-        f"{whole - searched - supernet.stacked_alpha().numel():,} frozen ones",
+        f"{whole - searched:,} frozen ones",
         markup=False,
         highlight=False,
         soft_wrap=True,

@@ -1,9 +1,8 @@
-"""The record of a search: TensorBoard's scalars, images, texts; metrics.jsonl and layers.json.
-Not here: what is measured (search.py), how images are drawn (images.py), the report."""
+"""TensorBoard's view of a search: scalars, images, texts.
+Not here: what is measured (records.py, search.py), how images are drawn (images.py), the report."""
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from typing import Any
@@ -12,11 +11,10 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from darts_lora.files import write_json
 from darts_lora.genotype import Genotype
 from darts_lora.images import probability_image, rank_image
+from darts_lora.records import layer_parts
 from darts_lora.supernet import Supernet
-from darts_lora.targets import model_parts
 from darts_lora.verdict import verdict_text
 
 SCALARS = {
@@ -48,22 +46,15 @@ class SearchViews:
     """Writes one record of a search after the other.
 
     Args:
-        output_dir: tensorboard/, metrics.jsonl and layers.json go there.
+        output_dir: tensorboard/ goes there.
         supernet: what is searched.
         first_step: where this run starts; what an earlier run wrote behind it is taken back.
         steps: of the whole search: images are spread over them.
     """
 
     def __init__(self, output_dir: str, supernet: Supernet, first_step: int = 0, steps: int = 1):
-        self.path, self.supernet = os.path.join(output_dir, "metrics.jsonl"), supernet
-        parts = model_parts(supernet.model)
-        self.parts = {name: parts.get(name, "language") for name in supernet.layers}
-        shapes = {name: [x.in_features, x.out_features] for name, x in supernet.layers.items()}
-        layers = {"shapes": shapes, "candidates": list(supernet.config.ranks), "parts": self.parts}
-        write_json(os.path.join(output_dir, "layers.json"), {**layers, "budget": supernet.budget})
-        kept = read_metrics(self.path, first_step) if first_step else []
-        self.metrics = open(self.path, "w", encoding="utf-8")  # noqa: SIM115 - open for the run
-        self.metrics.writelines(json.dumps(record) + "\n" for record in kept)
+        self.output_dir, self.supernet = output_dir, supernet
+        self.parts = layer_parts(supernet)
         purge = first_step + 1 if first_step else None
         self.writer = SummaryWriter(os.path.join(output_dir, "tensorboard"), purge_step=purge)
         self.writer.add_custom_scalars(LAYOUT)
@@ -72,9 +63,7 @@ class SearchViews:
         self.next_image = first_step
 
     def write(self, record: dict[str, Any]) -> None:
-        """One record: a line of metrics.jsonl, a point of each scalar, now and then the images."""
-        self.metrics.write(json.dumps(record) + "\n")
-        self.metrics.flush()
+        """One record: a point of each scalar, now and then the images."""
         step, budget = record["step"], self.supernet.budget
         for name, tag in SCALARS.items():
             if record.get(name) is not None:
@@ -89,8 +78,7 @@ class SearchViews:
         """The images and the histogram of alpha as they are now."""
         begun = time.monotonic()
         names, candidates = list(self.supernet.layers), self.supernet.config.ranks
-        with torch.no_grad():
-            alpha = self.supernet.stacked_alpha().float().cpu()
+        alpha = self.supernet.alpha.detach().float().cpu()
         probabilities = alpha.softmax(-1)
         ranks = (probabilities * torch.tensor(candidates)).sum(-1).tolist()
         expected = dict(zip(names, ranks, strict=True))
@@ -126,7 +114,7 @@ class SearchViews:
             self.writer.add_scalar(name, value, step)
 
     def _result(self, genotype: Genotype) -> str:
-        path = os.path.join(os.path.dirname(self.path), "genotype.json")
+        path = os.path.join(self.output_dir, "genotype.json")
         adapted = sum(rank > 0 for rank in genotype.ranks.values())
         return (
             f"{adapted} of {len(genotype.ranks)} layers adapted, "
@@ -137,18 +125,4 @@ class SearchViews:
 
     def close(self) -> None:
         """Write out what is still held back."""
-        self.metrics.close()
         self.writer.close()
-
-
-def read_metrics(path: str, last_step: int | None = None) -> list[dict[str, Any]]:
-    """The records in metrics.jsonl up to and with `last_step`; a broken last line is left out."""
-    records = []
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            for line in file:
-                try:
-                    records.append(json.loads(line))
-                except ValueError:
-                    break
-    return [r for r in records if last_step is None or r["step"] <= last_step]

@@ -37,7 +37,7 @@ class RankSearchCallback(TrainerCallback):
         genotype: the result, once trainer.train() is through.
 
     Raises:
-        InputError: the trainer has another model or no eval_dataset; order 2; on training: a
+        InputError: the trainer has another model or no eval_dataset; order 2, joint; on training: a
             warm-up that leaves no architecture step.
     """
 
@@ -51,6 +51,8 @@ class RankSearchCallback(TrainerCallback):
             raise InputError("trainer: its model is not the supernet's; give it supernet.model")
         if supernet.config.order == 2:
             raise InputError("order=2: needs training batches beside; use RankSearch, or order=1")
+        if supernet.config.joint:
+            raise InputError("joint=true: a Trainer takes its own passes; use RankSearch, or false")
         if trainer.eval_dataset is None:
             raise InputError("eval_dataset=None: the trainer needs rows to train alpha on")
         self.trainer, self.supernet, self.loss_fn = trainer, supernet, loss_fn

@@ -29,6 +29,7 @@ class WeightStep:
     Attributes:
         model: the supernet's model as accelerate prepared it.
         optimizer, scheduler: of the weights.
+        parts: batches whose gradients are accumulated in a step.
         graphed: batch -> loss and gradients, in place of loss_fn (graphs.py); None: eager launches.
         gradient_norm: of the last step, before clipping; None without clipping.
     """
@@ -41,14 +42,15 @@ class WeightStep:
         loss_fn: Callable[[torch.nn.Module, Any], Tensor],
     ):
         self.accelerator, self.training, self.loss_fn = accelerator, training, loss_fn
-        self.parameters = supernet.weight_parameters()
+        self.parts = training.gradient_accumulation_steps
         optimizer = torch.optim.AdamW(
-            self.parameters,
+            supernet.weight_parameters(),
             lr=training.learning_rate,
             weight_decay=training.weight_decay,
             fused=accelerator.device.type == "cuda" or None,  # few launches
         )
         self.model, self.optimizer = accelerator.prepare(supernet.model, optimizer)
+        self.parameters = supernet.weight_parameters()  # FSDP2 has put sharded ones in their place
         # not prepared: accelerate would step it once for every process
         self.scheduler = get_scheduler(
             training.lr_scheduler, self.optimizer, training.lr_warmup_steps, training.max_steps
@@ -58,10 +60,17 @@ class WeightStep:
 
     def step(self, batches: Iterator[Any]) -> tuple[Tensor, Any]:
         """One step on as many of the batches as are accumulated; the mean loss, the last batch."""
-        parts, total = self.training.gradient_accumulation_steps, 0.0
-        for part in range(parts):
-            batch = next(batches)
-            total = total + self._backward(batch, parts, last=part == parts - 1)
+        total, batch = self.accumulate(batches), next(batches)
+        total = total + self._backward(batch, last=True)
+        self.update()
+        return total, batch
+
+    def accumulate(self, batches: Iterator[Any]) -> Tensor | float:
+        """Gradients of all batches of a step but the last; their share of the mean loss."""
+        return sum(self._backward(next(batches), last=False) for _ in range(self.parts - 1))
+
+    def update(self) -> None:
+        """The part of a step behind the gradients: clipping, optimizer, learning rate."""
         if self.training.max_grad_norm:
             self.gradient_norm = self.accelerator.clip_grad_norm_(
                 self.parameters, self.training.max_grad_norm
@@ -69,7 +78,6 @@ class WeightStep:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.scheduler.step()
-        return total, batch
 
     def gradients(self, batch: Any) -> tuple[Tensor, list[Tensor]]:
         """The loss on the batch and its gradients of the weights; no `.grad` is written."""
@@ -78,11 +86,12 @@ class WeightStep:
         filled = zip(self.parameters, found, strict=True)
         return loss.detach(), [torch.zeros_like(w) if g is None else g for w, g in filled]
 
-    def _backward(self, batch: Any, parts: int, last: bool) -> Tensor:
+    def _backward(self, batch: Any, last: bool) -> Tensor:
         """Add the gradients of loss / parts to the weights' own; loss / parts."""
+        parts = self.parts
         if self.graphed is not None:
             loss, gradients = self.graphed(batch)
-            _accumulate(self.parameters, gradients, parts)
+            add_gradients(self.parameters, gradients, parts)
             return loss / parts
         waits = contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
         with waits:
@@ -91,7 +100,7 @@ class WeightStep:
         return loss.detach()
 
 
-def _accumulate(parameters: list[Tensor], gradients: list[Tensor], parts: int) -> None:
+def add_gradients(parameters: list[Tensor], gradients: list[Tensor], parts: int) -> None:
     """Add gradients / parts to the parameters' own, in few kernels."""
     if parts > 1:  # else they are used up before the next replay overwrites them
         gradients = torch._foreach_div(gradients, parts)

@@ -36,7 +36,7 @@ from transformers.models.mllama.image_processing_pil_mllama import MllamaImagePr
 
 from darts_lora.cli import run
 from darts_lora.collator import Collator
-from darts_lora.config import check_writable
+from darts_lora.config import check_bounds, check_writable
 from darts_lora.evaluate import score
 from darts_lora.files import write_text, write_whole
 from darts_lora.models import EMBEDDED
@@ -74,6 +74,13 @@ class PretrainRun:
     """Seed of the weights, of the batches and of the questions that the data set keeps."""
     num_workers: int = 2
     """Processes that prepare batches; 0: none."""
+
+    def __post_init__(self):
+        check_bounds(
+            self,
+            at_least={"seed": 0, "num_workers": 0},
+            above={"max_steps": 0, "batch_size": 0, "learning_rate": 0.0},
+        )
 
 
 def main(options: PretrainRun) -> None:

@@ -9,7 +9,8 @@ import os
 from dataclasses import dataclass, field
 
 from darts_lora.cli import run
-from darts_lora.report import Search, load_finetune, write_report
+from darts_lora.report import write_report
+from darts_lora.runs import Search, load_finetune
 
 
 @dataclass

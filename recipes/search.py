@@ -1,8 +1,11 @@
 """The search recipe: arguments, data, model, RankSearch, and what the user sees at the end.
 Not here: any step of the search (darts_lora/search.py)."""
 
+import hashlib
+import json
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from accelerate import Accelerator
 from transformers import set_seed
@@ -11,8 +14,9 @@ from darts_lora import RankSearch, SearchConfig, Supernet
 from darts_lora.cli import is_main_process, run, save_config
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig, check_writable
 from darts_lora.data import load_splits, make_collator, search_dataloaders, split_record
-from darts_lora.files import write_json
+from darts_lora.files import locked, write_json
 from darts_lora.models import load_model
+from darts_lora.resume import check_start
 from darts_lora.tables import show, show_batch, show_supernet
 from darts_lora.verdict import verdict_text
 
@@ -46,6 +50,20 @@ def main(
     Without arguments: the embedded vision-language model and data, recipes/configs/embedded.yaml.
     """
     check_writable(options.output_dir)
+    if options.dry_run:
+        return _search(options, search, model, data, training)
+    with locked(options.output_dir):
+        check_start(options.output_dir, options.resume)
+        _search(options, search, model, data, training)
+
+
+def _search(
+    options: SearchRun,
+    search: SearchConfig,
+    model: ModelConfig,
+    data: DataConfig,
+    training: TrainingConfig,
+) -> None:
     collator = make_collator(model, data)
     splits = load_splits(data)
     supervised = {name: collator.check(split) for name, split in splits.items()}
@@ -57,24 +75,39 @@ def main(
             show_batch(next(iter(loaders[0])), collator.tokenizer)
             show_supernet(supernet)
         return
+    rows = split_record(splits, data)
     rank_search = RankSearch(
         supernet,
         *loaders,
         training=training,
         output_dir=options.output_dir,
+        course=_course(model, data, rows, training),
         cuda_graphs=options.cuda_graphs,
     )
     accelerator = rank_search.accelerator
+    if options.resume:
+        rank_search.resume()
     if accelerator.is_main_process:
         save_config(options.output_dir, search, model, data, training)
-        write_json(os.path.join(options.output_dir, "split.json"), split_record(splits, data))
+        write_json(os.path.join(options.output_dir, "split.json"), rows)
     _describe(accelerator, supernet, splits, supervised)
-    genotype = rank_search.run(options.resume)
+    genotype = rank_search.run()
     if accelerator.is_main_process:
         show(genotype)
         print(verdict_text(genotype.found_by["verdict"]))
         path = os.path.join(options.output_dir, "genotype.json")
         print(f"Genotype: {path}. Next: accelerate launch recipes/finetune.py --genotype {path}")
+
+
+def _course(
+    model: ModelConfig, data: DataConfig, rows: dict[str, Any], training: TrainingConfig
+) -> dict[str, Any]:
+    """What a resumed search must share of model and data, and a name of the split into rows."""
+    free = ("gradient_checkpointing", "trust_remote_code", "max_test_samples")
+    options = {n: v for n, v in {**asdict(model), **asdict(data)}.items() if n not in free}
+    if data.streaming:  # workers share a stream's files: their number decides the order
+        options["num_workers"] = training.num_workers
+    return options | {"split": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:12]}
 
 
 def _describe(accelerator: Accelerator, supernet: Supernet, splits, supervised) -> None:

@@ -1,26 +1,35 @@
-"""Checkpoints: the newest two are kept, read back exactly, and never run code.
-Not here: what a search puts into one and how it goes on (test_search.py)."""
+"""Checkpoints: the newest two are kept, read back exactly, checked, and never run code.
+Not here: what a search puts into one (test_resume.py) and how it goes on (test_search.py)."""
 
+import json
 import os
 import pickle
+import resource
+import warnings
 
 import pytest
 import torch
 
 from darts_lora import InputError
-from darts_lora.checkpoint import (
-    checkpoints,
-    load_checkpoint,
-    random_state,
-    restore_random_state,
-    save_checkpoint,
-)
+from darts_lora import checkpoint as checkpoint_module
+from darts_lora.checkpoint import checkpoints, load_checkpoint, save_checkpoint, steps_done
 
-CPU = torch.device("cpu")
+OPTIONS = {"max_steps": 100, "ranks": [0, 4], "budget_rank": None}
 
 
 def state(step):
-    return {"step": step, "weights": torch.arange(3.0) * step, "random": [random_state(CPU)]}
+    return {"step": step, "weights": torch.arange(3.0) * step}
+
+
+def save(folder, *steps):
+    for step in steps:
+        save_checkpoint(str(folder), state(step), OPTIONS)
+
+
+def load(folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return load_checkpoint(str(folder))
 
 
 def names(folder):
@@ -29,48 +38,95 @@ def names(folder):
 
 def test_the_newest_two_are_kept_and_the_newest_is_read(tmp_path):
     assert checkpoints(None) == names(tmp_path) == []
-    for step in (5, 90, 100):
-        save_checkpoint(str(tmp_path), state(step))
-    assert names(tmp_path) == ["step-0000090.pt", "step-0000100.pt"]
+    assert steps_done(str(tmp_path)) is None
+    save(tmp_path, 5, 90, 100)
+    assert names(tmp_path) == ["step-0000090", "step-0000100"]
     assert sorted(os.listdir(tmp_path / "checkpoints")) == names(tmp_path)
-    loaded = load_checkpoint(str(tmp_path), num_processes=1)
-    assert loaded["step"] == 100
+    loaded, options = load(tmp_path)
+    assert loaded["step"] == 100 and options == OPTIONS
     assert torch.equal(loaded["weights"], torch.tensor([0.0, 100.0, 200.0]))
+    assert steps_done(str(tmp_path)) == (100, OPTIONS)
 
 
 def test_a_folder_with_pattern_characters_in_its_name(tmp_path):
-    folder = tmp_path / "lr[1e-3]*"
-    save_checkpoint(str(folder), state(1))
-    assert names(folder) == ["step-0000001.pt"]
+    save(tmp_path / "lr[1e-3]*", 1)
+    assert names(tmp_path / "lr[1e-3]*") == ["step-0000001"]
 
 
-def test_a_writer_that_fails_leaves_the_checkpoints_before(monkeypatch, tmp_path):
-    for step in (1, 2):
-        save_checkpoint(str(tmp_path), state(step))
+def test_one_of_the_same_step_is_replaced(tmp_path):
+    save(tmp_path, 1, 2)
+    (tmp_path / "checkpoints" / "step-0000002" / "state.pt").write_bytes(b"damaged")
+    save(tmp_path, 2)
+    assert load(tmp_path)[0]["step"] == 2 and len(names(tmp_path)) == 2
 
-    def fail(content, path):
-        with open(path, "wb") as file:
-            file.write(b"half")
+
+def test_a_full_disk_leaves_the_checkpoints_before(tmp_path):
+    save(tmp_path, 1, 2)
+    large = {"step": 3, "weights": torch.zeros(100_000)}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # files can't grow beyond this
+    try:
+        with pytest.raises(InputError, match=r"step-0000003: cannot be written \(is the disk full"):
+            save_checkpoint(str(tmp_path), large, OPTIONS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step-0000001", "step-0000002"]
+    assert load(tmp_path)[0]["step"] == 2
+
+
+def test_no_space_for_the_record_leaves_the_checkpoints_before(monkeypatch, tmp_path):
+    save(tmp_path, 1, 2)
+
+    def fail(path, record):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(InputError, match=r"step-0000003\.pt: cannot be written \(No space left"):
-        save_checkpoint(str(tmp_path), state(3))
-    assert len(os.listdir(tmp_path / "checkpoints")) == 2
-    assert load_checkpoint(str(tmp_path), 1)["step"] == 2
+    monkeypatch.setattr(checkpoint_module, "write_json", fail)
+    with pytest.raises(InputError, match=r"step-0000003: cannot be written \(No space left"):
+        save(tmp_path, 3)
+    assert len(os.listdir(tmp_path / "checkpoints")) == 2 and load(tmp_path)[0]["step"] == 2
 
 
-@pytest.mark.parametrize("kept", [0, 10, 1000])
-def test_a_truncated_file_is_named_and_what_to_do(tmp_path, kept):
-    for step in (1, 2):
-        save_checkpoint(str(tmp_path), state(step))
-    newest = checkpoints(str(tmp_path))[-1]
-    with open(newest, "r+b") as file:
-        file.truncate(kept)
-    with pytest.raises(InputError, match=r"step-0000002\.pt cannot be read .*remove it to go on"):
-        load_checkpoint(str(tmp_path), 1)
-    os.remove(newest)
-    assert load_checkpoint(str(tmp_path), 1)["step"] == 1
+def flip(path, at):
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def rewrite(path, **changed):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+
+
+DAMAGES = {
+    "half": lambda folder: os.truncate(folder / "state.pt", 700),
+    "empty": lambda folder: os.truncate(folder / "state.pt", 0),
+    "a flipped bit": lambda folder: flip(folder / "state.pt", 600),
+    "no state": lambda folder: (folder / "state.pt").unlink(),
+    "no record": lambda folder: (folder / "checkpoint.json").unlink(),
+    "half a record": lambda folder: os.truncate(folder / "checkpoint.json", 30),
+    "another record": lambda folder: (folder / "checkpoint.json").write_text("[1]"),
+    "another option": lambda folder: rewrite(folder / "checkpoint.json", options={"seed": 1}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_the_one_before_a_damaged_one_is_used_with_one_warning(tmp_path, damage):
+    save(tmp_path, 1, 2)
+    DAMAGES[damage](tmp_path / "checkpoints" / "step-0000002")
+    with pytest.warns(UserWarning, match=r"step-0000002 .*going on from .*step-0000001$") as told:
+        assert load_checkpoint(str(tmp_path))[0]["step"] == 1
+    assert len(told) == 1
+
+
+def test_none_there_or_none_whole(tmp_path):
+    with pytest.raises(InputError, match=r"resume: there is no checkpoint in .*start without it"):
+        load(tmp_path)
+    save(tmp_path, 1, 2)
+    for path in (tmp_path / "checkpoints").iterdir():
+        flip(path / "state.pt", 600)
+    with pytest.raises(
+        InputError, match=r"0002 is damaged .*0001 is damaged .*no checkpoint is left"
+    ):
+        load(tmp_path)
 
 
 class Payload:
@@ -79,29 +135,16 @@ class Payload:
 
 
 def dump(content, path):
-    path.write_bytes(pickle.dumps(content, protocol=2))
+    with open(path, "wb") as file:
+        pickle.dump(content, file, protocol=2)
 
 
 @pytest.mark.parametrize("write", [torch.save, dump])
 def test_code_in_a_file_is_not_run(monkeypatch, tmp_path, write):
+    """Although its checksum is right."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "checkpoints").mkdir()
-    write({"step": 1, "random": Payload()}, tmp_path / "checkpoints" / "step-0000001.pt")
-    with pytest.raises(InputError, match="cannot be read"):
-        load_checkpoint(str(tmp_path), 1)
+    monkeypatch.setattr(torch, "save", write)
+    save_checkpoint(str(tmp_path), {"step": 1, "random": Payload()}, OPTIONS)
+    with pytest.raises(InputError, match=r"step-0000001 cannot be read"):
+        load(tmp_path)
     assert os.listdir(tmp_path) == ["checkpoints"]
-
-
-def test_none_there_or_of_another_number_of_processes(tmp_path):
-    with pytest.raises(InputError, match=r"resume: there is no checkpoint in .*start without it"):
-        load_checkpoint(str(tmp_path), 1)
-    save_checkpoint(str(tmp_path), state(1))
-    with pytest.raises(InputError, match="was written by 1 processes, this run has 2"):
-        load_checkpoint(str(tmp_path), 2)
-
-
-def test_the_random_state_comes_back_through_a_file(tmp_path):
-    save_checkpoint(str(tmp_path), state(1))
-    drawn = torch.rand(4)
-    restore_random_state(load_checkpoint(str(tmp_path), 1)["random"][0])
-    assert torch.equal(torch.rand(4), drawn)

@@ -25,7 +25,7 @@ class Own:
 class Folder:
     """Options of a recipe that has no seed of its own."""
 
-    folder: str
+    folder: str = "runs/none"
     """Folder of the run before."""
 
 
@@ -125,11 +125,14 @@ def test_the_default_config_is_for_the_embedded_default_alone(monkeypatch, tmp_p
         (["--batch", "1"], "unrecognized arguments: --batch 1"),
         (["--batch_size"], "--batch_size: expected one argument"),
         (["--learning_rate", "nan"], '"learning_rate": Expected a'),
-        (["--config", "unknown.yaml"], "'batch_sise' is not accepted"),
-        (["--config", "broken.yaml"], "Problems parsing config"),
+        (
+            ["--config", "unknown.yaml"],
+            "unknown.yaml: the option 'batch_sise' is not known; nearest name: batch_size",
+        ),
+        (["--config", "broken.yaml"], "broken.yaml: not a readable YAML file (while parsing"),
         (["--batch_size", "x"], "\"batch_size\": Expected a <class 'int'>. Got value: x"),
         (["--batch_size", "0"], "batch_size=0: must be an integer > 0"),
-        (["--config", "nowhere.yaml"], "File does not exist"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml: not a readable YAML file ([Errno 2] No"),
     ],
 )
 def test_bad_arguments(monkeypatch, tmp_path, args, text):

@@ -1,13 +1,15 @@
-"""Files are there whole or not at all.
+"""Files and folders are there whole or not at all; one live run in a folder.
 Not here: what the writers of this package put into them."""
 
 import json
 import os
+import signal
+import time
 
 import pytest
 
 from darts_lora import InputError
-from darts_lora.files import write_json, write_text, write_whole
+from darts_lora.files import locked, write_json, write_text, write_whole
 
 
 def test_what_is_written_is_read_back_and_nothing_else_is_left(tmp_path):
@@ -54,3 +56,55 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
             write_text(path, "text")
         assert str(error.value).startswith(f"{path}: ")
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_folder_replaces_a_folder_as_a_whole(tmp_path):
+    def writer(name):
+        def write(temporary):
+            os.mkdir(temporary)
+            write_text(os.path.join(temporary, name), name)
+
+        return write
+
+    for name in ("a", "b"):
+        write_whole(tmp_path / "folder", writer(name))
+        assert os.listdir(tmp_path / "folder") == [name]
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+def hold(folder, seconds, told):
+    """A run in a process of its own, with a data worker that outlives it for a moment."""
+    with locked(folder):
+        if os.fork() > 0:
+            os.write(told, b"held")
+        time.sleep(seconds)
+    os._exit(0)
+
+
+def test_a_folder_is_held_by_one_live_run_and_free_when_it_was_killed(tmp_path):
+    heard, told = os.pipe()
+    other = os.fork()
+    if other == 0:
+        hold(str(tmp_path), 5, told)
+    assert os.read(heard, 4) == b"held"
+    for _ in range(2):  # the first refusal must not end the other's lock, nor its name in the file
+        with (
+            pytest.raises(InputError, match=rf"a live run uses it \(process {other} on \w"),
+            locked(str(tmp_path)),
+        ):
+            pass
+    os.kill(other, signal.SIGKILL)
+    os.waitpid(other, 0)
+    (tmp_path / "checkpoints").mkdir()
+    for left in ("genotype.json.tmp-12", "checkpoints/step-0000003.tmp-12", "notes.tmp-mine"):
+        (tmp_path / left).write_text("half")
+    with locked(str(tmp_path)), locked(str(tmp_path)):  # one run may hold it twice
+        assert sorted(os.listdir(tmp_path)) == ["checkpoints", "notes.tmp-mine", "run.lock"]
+        assert os.listdir(tmp_path / "checkpoints") == []
+        assert f"process {os.getpid()} on" in (tmp_path / "run.lock").read_text()
+
+
+def test_only_the_first_process_of_a_run_locks(monkeypatch, tmp_path):
+    monkeypatch.setenv("RANK", "1")
+    with locked(str(tmp_path)), locked(None):
+        assert os.listdir(tmp_path) == []

@@ -1,8 +1,11 @@
 """Retraining as a plain PEFT adapter: what is trained, what is saved, when it stops.
 Not here: the recipe around it (recipes/test_finetune.py)."""
 
+import itertools
 import json
+import os
 import re
+import signal
 from dataclasses import replace
 
 import pytest
@@ -19,6 +22,7 @@ from darts_lora.collator import Collator
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
 from darts_lora.data import load_splits, split_record
 from darts_lora.finetune import FinetuneConfig, add_adapter, finetune, save_padded
+from darts_lora.interruption import Stopped
 from darts_lora.models import load_model, load_processor
 from darts_lora.rows import ROW
 from small_models import randomise
@@ -358,6 +362,45 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_checkpoint(
     assert not list(tmp_path.glob("checkpoint.*"))
 
 
+def faulty(monkeypatch, act, step):
+    """Make a training that acts in step `step` (from 1)."""
+    calls, compute = itertools.count(1), finetune_module._Trainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        if next(calls) == step:
+            act()
+        return compute(self, *args, **kwargs)
+
+    monkeypatch.setattr(finetune_module._Trainer, "training_step", training_step)
+
+
+def test_a_finetune_that_is_asked_to_stop_saves_its_adapter(
+    monkeypatch, genotype, base_config, data, tmp_path, capsys
+):
+    faulty(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGTERM), step=2)
+    config = FinetuneConfig(genotype, output_dir=str(tmp_path))
+    with pytest.raises(Stopped) as stopped:
+        finetune(config, base_config, data, replace(TRAINING, save_steps=0))
+    assert stopped.value.code == 143
+    told = f"SIGTERM: stopped after step 2 of 3; {tmp_path}/checkpoint has the last adapter"
+    assert told in capsys.readouterr().err
+    assert weights(tmp_path / "checkpoint")
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+    assert (tmp_path / "run.lock").exists()
+
+
+def test_a_finetune_without_memory_says_what_to_reduce(
+    monkeypatch, genotype, base_config, data, tmp_path
+):
+    def run_out():
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    faulty(monkeypatch, run_out, step=3)
+    config = FinetuneConfig(genotype, output_dir=str(tmp_path))
+    with pytest.raises(InputError, match=r"^out of memory .*checkpoint has the last adapter"):
+        finetune(config, base_config, data, TRAINING)
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
@@ -375,6 +418,12 @@ def test_bad_options(options, text):
     assert text in str(error.value)
 
 
+def test_sharded_weights_are_refused_before_anything_is_loaded(monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InputError, match=r"^distributed_type=FSDP: .*launch it with .*ddp\.yaml"):
+        finetune(FinetuneConfig(output_dir=str(tmp_path)), *[None] * 3)
+
+
 def test_an_output_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"output_dir=.*cannot be written"):
@@ -390,7 +439,7 @@ FOREIGN = '{"version": 1, "ranks": {"model.no.such.layer": 2}}'
         (None, "no such file; run `accelerate launch recipes/search.py`"),
         (FOREIGN, "first 'model.no.such.layer'; is it the model that was searched"),
         (FOREIGN[:-9], "cannot be read"),
-        ('{"loss": 0.5}', "ranks must map module names to integers"),
+        ('{"loss": 0.5}', ": must map module names to integers"),
     ],
 )
 def test_a_genotype_that_cannot_be_used_stops_before_training(

@@ -221,3 +221,51 @@ def test_any_linear_like_base():
 
     layer, x = MixedRankLinear(Opaque(), RANKS), torch.randn(3, 6)
     assert torch.equal(layer(x), x[..., :5] * 2)
+
+
+class Wrapped(nn.Linear):
+    """Not a plain Linear for the layer, which must call it."""
+
+
+def by_hook(base):
+    base.register_forward_hook(lambda module, args, y: y)
+    return base
+
+
+def by_class(base):
+    base.__class__ = Wrapped
+    return base
+
+
+@pytest.mark.parametrize("opaque", [by_class, by_hook])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("mode", ["float64", "bfloat16", "autocast"])
+def test_a_plain_base_is_computed_as_an_opaque_one(opaque, bias, mode):
+    """The base's product is part of the layer's own node where it can be."""
+    dtype = torch.float64 if mode == "float64" else torch.bfloat16
+    x = torch.randn(4, 3, 6, dtype=torch.float32 if mode == "autocast" else dtype)
+    results, calls = [], []
+    for make_base in (lambda base: base, opaque):
+        torch.manual_seed(0)
+        layer = MixedRankLinear(make_base(nn.Linear(6, 5, bias=bias, dtype=dtype)), RANKS)
+        layer = layer.double() if mode == "float64" else layer
+        nn.init.normal_(layer.lora_B)
+        layer.gates = torch.rand(2, 7, requires_grad=True)
+        leaf = x.clone().requires_grad_(True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+            y = layer(leaf)
+        calls.append(y.grad_fn.next_functions[4][0] is not None)  # y has a node of its own
+        y.pow(2).sum().backward()
+        results.append([y, leaf.grad, layer.lora_A.grad, layer.lora_B.grad, layer.gates.grad])
+    assert calls == [False, True]
+    for own, other in zip(*results, strict=True):
+        assert own.dtype == other.dtype and own.shape == other.shape
+        error = (own - other).norm() / other.norm()
+        assert error < (1e-12 if mode == "float64" else 0.01)
+
+
+def test_gradients_of_gradients_are_refused():
+    layer = make()
+    loss = layer(torch.randn(3, 6, dtype=torch.float64)).pow(2).sum()
+    with pytest.raises(RuntimeError, match="gradients of gradients are not implemented"):
+        torch.autograd.grad(loss, layer.lora_A, create_graph=True)

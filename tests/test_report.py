@@ -10,10 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from darts_lora import InputError, RankSearch, SearchConfig, Supernet
+from darts_lora import RankSearch, SearchConfig, Supernet
 from darts_lora.cli import save_config
 from darts_lora.config import TrainingConfig
-from darts_lora.report import Search, load_finetune, write_report
+from darts_lora.report import write_report
+from darts_lora.runs import Search, load_finetune
 from small_models import residual
 
 
@@ -113,20 +114,3 @@ def test_finetunes_stand_side_by_side(finished, tmp_path):
     assert page.count("<td>base</td><td>0</td><td>2.0000</td>") == 1
     assert (finished[0] / "out" / "report_pictures" / "finetunes.png").is_file()
     (finished[0] / "out" / "report_pictures" / "finetunes.png").unlink()
-
-
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"shapes": {}}'])
-def test_a_folder_that_is_no_searchs(tmp_path, content):
-    if content is not None:
-        (tmp_path / "layers.json").write_text(content)
-    with pytest.raises(InputError, match=r"search_dir=.*: no search's layers\.json there"):
-        Search.load(str(tmp_path))
-    with pytest.raises(InputError, match=r"finetune_dir=.*: no evaluation\.json there"):
-        load_finetune(str(tmp_path))
-
-
-def test_a_search_without_a_record(tmp_path):
-    about = {"shapes": {"a": [1, 1]}, "candidates": [0, 1], "budget": None, "parts": {}}
-    (tmp_path / "layers.json").write_text(json.dumps(about))
-    with pytest.raises(InputError, match=r"metrics\.jsonl has no record yet"):
-        Search.load(str(tmp_path))

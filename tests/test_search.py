@@ -4,8 +4,12 @@ Not here: a single architecture step (test_architect.py), the recipe (recipes/te
 import itertools
 import json
 import os
-import subprocess
+import re
+import resource
+import signal
 import sys
+import time
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from darts_lora import Genotype, InputError, RankSearch, SearchConfig, Supernet
 from darts_lora.checkpoint import checkpoints
 from darts_lora.config import TrainingConfig
+from darts_lora.interruption import Stopped
 from small_models import residual
 
 WIDTH = 16
@@ -39,7 +44,7 @@ def loss_fn(model, batch):
     return (model(batch[1]) - batch[2]).pow(2).mean()
 
 
-def make(output_dir=None, loss=loss_fn, train=None, **options):
+def make(output_dir=None, loss=loss_fn, train=None, course=None, **options):
     names = TrainingConfig.__dataclass_fields__
     training = {key: options.pop(key) for key in list(options) if key in names}
     training = {"max_steps": 12, "learning_rate": 0.01, "logging_steps": 4, **training}
@@ -51,6 +56,7 @@ def make(output_dir=None, loss=loss_fn, train=None, **options):
         training=TrainingConfig(**training),
         output_dir=None if output_dir is None else str(output_dir),
         loss_fn=loss,
+        course=course,
     )
 
 
@@ -98,10 +104,10 @@ def test_alpha_rests_during_warm_up_and_in_every_weight_step():
     alphas, weight_step = [], search.weights.step
 
     def watched(batches):
-        before = search.supernet.stacked_alpha().detach().clone()
+        before = search.supernet.alpha.detach().clone()
         result = weight_step(batches)
-        assert torch.equal(search.supernet.stacked_alpha(), before)
-        assert all(alpha.grad is None for alpha in search.supernet.arch_parameters())
+        assert torch.equal(search.supernet.alpha, before)
+        assert search.supernet.alpha.grad is None
         alphas.append(before)
         return result
 
@@ -138,21 +144,30 @@ def test_the_same_seed_gives_the_same_genotype_twice(tmp_path):
     assert genotypes[0].probabilities != genotypes[2].probabilities
 
 
+class Killed(Exception):
+    """What ends a search as a kill would."""
+
+
+def at_call(count, act):
+    """loss_fn that acts before its call of this number."""
+    calls = itertools.count(1)
+
+    def loss(model, batch):
+        if next(calls) == count:
+            act()
+        return loss_fn(model, batch)
+
+    return loss
+
+
 def test_a_resumed_search_ends_as_one_in_one_go(tmp_path):
     whole = make(tmp_path / "whole", save_steps=5, dropout=0.1).run()
 
-    class Killed(Exception):
-        pass
+    def kill():
+        raise Killed
 
-    calls = itertools.count()
-
-    def killing(model, batch):
-        if next(calls) == 11:  # in step 8: steps 4 and on call twice
-            raise Killed
-        return loss_fn(model, batch)
-
-    with pytest.raises(Killed):
-        make(tmp_path / "cut", loss=killing, save_steps=5, dropout=0.1).run()
+    with pytest.raises(Killed):  # in step 8: steps 4 and on call twice
+        make(tmp_path / "cut", loss=at_call(12, kill), save_steps=5, dropout=0.1).run()
     resumed = make(tmp_path / "cut", save_steps=5, dropout=0.1).run(resume=True)
     assert resumed == whole
     of_whole, of_cut = (
@@ -162,6 +177,121 @@ def test_a_resumed_search_ends_as_one_in_one_go(tmp_path):
     assert [record["step"] for record in of_whole] == [record["step"] for record in of_cut]
     clock = {"seconds": 0, "samples_per_second": 0}
     assert {**of_whole[-1], **clock} == {**of_cut[-1], **clock}
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (None, 75)]
+)
+def test_a_search_that_is_asked_to_stop_goes_on_later(
+    tmp_path, capsys, monkeypatch, number, status
+):
+    whole = make(tmp_path / "whole", dropout=0.1).run()
+
+    def ask():
+        if number is None:  # two minutes go by
+            now = time.monotonic()
+            monkeypatch.setattr(time, "monotonic", lambda: now + 120)
+        else:
+            os.kill(os.getpid(), number)
+
+    folder = tmp_path / "stopped"
+    search = make(folder, loss=at_call(5, ask), dropout=0.1, max_runtime=None if number else 1.5)
+    with pytest.raises(Stopped) as stopped:  # in step 4, with an architecture step behind it
+        search.run()
+    assert stopped.value.code == status and search.step == 4
+    assert [os.path.basename(path) for path in checkpoints(str(folder))] == ["step-0000004"]
+    told = [line for line in capsys.readouterr().err.splitlines() if "stopped" in line]
+    reason = "max_runtime=1.5 minutes are over" if number is None else number.name
+    assert told == [
+        f"{reason}: stopped after step 4 of 12; the last checkpoint is "
+        f"{folder}/checkpoints/step-0000004, --resume goes on from it"
+    ]
+    assert make(folder, dropout=0.1).run(resume=True) == whole
+
+
+def test_a_request_in_the_last_step_comes_too_late(tmp_path):
+    search = make(tmp_path, max_steps=2, warmup_steps=1, loss=at_call(3, ask_to_stop))
+    assert search.run() == Genotype.load(tmp_path / "genotype.json")
+
+
+def ask_to_stop():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_an_unfinished_search_is_not_overwritten_and_a_finished_one_leaves_no_checkpoint(tmp_path):
+    with pytest.raises(Stopped):
+        make(tmp_path, loss=at_call(5, ask_to_stop)).run()
+    with pytest.raises(
+        InputError, match=r"an unfinished search is there \(step 4 of 12\); go on w"
+    ):
+        make(tmp_path, seed=1).run()
+    make(tmp_path).run(resume=True)
+    with pytest.raises(Stopped):
+        make(tmp_path, seed=1, loss=at_call(5, ask_to_stop)).run()
+    assert [os.path.basename(path) for path in checkpoints(str(tmp_path))] == ["step-0000004"]
+
+
+def run_out_of_memory():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+@pytest.mark.parametrize("save_steps", [4, 0])
+def test_no_memory_left_names_the_last_checkpoint(tmp_path, save_steps):
+    search = make(tmp_path, loss=at_call(9, run_out_of_memory), save_steps=save_steps)
+    left = r"step-0000004, --resume goes on" if save_steps else "no checkpoint was written"
+    with pytest.raises(InputError, match=rf"^out of memory .*lower batch_size .*{left}"):
+        search.run()
+
+
+class Dying(TensorDataset):
+    """Rows of which one kills the data worker that reads it."""
+
+    def __getitem__(self, row):
+        if row == 37:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(row)
+
+
+def test_a_data_worker_that_dies_names_the_last_checkpoint(tmp_path):
+    train = DataLoader(Dying(*split(40, 0, 0).tensors), 8, num_workers=1)
+    with pytest.raises(InputError) as error:
+        make(tmp_path, train=train, save_steps=1, warmup_steps=11).run()
+    error = str(error.value)
+    assert re.search(r"^num_workers: a data worker died .*step-000000\d, --resume goes on", error)
+
+
+def test_a_full_disk_stops_and_keeps_the_checkpoints_before(tmp_path):
+    search = make(tmp_path, save_steps=2)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    counted = at_call(8, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard)))
+    search.weights.loss_fn = counted
+    search.steps.val_loss_fn = partial(counted, search.supernet.model)
+    try:
+        with pytest.raises(InputError, match=r"step-0000006: cannot be written"):
+            search.run()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    kept = [os.path.basename(path) for path in checkpoints(str(tmp_path))]
+    assert kept == ["step-0000002", "step-0000004"]
+    assert make(tmp_path, save_steps=2).run(resume=True) == make().run()
+
+
+@pytest.mark.parametrize("fault", ["missing", "at the start", "in the middle"])
+def test_without_tensorboard_the_search_goes_on(monkeypatch, tmp_path, fault):
+    def fail(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    if fault == "missing":
+        monkeypatch.setitem(sys.modules, "darts_lora.tensorboard", None)
+    else:
+        method = "__init__" if fault == "at the start" else "add_image"
+        monkeypatch.setattr(torch.utils.tensorboard.SummaryWriter, method, fail)
+    search = make(tmp_path)
+    with pytest.warns(UserWarning, match=r"TensorBoard is left out from step \d .*has all") as told:
+        genotype = search.run()
+    assert len(told) == 1 and genotype == Genotype.load(tmp_path / "genotype.json")
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    assert [record["step"] for record in records] == [4, 8, 12]
 
 
 def test_accumulated_batches_train_as_one_large_batch():
@@ -208,7 +338,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_
     with pytest.raises(InputError, match=r"learning_rate=0\.01: the training loss .* at step 7;"):
         search.run()
     (kept,) = checkpoints(str(tmp_path))
-    assert kept.endswith("step-0000004.pt")
+    assert kept.endswith("step-0000004")
     assert make(tmp_path, save_steps=4, warmup_steps=11).run(resume=True).num_parameters > 0
 
 
@@ -240,62 +370,5 @@ def test_options_that_cannot_work_are_refused_before_any_step(tmp_path):
     with pytest.raises(InputError, match="resume: there is no checkpoint"):
         make(tmp_path / "new").run(resume=True)
     make(tmp_path / "done").run()
-    with pytest.raises(InputError, match="max_steps=8: the checkpoint is at step 12"):
+    with pytest.raises(InputError, match="max_steps=8: the search to resume has max_steps=12;"):
         make(tmp_path / "done", max_steps=8).run(resume=True)
-
-
-TWO_PROCESSES = """
-import gc
-import json
-from accelerate.utils import gather_object
-from test_search import loss_fn, make
-
-rows, gates = [], []
-def recording(model, batch):
-    loss = loss_fn(model, batch)
-    if not search.supernet._arch_gradients:
-        rows.append(batch[0].tolist())
-    gates.append(search.supernet.layers["blocks.0"].gates.ne(0).sum().item())
-    return loss
-
-search = make(loss=recording, max_steps=5, warmup_steps=3)  # 40 rows: 5 batches of 8 an epoch
-search.accelerator.wait_for_everyone()
-search.run()
-alpha = [search.supernet.stacked_alpha().tolist()]
-weights = [[w.detach().sum().item() for w in search.supernet.weight_parameters()]]
-found = [gather_object(x) for x in ([rows], [gates], alpha, weights)]
-if search.accelerator.is_main_process:
-    print("FOUND" + json.dumps(found))
-accelerator = search.accelerator
-del search, make, recording
-gc.collect()  # what still holds the process group at the exit may abort it
-accelerator.end_training()
-"""
-
-
-def test_two_processes_share_rows_and_alpha_but_not_samples(tmp_path):
-    (tmp_path / "script.py").write_text(TWO_PROCESSES)
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "accelerate.commands.launch"),
-            *("--multi_gpu", "--num_processes=2", str(tmp_path / "script.py")),
-        ],
-        env={
-            **os.environ,
-            "ACCELERATE_USE_CPU": "true",
-            "CUDA_VISIBLE_DEVICES": "",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.path.dirname(__file__),
-        },
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows, gates, alpha, weights = json.loads(done.stdout.split("FOUND")[1])
-    assert len(rows) == 2
-    epoch = [row for process in rows for batch in process[:2] for row in batch]
-    assert len(epoch) == len(set(epoch)) == 32, "no row twice before all were seen"
-    assert gates[0] != gates[1]
-    assert alpha[0] == alpha[1] and weights[0] == weights[1]
-    assert any(value != 0 for layer in alpha[0] for value in layer)

@@ -17,7 +17,7 @@ RANKS = {
     "text.layers.10.q_proj": 8,
     "projector": 1,
 }
-SHAPES = {name: (10, 6) for name in RANKS}
+SHAPES = {name: (100, 60) for name in RANKS}
 
 
 def cells(table):
@@ -44,16 +44,16 @@ def test_each_layer_has_its_place_in_the_table_of_its_part():
     tables = {table.title: table for table in rank_tables(Genotype(RANKS, shapes=SHAPES))}
     assert list(tables) == ["vision.layers", "text.layers", "projector"]
     assert cells(tables["vision.layers"]) == [
-        ["mlp.fc1", "16  0", "█·", "8.0", "256"],
-        ["mlp.fc2", " .  4", " ▂", "4.0", "64"],
+        ["mlp.fc1", "16  0", "█·", "8.0", "2,560"],
+        ["mlp.fc2", " .  4", " ▂", "4.0", "640"],
     ]
     assert tables["text.layers"].columns[1].header == " 3 10"
-    assert cells(tables["text.layers"]) == [["q_proj", " 2  8", "▁▄", "5.0", "160"]]
-    assert cells(tables["projector"]) == [["-", " 1", "▁", "1.0", "16"]]
+    assert cells(tables["text.layers"]) == [["q_proj", " 2  8", "▁▄", "5.0", "1,600"]]
+    assert cells(tables["projector"]) == [["-", " 1", "▁", "1.0", "160"]]
 
 
 def test_the_total_counts_adapted_layers_and_parameters():
-    assert "5 of 6 layers adapted, 496 trainable parameters" in printed(
+    assert "5 of 6 layers adapted, 4,960 trainable parameters" in printed(
         Genotype(RANKS, shapes=SHAPES)
     )
 
@@ -79,4 +79,4 @@ def test_a_notebook_shows_the_tables():
     shown = Genotype(RANKS, shapes=SHAPES)._repr_html_()
     text = re.sub(r"<[^>]+>", "", shown)
     assert shown.startswith("<pre>") and "vision.layers" in text
-    assert "5 of 6 layers adapted, 496 trainable parameters" in text
+    assert "5 of 6 layers adapted, 4,960 trainable parameters" in text

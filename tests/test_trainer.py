@@ -76,7 +76,7 @@ class Watch(TrainerCallback):
         self.kinds.append(self.supernet.relaxation)
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.alphas.append(self.supernet.stacked_alpha().detach().clone())
+        self.alphas.append(self.supernet.alpha.detach().clone())
         self.weights.append([p.detach().clone() for p in self.supernet.weight_parameters()])
 
 

@@ -30,7 +30,8 @@ def launch(datasets_cache):
         start = [sys.executable] if alone else [*LAUNCH, "--num_processes", "1", "--cpu"]
         if processes > 1:  # with --cpu, accelerate runs one process only
             env["ACCELERATE_USE_CPU"] = "true"
-            start = [*LAUNCH, "--multi_gpu", "--num_processes", str(processes)]
+            config = "recipes/accelerate_configs/ddp.yaml"
+            start = [*LAUNCH, "--config_file", config, "--num_processes", str(processes)]
         done = subprocess.run(
             [*start, f"recipes/{recipe}.py", *map(str, options)],
             cwd=ROOT,

@@ -10,7 +10,7 @@ from darts_lora.config import DataConfig, ModelConfig, SearchConfig, TrainingCon
 from darts_lora.evaluate import EvaluateConfig
 from darts_lora.finetune import FinetuneConfig
 
-COMMON = {"help", "config", "print_config"}
+COMMON = {"help", "config"}
 OWN = {
     "search": {"output_dir", "resume", "cuda_graphs", "dry_run"},
     "report": {"search_dir", "finetune_dir", "output"},

@@ -2,9 +2,16 @@
 Not here: the loop itself (../test_search.py); the embedded default (test_readme.py)."""
 
 import json
+import os
 import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
+from recipes.conftest import ROOT
 from safetensors.torch import load_file
 
 from darts_lora import Genotype
@@ -38,8 +45,8 @@ def test_what_it_leaves(searched, vision_folder):
     assert len(rows["train"]) == 28 and len(rows["validation"]) == 12
     assert not set(rows["train"]) & set(rows["validation"])
     assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == [
-        "step-0000004.pt",
-        "step-0000008.pt",
+        "step-0000004",
+        "step-0000008",
     ]
     assert list((folder / "tensorboard").iterdir())
     records = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
@@ -63,11 +70,41 @@ def test_what_the_user_sees(searched):
 def test_resume_ends_as_the_run_in_one_go(searched, launch, vision_folder, data_folder, tmp_path):
     folder, _ = searched
     whole = Genotype.load(folder / "genotype.json")
-    (tmp_path / "checkpoints").mkdir()
-    middle = "checkpoints/step-0000004.pt"
-    (tmp_path / middle).write_bytes((folder / middle).read_bytes())
+    middle = "checkpoints/step-0000004"
+    shutil.copytree(folder / middle, tmp_path / middle)
     launch("search", *options(vision_folder, data_folder, tmp_path), "--resume")
     assert Genotype.load(tmp_path / "genotype.json") == whole
+
+
+def test_sigterm_to_the_whole_job_then_a_resume_with_other_options(
+    launch, vision_folder, data_folder, tmp_path
+):
+    chosen = options(vision_folder, data_folder, tmp_path, max_steps=2000, save_steps=2000)
+    run = subprocess.Popen(
+        [sys.executable, "recipes/search.py", *map(str, chosen)],
+        cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    metrics = tmp_path / "metrics.jsonl"
+    while run.poll() is None and not (metrics.exists() and metrics.read_text()):
+        time.sleep(0.05)
+    os.killpg(run.pid, signal.SIGTERM)  # the data worker too
+    _, told = run.communicate(timeout=60)
+    assert run.returncode == 143, told[-3000:]
+    (line,) = [line for line in told.splitlines() if line.startswith("SIGTERM: stopped after step")]
+    (kept,) = (tmp_path / "checkpoints").iterdir()
+    assert line.endswith(f"the last checkpoint is {kept}, --resume goes on from it")
+    assert "Traceback" not in told
+
+    config = (tmp_path / "config.yaml").read_text()
+    changed = options(vision_folder, data_folder, tmp_path, max_steps=2000, max_length=40)
+    done = launch("search", *changed, "--resume", alone=True, status=2)
+    assert "error: max_length=40: the search to resume has max_length=32; go on with" in done.stderr
+    assert (tmp_path / "config.yaml").read_text() == config
 
 
 def test_two_processes_search_together(launch, vision_folder, data_folder, tmp_path):

@@ -1,0 +1,124 @@
+"""What ends a run before its last step: signals, its time limit, lack of memory, a dead data
+worker. Not here: the loops that end (search.py, finetune.py), nor what they save."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+
+import torch
+
+from darts_lora.errors import InputError
+
+TIME_OVER = 75  # EX_TEMPFAIL of sysexits.h: not finished, to be run again
+
+
+class Stopped(SystemExit):
+    """A run ended early because it was asked to; `code` is the exit status: 143 for SIGTERM, 130
+    for SIGINT, 75 where the time was over. A script that doesn't catch it exits with that."""
+
+
+class StopRequest:
+    """Notes SIGTERM, SIGINT and the end of the time while its `with` block runs, for a loop that
+    asks between two steps. A second signal of the same kind ends the process as ever.
+
+    Args:
+        max_runtime: minutes from here on; None: no limit.
+    """
+
+    def __init__(self, max_runtime: float | None = None):
+        self.max_runtime = max_runtime
+        self.end = None if max_runtime is None else time.monotonic() + 60 * max_runtime
+        self.process, self.received = os.getpid(), 0
+        self.handlers: dict[int, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():  # others get no signals
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.handlers[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame) -> None:
+        signal.signal(number, self.handlers[number])
+        if os.getpid() == self.process:
+            self.received = number
+        else:  # forked off with this handler
+            os.kill(os.getpid(), number)
+
+    @property
+    def status(self) -> int:
+        """Exit status that was asked for; 0: go on."""
+        if self.received:
+            return 128 + self.received
+        return TIME_OVER if self.end is not None and time.monotonic() >= self.end else 0
+
+    def reason(self, status: int) -> str:
+        """What asked for that exit status, in words."""
+        if status == TIME_OVER:
+            return f"max_runtime={self.max_runtime} minutes are over"
+        return signal.Signals(status - 128).name
+
+
+def heed_parent_alone(worker: int) -> None:
+    """For data workers (worker_init_fn): SIGTERM and SIGINT to a whole group or job are for the
+    main process, which needs its next batch from them. Its own SIGTERM ends them, as ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(128 + signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def told_as_input_errors(where: Callable[[], str]) -> Iterator[None]:
+    """What the machine refuses inside, as an InputError that says what to change; and one of a data
+    worker as the one line that it was.
+
+    Args:
+        where: () -> what is left to go on from, for the message.
+
+    Raises:
+        InputError: no memory is left, or a data worker died.
+    """
+    try:
+        yield
+    except InputError as error:
+        if "DataLoader worker" in str(error):  # wrapped in the worker's traceback
+            raise InputError(str(error).rsplit("InputError: ", 1)[-1].strip()) from error
+        raise
+    except (RuntimeError, MemoryError, ConnectionError, EOFError) as error:
+        text = " ".join(str(error).split())
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate" in text:
+            raise InputError(
+                f"out of memory ({text[:150]}): lower batch_size (and raise "
+                "gradient_accumulation_steps), max_length or the largest of ranks; or set "
+                f"gradient_checkpointing, dtype=bfloat16 or quantization; {where()}"
+            ) from error
+        if "DataLoader worker" in text or _broke_off_in_a_loader(error):
+            raise InputError(
+                f"num_workers: a data worker died ({text[:150] or 'no answer'}): lower num_workers "
+                f"if memory was short, 0 loads in the main process; {where()}"
+            ) from error
+        raise
+
+
+def _broke_off_in_a_loader(error: Exception) -> bool:
+    """Whether this is how a batch that a dead worker still held looks to the main process."""
+    frames = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+    in_loader = any(os.path.join("utils", "data", "dataloader.py") in name for name in frames)
+    return in_loader and isinstance(error, ConnectionError | EOFError)

@@ -1,0 +1,141 @@
+"""The state of a search: all that another process needs to go on exactly where this one was, and
+whether it may. Not here: files (checkpoint.py), what is done with it (search.py)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map_only
+
+from darts_lora.checkpoint import checkpoints, steps_done
+from darts_lora.errors import InputError
+
+if TYPE_CHECKING:
+    from darts_lora.search import RankSearch
+
+# May differ in a resumed run: they don't change what is computed.
+FREE = ("logging_steps", "save_steps", "num_workers", "max_runtime")
+
+
+def course_options(search: RankSearch, more: dict[str, Any]) -> dict[str, Any]:
+    """All options that decide the course of a search, as JSON gives them back."""
+    options = asdict(search.supernet.config) | asdict(search.training)
+    options = {name: value for name, value in options.items() if name not in FREE} | more
+    options["num_processes"] = search.accelerator.num_processes
+    options["device"] = search.accelerator.device.type
+    return json.loads(json.dumps(options))
+
+
+def check_same_course(options: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Raises InputError where a search with `options` would not go on as the `saved` one."""
+    for name in {**options, **saved}:
+        ours, theirs = options.get(name), saved.get(name)
+        if ours != theirs:
+            raise InputError(
+                f"{name}={ours!r}: the search to resume has {name}={theirs!r}; go on with that, or "
+                "start anew in another output_dir"
+            )
+
+
+def check_start(output_dir: str | None, resume: bool) -> None:
+    """Whether a search may start, or go on, in this folder.
+
+    Raises:
+        InputError: nothing to go on from, or a new search would overwrite an unfinished one.
+    """
+    if resume and not checkpoints(output_dir):
+        raise InputError(f"resume: there is no checkpoint in {output_dir!r}; start without it")
+    done = steps_done(output_dir)
+    if not resume and done is not None and done[0] < done[1]["max_steps"]:
+        raise InputError(
+            f"output_dir={output_dir!r}: an unfinished search is there (step {done[0]} of "
+            f"{done[1]['max_steps']}); go on with --resume, name another folder, or remove its "
+            "checkpoints"
+        )
+
+
+def full(state: Any) -> Any:
+    """`state` with whole tensors in place of sharded ones (FSDP2); on all processes at once."""
+    return tree_map_only(DTensor, lambda value: value.full_tensor(), state)
+
+
+def shard_as(own: Tensor, whole: Tensor) -> Tensor:
+    """`whole` sharded over the processes as `own` is, if it is."""
+    if not isinstance(own, DTensor):
+        return whole
+    return distribute_tensor(whole.to(own.device), own.device_mesh, own.placements)
+
+
+def capture(search: RankSearch) -> dict[str, Any]:
+    """Tensors and plain numbers; on all processes at once."""
+    return {
+        "step": search.step,
+        "supernet": full(search.supernet.state_dict()),
+        "optimizer": full(search.weights.optimizer.state_dict()),
+        "scaler": search.accelerator.scaler and search.accelerator.scaler.state_dict(),
+        "schedulers": [scheduler.state_dict() for scheduler in search.schedulers],
+        "architect": search.architect.state_dict(),
+        "streams": [stream.position for stream in search.streams],
+        "random": gather_object([random_state(search.accelerator.device)]),
+    }
+
+
+def restore(search: RankSearch, state: dict[str, Any]) -> None:
+    """Set what capture gave."""
+    search.step = state["step"]
+    own, saved = search.supernet.state_dict(), state["supernet"]
+    if own.keys() == saved.keys():
+        saved = {name: shard_as(own[name], value) for name, value in saved.items()}
+    search.supernet.load_state_dict(saved)
+    parameters = search.weights.parameters
+    optimizer = {
+        number: {
+            name: shard_as(parameters[number], value) if value.dim() else value  # a count of steps
+            for name, value in values.items()
+        }
+        for number, values in state["optimizer"]["state"].items()
+    }
+    search.weights.optimizer.load_state_dict({**state["optimizer"], "state": optimizer})
+    if search.accelerator.scaler is not None:
+        search.accelerator.scaler.load_state_dict(state["scaler"])
+    for scheduler, saved in zip(search.schedulers, state["schedulers"], strict=True):
+        scheduler.load_state_dict(saved)
+    search.architect.load_state_dict(state["architect"])
+    for stream, position in zip(search.streams, state["streams"], strict=True):
+        stream.move_to(position)
+    # last: opening a stream draws random numbers
+    restore_random_state(state["random"][search.accelerator.process_index])
+
+
+def check_alpha_is_one(search: RankSearch) -> None:
+    """Raises InputError where the processes' alphas are not bitwise equal."""
+    if search.accelerator.num_processes == 1:
+        return
+    alpha = search.supernet.alpha.detach()
+    copies = search.accelerator.gather(alpha[None])
+    if not all(torch.equal(copy, copies[0]) for copy in copies):
+        raise InputError(
+            f"num_processes={search.accelerator.num_processes}: alpha differs between processes at "
+            f"step {search.step}: stopped; does code of yours change it on some of them?"
+        )
+
+
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """State of the generators that samples and dropout draw from, on this process."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def restore_random_state(state: dict[str, torch.Tensor]) -> None:
+    """Set what random_state gave."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])

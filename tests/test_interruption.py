@@ -1,0 +1,170 @@
+"""What ends a run early: signals, the time limit, and what the machine refuses, told in one line.
+Not here: a search that is ended by them (test_search.py), a finetune (test_finetune.py)."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from darts_lora import InputError
+from darts_lora.interruption import (
+    Stopped,
+    StopRequest,
+    heed_parent_alone,
+    told_as_input_errors,
+)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_is_noted_once_and_handlers_come_back(number, status):
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        assert stop.status == 0
+        os.kill(os.getpid(), number)
+        assert stop.status == status and stop.reason(status) == number.name
+        assert signal.getsignal(number) == before, "a second one ends the process as ever"
+    assert signal.getsignal(number) == before
+
+
+def test_a_second_interrupt_is_not_held_back():
+    with pytest.raises(KeyboardInterrupt), StopRequest():
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_the_time_is_over_after_so_many_minutes(monkeypatch):
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    stop, endless = StopRequest(2.5), StopRequest()
+    now += 149
+    assert stop.status == 0
+    now += 1
+    assert stop.status == 75 and endless.status == 0
+    assert stop.reason(75) == "max_runtime=2.5 minutes are over"
+
+
+def test_a_thread_of_a_notebook_gets_no_signals_and_runs_all_the_same():
+    found = []
+
+    def inside():
+        with StopRequest() as stop:
+            found.append(stop.status)
+
+    thread = threading.Thread(target=inside)
+    thread.start()
+    thread.join()
+    assert found == [0]
+
+
+def test_a_script_that_knows_nothing_of_it_exits_with_the_status():
+    assert issubclass(Stopped, SystemExit) and Stopped(143).code == 143
+
+
+def allocate_on_the_cpu():
+    torch.empty(1 << 60, dtype=torch.uint8)
+
+
+def allocate_by_numpy():
+    np.empty(1 << 60, dtype=np.uint8)
+
+
+def allocate_on_a_gpu():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 has")
+
+
+@pytest.mark.parametrize("allocate", [allocate_on_the_cpu, allocate_by_numpy, allocate_on_a_gpu])
+def test_no_memory_left_says_what_to_reduce_and_what_is_left(allocate):
+    with pytest.raises(InputError) as error, told_as_input_errors(lambda: "all is kept"):
+        allocate()
+    text = str(error.value)
+    assert text.startswith("out of memory (") and text.endswith("; all is kept")
+    assert "lower batch_size" in text and "gradient_checkpointing" in text and "\n" not in text
+
+
+class Rows:
+    """Of which the third does something to its worker."""
+
+    def __init__(self, act):
+        self.act = act
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, row):
+        return self.act() if row == 2 else row
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def refuse():
+    raise InputError("row 2, column 'image': cannot be read")
+
+
+def read(act, **options):
+    """The rows, or the error: its frames, which hold the workers, are gone then."""
+    try:
+        with told_as_input_errors(lambda: "all is kept"):
+            return [int(row) for row in DataLoader(Rows(act), num_workers=1, **options)]
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def test_a_data_worker_that_dies_is_told():
+    text = read(kill)
+    assert text.startswith("InputError: num_workers: a data worker died (")
+    assert text.endswith(
+        "lower num_workers if memory was short, 0 loads in the main process; all is kept"
+    )
+
+
+def test_bad_input_that_a_data_worker_found_is_one_line():
+    assert read(refuse) == "InputError: row 2, column 'image': cannot be read"
+
+
+def test_errors_of_another_kind_go_through():
+    with pytest.raises(ConnectionError, match="refused"), told_as_input_errors(str):
+        raise ConnectionRefusedError("refused")  # not out of a data loader
+    with pytest.raises(RuntimeError, match="shapes"), told_as_input_errors(str):
+        raise RuntimeError("shapes differ")
+    with pytest.raises(InputError, match=r"^plain$"), told_as_input_errors(str):
+        raise InputError("plain")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_whole_group_leaves_the_data_workers_alive(number):
+    def signalled():
+        os.kill(os.getpid(), number)  # from a process that is not the worker's parent
+        return 2
+
+    assert read(signalled, worker_init_fn=heed_parent_alone) == [0, 1, 2, 3]
+
+
+def idle(begin, ready):
+    if begin is not None:
+        begin(0)
+    ready.set()
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("begin", [heed_parent_alone, None])
+def test_a_data_worker_ends_when_its_parent_ends_it(begin):
+    """Also one that was forked off while a request to stop is waited for; else the exit hangs."""
+    processes = multiprocessing.get_context("fork")
+    ready = processes.Event()
+    with StopRequest() as stop:
+        worker = processes.Process(target=idle, args=(begin, ready), daemon=True)
+        worker.start()
+        assert ready.wait(10)
+        worker.terminate()
+        worker.join(10)
+        ended, status = not worker.is_alive(), stop.status
+    worker.kill()
+    assert ended and status == 0

@@ -1,0 +1,43 @@
+"""A long search: 1,000 steps hold no more memory, tensors or open files than 200.
+Not here: what a search finds (test_search.py)."""
+
+import gc
+import os
+
+import psutil
+import torch
+
+from darts_lora import RankSearch, SearchConfig, Supernet
+from darts_lora.config import TrainingConfig
+from small_models import residual
+
+
+def held():
+    gc.collect()
+    tensors = sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+    process = psutil.Process()
+    return tensors, process.num_fds(), process.memory_info().rss
+
+
+def test_a_thousand_steps_hold_no_more_than_two_hundred(tmp_path):
+    found, batches = {}, []
+
+    def loss_fn(model, batch):
+        batches.append(1)
+        if len(batches) in (400, 2000):  # a weight and an architecture step each
+            found[len(batches)] = held()
+        return (model(batch) - 1).pow(2).mean()
+
+    rows = torch.utils.data.DataLoader(torch.randn(64, 16), batch_size=16)
+    RankSearch(
+        Supernet(residual(), SearchConfig(ranks=(0, 1, 2, 4), budget_rank=1, warmup_steps=0)),
+        rows,
+        rows,
+        training=TrainingConfig(max_steps=1000, logging_steps=10, save_steps=100),
+        output_dir=str(tmp_path),
+        loss_fn=loss_fn,
+    ).run()
+    (tensors, files, memory), (tensors_later, files_later, memory_later) = found.values()
+    assert len(batches) == 2000 and os.listdir(tmp_path / "checkpoints")
+    assert tensors_later <= tensors and files_later <= files
+    assert memory_later - memory < 8 * 2**20

@@ -1,0 +1,91 @@
+"""A search in two gloo processes, under DDP and under FSDP2: what is shared, what is equal.
+Not here: what the processes do (two_processes.py), the recipe (recipes/test_search.py)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    """What each of the two processes saw."""
+    folder = tmp_path_factory.mktemp("processes")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch"),
+            *("--multi_gpu", "--num_processes=2", str(HERE / "two_processes.py"), str(folder)),
+        ],
+        env={
+            **os.environ,
+            "ACCELERATE_USE_CPU": "true",
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
+        },
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((folder / f"{process}.json").read_text()) for process in (0, 1)]
+
+
+def test_two_processes_share_rows_and_alpha_but_not_samples(seen):
+    first, second = (process["shared"] for process in seen)
+    assert first["processes"] == second["processes"] == 2
+    assert first["model"] == "DistributedDataParallel"
+    epoch = [row for process in (first, second) for batch in process["rows"][:2] for row in batch]
+    assert len(epoch) == len(set(epoch)) == 32, "no row twice before all were seen"
+    assert first["gates"] != second["gates"]
+    assert first["alpha"] == second["alpha"] and first["weights"] == second["weights"]
+    assert any(value != 0 for layer in first["alpha"] for value in layer)
+
+
+def test_gradients_are_those_of_one_process_on_the_joined_batch(seen):
+    for process in seen:
+        differences, sizes = process["joined"]["differences"], process["joined"]["sizes"]
+        assert len(sizes) == 9 and min(sizes) > 1e-3, "4 layers with A and B, and alpha"
+        assert all(d <= 1e-6 * max(s, 1) for d, s in zip(differences, sizes, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_a_resumed_search_ends_as_one_in_one_go(seen, kind):
+    (whole,) = {json.dumps(process[kind]["whole"]) for process in seen}
+    (resumed,) = {json.dumps(process[kind]["resumed"]) for process in seen}
+    assert whole == resumed
+    assert json.loads(whole)["processes"] == 2
+
+
+def test_sharded_weights_train_as_whole_ones(seen):
+    ddp, fsdp2 = seen[0]["ddp"], seen[0]["fsdp2"]
+    assert ddp["sharded"] == 0 and fsdp2["sharded"] == 8, "A and B of four layers"
+    for part in ("alpha", "weights"):
+        one, other = (torch.tensor(found["whole"][part]) for found in (ddp, fsdp2))
+        assert one.abs().max() > 1e-2
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    for one, other in zip(ddp["metrics"], fsdp2["metrics"], strict=True):
+        assert one["gradient_norm"] > 0.05, "clipping has something to do"
+        for name in ("train_loss", "gradient_norm", "alpha_gradient_norm"):
+            assert one[name] == pytest.approx(other[name], abs=1e-5)
+
+
+def test_all_stop_at_the_same_step_when_one_is_asked_to(seen):
+    assert [process["stop"] for process in seen] == 2 * [{"status": 143, "step": 2}]
+
+
+def test_alphas_that_differ_are_an_error_at_the_next_checkpoint(seen):
+    for process in seen:
+        assert process["diverge"].startswith("num_processes=2: alpha differs between processes")
+        assert "at step 4: stopped" in process["diverge"]
+
+
+def test_the_unrolled_step_is_refused_where_weights_are_sharded(seen):
+    text = "order=2: needs whole weights on each process; use DDP, or order=1"
+    assert [process["order 2"] for process in seen] == 2 * [text]

@@ -1,0 +1,195 @@
+"""What test_processes.py launches in two processes: searches under DDP and under FSDP2.
+Not here: what must come out of them. Each process writes what it saw to <folder>/<process>.json."""
+
+import contextlib
+import gc
+import json
+import os
+import shutil
+import signal
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from test_search import WIDTH, loss_fn, make, split
+from torch.distributed.tensor import DTensor
+
+from darts_lora import Architect, InputError, Supernet
+from darts_lora import search as search_module
+from darts_lora import supernet as supernet_module
+from darts_lora.interruption import Stopped
+from darts_lora.resume import full
+from small_models import randomise, residual
+
+
+def accelerator(sharded: bool, **options) -> Accelerator:
+    """accelerate keeps FSDP for GPUs; PyTorch shards on CPUs as well, and it is told so here."""
+    AcceleratorState._reset_state()
+    if PartialState._shared_state:
+        PartialState().distributed_type = DistributedType.MULTI_CPU
+    made = Accelerator(**options)
+    if sharded:
+        made.state.distributed_type = DistributedType.FSDP
+        PartialState().distributed_type = DistributedType.FSDP
+        made.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["MixedRankLinear"],
+            cpu_ram_efficient_loading=False,
+        )
+    return made
+
+
+@contextlib.contextmanager
+def under(sharded: bool):
+    """RankSearch makes its accelerator for DDP, or for FSDP2."""
+    search_module.Accelerator = partial(accelerator, sharded)
+    yield
+    gc.collect()
+
+
+def result(search) -> dict:
+    weights = [full(weight.detach()) for weight in search.supernet.weight_parameters()]
+    return {
+        "processes": search.accelerator.num_processes,
+        "model": type(search.model).__name__,
+        "alpha": search.supernet.alpha.tolist(),
+        "weights": torch.cat([weight.flatten() for weight in weights]).tolist(),
+    }
+
+
+def rows_and_samples() -> dict:
+    rows, gates = [], []
+
+    def recording(model, batch):
+        loss = loss_fn(model, batch)
+        if not search.supernet._arch_gradients:
+            rows.append(batch[0].tolist())
+        gates.append(search.supernet.layers["blocks.0"].gates.ne(0).sum().item())
+        return loss
+
+    search = make(loss=recording, max_steps=5, warmup_steps=3)  # 40 rows: 5 batches of 8 an epoch
+    search.run()
+    return {"rows": rows, "gates": gates, **result(search)}
+
+
+def fixed_sample(numbers: list, alpha, relaxation, temperature, rows):
+    """Straight-through samples that the numbers of the rows decide."""
+    generator = torch.Generator().manual_seed(1)
+    choice = torch.randint(alpha.shape[-1], (1000, len(alpha)), generator=generator)[numbers[0]]
+    hard = torch.nn.functional.one_hot(choice, alpha.shape[-1]).float()
+    soft = alpha.softmax(-1)
+    return hard + soft - soft.detach()
+
+
+def gradients_of_the_joined_batch(process: int) -> dict:
+    """Of weights and alpha, by two processes on 8 rows each, and by one on all 16."""
+    numbers, tensors = [None], split(16, 0, seed=5).tensors
+    supernet_module.sample = partial(fixed_sample, numbers)
+
+    def loss(model, batch):
+        numbers[0] = batch[0]
+        return loss_fn(model, batch)
+
+    search = make(loss=loss, warmup_steps=0)
+    alone = Supernet(residual(WIDTH), search.supernet.config)
+    for supernet in (search.supernet, alone):
+        randomise(supernet)
+    own = [tensor[8 * process :][:8] for tensor in tensors]
+    search.accelerator.backward(loss(search.model, own))
+    loss(alone.model, tensors).backward()
+    pairs = [
+        (ours.grad, whole.grad)
+        for ours, whole in zip(
+            search.supernet.weight_parameters(), alone.weight_parameters(), strict=True
+        )
+    ]
+    search.architect.step(partial(loss, search.supernet.model), own)
+    architect = Architect(alone)
+    architect.step(partial(loss, alone.model), tensors)
+    pairs.append((search.architect.gradient_sums, architect.gradient_sums))
+    supernet_module.sample = sample
+    return {
+        "differences": [float((ours - whole).abs().max()) for ours, whole in pairs],
+        "sizes": [float(whole.abs().max()) for _, whole in pairs],
+    }
+
+
+sample = supernet_module.sample
+OPTIONS = {"max_steps": 6, "warmup_steps": 2, "save_steps": 3, "gradient_accumulation_steps": 2}
+
+
+def whole_and_resumed(folder: Path) -> dict:
+    """A search with checkpoints, and one that goes on from the first of them."""
+    options = {**OPTIONS, "max_grad_norm": 0.05}
+    search = make(folder, **options)
+    sharded = sum(isinstance(w, DTensor) for w in search.supernet.weight_parameters())
+    search.run()
+    found = {"whole": result(search), "sharded": sharded}
+    if search.accelerator.is_main_process:
+        found["metrics"] = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+        shutil.rmtree(folder / "checkpoints" / "step-0000006")
+    search.accelerator.wait_for_everyone()
+    resumed = make(folder, **options)
+    resumed.run(resume=True)
+    return {**found, "resumed": result(resumed)}
+
+
+def stop(process: int) -> dict:
+    """One of the processes is asked to stop in its first step; entries are two steps apart."""
+
+    def asked(model, batch):
+        if process == 1 and search.step == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss_fn(model, batch)
+
+    search = make(loss=asked, logging_steps=2)
+    try:
+        search.run()
+    except Stopped as stopped:
+        return {"status": stopped.code, "step": search.step}
+
+
+def diverge(process: int, folder: Path) -> str:
+    def changed(model, batch):
+        if process == 1 and search.step == 3:
+            search.supernet.alpha.data[0, 0] += 1e-6
+        return loss_fn(model, batch)
+
+    search = make(folder, loss=changed, save_steps=2, warmup_steps=3)
+    try:
+        search.run()
+    except InputError as error:
+        return str(error)
+
+
+def refused(**options) -> str:
+    try:
+        make(**options)
+    except InputError as error:
+        return str(error)
+
+
+def main(folder: Path) -> None:
+    process, seen = int(os.environ["RANK"]), {}
+    with under(sharded=False):
+        seen["shared"] = rows_and_samples()
+        seen["joined"] = gradients_of_the_joined_batch(process)
+        seen["ddp"] = whole_and_resumed(folder / "ddp")
+        seen["stop"] = stop(process)
+        seen["diverge"] = diverge(process, folder / "diverge")
+    with under(sharded=True):
+        seen["fsdp2"] = whole_and_resumed(folder / "fsdp2")
+        seen["order 2"] = refused(order=2)
+    (folder / f"{process}.json").write_text(json.dumps(seen))
+    gc.collect()  # what still holds the process group at the exit may abort it
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
