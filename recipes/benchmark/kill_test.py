@@ -1,0 +1,136 @@
+"""Kills a search by SIGKILL at random moments, resumes it, and compares with one that was not.
+Not here: the search (recipes/search.py), which runs whole in processes that are killed.
+
+python recipes/benchmark/kill_test.py                # 20 kills, half of them inside a write
+"""
+
+import json
+import os
+import random
+import runpy
+import shlex
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from darts_lora import InputError
+from darts_lora.checkpoint import checkpoints
+from darts_lora.cli import run
+from darts_lora.config import check_writable
+from darts_lora.files import write_json
+from darts_lora.tensorboard import SearchViews  # noqa: F401 - not in each process
+
+RECIPE = Path(__file__).parents[1] / "search.py"
+RESULTS = ("genotype.json", "supernet.safetensors")  # ranks; weights and alpha
+
+
+@dataclass
+class KillTest:
+    """How often, and what."""
+
+    output_dir: str = "runs/kill_test"
+    """Folder of the searches and of kill_test.json."""
+    kills: int = 20
+    """Searches that are killed once each and resumed; every second one inside a write."""
+    seed: int = 0
+    """Seed of the moments."""
+    search: str = "--max_steps 24 --batch_size 8 --save_steps 1 --logging_steps 4"
+    """Options of recipes/search.py."""
+
+
+def main(options: KillTest) -> None:
+    """Is a search that was killed and resumed bit for bit the one that was not?"""
+    folder, moments = Path(check_writable(options.output_dir)), random.Random(options.seed)
+    whole = folder / "whole"
+    first = _start(whole, options.search)
+    began = _first_write(first, whole)
+    _finish(first)
+    seconds = time.monotonic() - began
+    records = []
+    for kill in range(options.kills):
+        cut, at = folder / f"kill-{kill}", moments.uniform(0, 0.9) * seconds
+        record = {"kill": kill, "in_write": kill % 2 == 1}
+        while not (killed := _kill(_start(cut, options.search), cut, record["in_write"], at)):
+            at /= 2  # it had ended: this one was quicker
+        record |= killed
+        left = checkpoints(str(cut))
+        _finish(_start(cut, options.search, resume=bool(left)))
+        record |= {"resumed_from": os.path.basename(left[-1]) if left else None}
+        record["equal"] = all(_same(whole / name, cut / name) for name in RESULTS)
+        records.append(record)
+        print(json.dumps(record), flush=True)
+    equal, inside = (sum(record[name] for record in records) for name in ("equal", "half_written"))
+    write_json(folder / "kill_test.json", {"seconds": round(seconds, 1), "kills": records})
+    print(f"{equal} of {len(records)} bitwise equal, {inside} killed inside a write")
+    if equal < len(records):
+        raise InputError(f"output_dir={options.output_dir!r}: {len(records) - equal} differ")
+
+
+def _start(folder: Path, search: str, resume: bool = False) -> int:
+    """The search in a process of its own; its number."""
+    if not resume:
+        shutil.rmtree(folder, ignore_errors=True)
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        torch.set_num_threads(1)  # threads of the forking process are not here
+        folder.parent.mkdir(exist_ok=True)
+        log = os.open(folder.parent / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        sys.argv = [str(RECIPE), *shlex.split(search), "--output_dir", str(folder)]
+        sys.argv += ["--resume"] * resume
+        runpy.run_path(str(RECIPE), run_name="__main__")
+        status = 0
+    except SystemExit as stopped:
+        status = stopped.code
+    finally:
+        os._exit(status)  # nothing of the forking process's is tidied up here
+
+
+def _finish(child: int) -> None:
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status:
+        raise InputError(f"search: ended with status {status}; see log.txt in output_dir")
+
+
+def _first_write(child: int, folder: Path) -> float:
+    """When (monotonic seconds) the search began to write checkpoints."""
+    while not (folder / "checkpoints").is_dir():
+        if os.waitpid(child, os.WNOHANG)[0]:
+            raise InputError("search: ended before a checkpoint; see log.txt in output_dir")
+        time.sleep(0.0002)
+    return time.monotonic()
+
+
+def _kill(child: int, folder: Path, in_write: bool, at: float) -> dict | None:
+    """Kill it `at` seconds behind its first write, or inside the write that comes next then; what
+    it left. None: it had ended before."""
+    began, place = _first_write(child, folder), folder / "checkpoints"
+    while time.monotonic() - began < at or (in_write and not _half_written(place)):
+        if os.waitpid(child, os.WNOHANG)[0]:
+            return None
+        time.sleep(0.0002)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return {"seconds": round(time.monotonic() - began, 2), "half_written": _half_written(place)}
+
+
+def _half_written(folder: Path) -> bool:
+    return folder.is_dir() and any(".tmp-" in name for name in os.listdir(folder))
+
+
+def _same(one: Path, other: Path) -> bool:
+    return one.read_bytes() == other.read_bytes()
+
+
+if __name__ == "__main__":
+    run(main, KillTest)

@@ -1,0 +1,28 @@
+"""recipes/benchmark/kill_test.py, small: a search killed at two moments ends as one that was not.
+Not here: 20 kills of the embedded default (run by hand), stops in good order (test_search.py)."""
+
+import importlib.util
+import json
+
+import pytest
+from recipes.conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def kill_test():
+    path = ROOT / "recipes" / "benchmark" / "kill_test.py"
+    spec = importlib.util.spec_from_file_location("kill_test", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_killed_search_ends_bitwise_as_the_other(kill_test, vision_folder, data_folder, tmp_path):
+    search = (
+        f"--model_name_or_path {vision_folder} --dataset {data_folder} --ranks [0,2,4] "
+        "--budget_rank 2 --max_steps 10 --batch_size 4 --max_length 32 --save_steps 1"
+    )
+    kill_test.main(kill_test.KillTest(str(tmp_path), kills=2, search=search))
+    (early, inside) = json.loads((tmp_path / "kill_test.json").read_text())["kills"]
+    assert early["equal"] and inside["equal"]
+    assert inside["half_written"] and not list(tmp_path.glob("*/checkpoints/*.tmp-*"))
