@@ -1,0 +1,269 @@
+"""Fewer parameters at equal quality? The uniform-rank curve, the search, and every other way to
+choose ranks, at equal budgets. Not here: methods, cells, retraining, tables (quality_*.py).
+
+python recipes/benchmark/quality.py --config recipes/benchmark/quality/embedded_vqa.yaml
+python recipes/benchmark/quality_tables.py           # whatever is finished, as tables and plots
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import os
+import sys
+import time
+import traceback
+from dataclasses import asdict, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from quality_allocation import parameters
+from quality_cells import TUNING_SEED, Cell, QualityRun, Store, cells
+from quality_methods import METHODS
+from quality_setting import Found, Setting
+from quality_training import EncodedRows, Retrainer, mean_loss
+
+from darts_lora import InputError, SearchConfig
+from darts_lora.cli import run
+from darts_lora.collator import Collator
+from darts_lora.config import DataConfig, ModelConfig, TrainingConfig, check_writable
+from darts_lora.data import load_splits, make_collator, training_rows
+from darts_lora.evaluate import score
+from darts_lora.files import write_json
+from darts_lora.models import load_model
+from darts_lora.targets import match_modules
+
+Options = tuple[QualityRun, SearchConfig, ModelConfig, DataConfig, TrainingConfig]
+
+
+def main(
+    options: QualityRun,
+    search: SearchConfig,
+    model: ModelConfig,
+    data: DataConfig,
+    training: TrainingConfig,
+) -> None:
+    """Measure every way to choose ranks on one task, each with its own tuned learning rates."""
+    started = time.monotonic()
+    folder = Path(check_writable(os.path.join(options.output_dir, options.benchmark)))
+    everything = (options, search, model, data, training)
+    _check_same_task(folder, everything)
+    store = Store(folder)
+    store.forget_failures()
+    if options.workers == 1:
+        work(everything, started)
+    else:
+        context = get_context("spawn")  # forked processes cannot use the GPU
+        processes = [
+            context.Process(target=work, args=(everything, started)) for _ in range(options.workers)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        if any(process.exitcode for process in processes):
+            raise InputError("a worker ended early, see above; what is finished stays")
+    if store.failures():
+        raise InputError(f"{folder}: failed, see their .error: {', '.join(store.failures())}")
+
+
+def _check_same_task(folder: Path, everything: Options) -> None:
+    """Cells of one folder are made with the same options, but for those that only say which."""
+    options, *rest = everything
+    which = ("output_dir", "methods", "budgets", "seeds", "workers", "max_minutes")
+    which += ("eval_batch_size", "data_files", "model_name_or_path")  # this machine's
+    wanted = {name: value for part in (options, *rest) for name, value in asdict(part).items()}
+    wanted = {name: value for name, value in wanted.items() if name not in which}
+    wanted, path = json.loads(json.dumps(wanted)), folder / "options.json"
+    if not path.exists():
+        write_json(path, wanted)
+    found = json.loads(path.read_text())
+    changed = {k for k in {*found, *wanted} if found.get(k) != wanted.get(k)}
+    if changed:
+        raise InputError(
+            f"{path}: its cells were made with another {', '.join(sorted(changed))}; "
+            "name another benchmark or output_dir"
+        )
+
+
+def work(everything: Options, started: float) -> None:
+    """Compute one cell after the other until all are done or the time is up."""
+    options = everything[0]
+    torch.set_num_threads(max(1, torch.get_num_threads() // options.workers))
+    store = Store(Path(options.output_dir) / options.benchmark)
+    if not _to_do(options, store, math.inf):
+        return  # no model is loaded for nothing
+    task = Task(*everything)
+    end = math.inf if options.max_minutes is None else started + 60 * options.max_minutes
+    while todo := _to_do(options, store, end - time.monotonic()):
+        if not _compute_one(todo, task, store):
+            time.sleep(1)  # all are claimed by others; what depends on them comes then
+
+
+def _to_do(options: QualityRun, store: Store, seconds: float) -> list[Cell]:
+    """Unfinished cells that can be computed now and, as far as is known, in this time (s)."""
+    longest: dict[tuple[str, str], float] = {}
+    for cell, record in store.finished.items():
+        kind = cell.stage, cell.method
+        longest[kind] = max(longest.get(kind, 0.0), record["cell_seconds"])
+    return [
+        cell
+        for cell in cells(options, store)
+        if not store.get(cell)
+        and not store.failed(cell)
+        and (cell.stage == "find" or store.get(cell.plan))
+        and longest.get((cell.stage, cell.method), 0.0) < seconds
+    ]
+
+
+def _compute_one(todo: list[Cell], task: Task, store: Store) -> bool:
+    """Compute the first cell that no other worker has claimed; whether there was one."""
+    for cell in todo:
+        with store.claimed(cell) as ours:
+            if ours:
+                begun = time.perf_counter()
+                try:
+                    record = task.compute(cell, store)
+                except Exception:  # a method that cannot run here must not stop the others
+                    store.fail(cell, traceback.format_exc())
+                    if torch.cuda.is_available():
+                        torch.cuda.synchronize()  # raises where the device is lost: no cell can run
+                else:
+                    seconds = round(time.perf_counter() - begun, 3)
+                    times = {"cell_seconds": seconds, "device": task.device_name}
+                    store.put(cell, {**record, **times})
+                print(f"{cell.name}: {time.perf_counter() - begun:.1f} s", file=sys.stderr)
+                return True
+    return False
+
+
+class Task:
+    """Model and rows, loaded once for all cells of a process.
+
+    A larger vision-language model needs no more than its YAML file: what loads and encodes here
+    are the Auto classes and the collator of darts_lora.
+    """
+
+    def __init__(
+        self,
+        options: QualityRun,
+        search: SearchConfig,
+        model: ModelConfig,
+        data: DataConfig,
+        training: TrainingConfig,
+    ):
+        self.options, self.search, self.data = options, search, data
+        on_gpu = torch.cuda.is_available()
+        device = torch.device("cuda" if on_gpu else "cpu")
+        self.device_name = torch.cuda.get_device_name() if on_gpu else "cpu"
+        self.collator = make_collator(model, data)
+        if not isinstance(self.collator, Collator):
+            raise InputError(f"task={model.task!r}: only models that generate text are compared")
+        self.test_rows = load_splits(data, ["test"])["test"]
+        self.rows = EncodedRows(training_rows(data), self.collator, device)
+        self.test = EncodedRows(self.test_rows, self.collator, device)
+        order = torch.randperm(
+            len(self.rows), generator=torch.Generator().manual_seed(data.split_seed)
+        ).tolist()
+        held = round(options.tuning_fraction * len(order))
+        self.validation, self.tuning, self.all = order[:held], order[held:], order
+        base = load_model(model).to(device)
+        self.retrainer = Retrainer(
+            base,
+            match_modules(base, search.target_modules, search.exclude_modules),
+            largest=max(*options.curve, *search.ranks),
+            scaling=search.scaling,
+            training=training,
+        )
+        smallest = min(self.retrainer.capacity, key=self.retrainer.capacity.get)
+        if max(options.curve) > self.retrainer.capacity[smallest]:
+            most = self.retrainer.capacity[smallest]
+            raise InputError(f"curve={options.curve}: {smallest} takes ranks up to {most}")
+        self.search_training = replace(
+            training, max_steps=options.search_steps, batch_size=options.search_batch_size,
+            logging_steps=min(50, options.search_steps), save_steps=0,
+        )  # fmt: skip
+
+    def compute(self, cell: Cell, store: Store) -> dict[str, Any]:
+        """The record of a cell."""
+        if cell.stage == "find":
+            return self._find(cell)
+        ranks = store.get(cell.plan)["ranks"]
+        return self._retrain(cell, dict(zip(self.retrainer.shapes, ranks, strict=True)))
+
+    def _setting(self, cell: Cell) -> Setting:
+        tuning = cell.seed == TUNING_SEED
+        return Setting(
+            self.retrainer,
+            self.rows,
+            self.tuning if tuning else self.all,
+            budget_rank=cell.budget,
+            seed=cell.seed,
+            rate=cell.find_rate,
+            search=self.search,
+            search_training=self.search_training,
+            adalora_steps=self.options.adalora_steps,
+            gradient_batches=self.options.gradient_batches,
+            validation_fraction=self.data.validation_fraction,
+            judge=None if tuning else self._test_loss,
+        )
+
+    def _find(self, cell: Cell) -> dict[str, Any]:
+        setting, started = self._setting(cell), time.perf_counter()
+        try:
+            found = METHODS[cell.method].find(setting)
+        except InputError as error:
+            if "infinite or NaN" not in str(error):
+                raise
+            # a learning rate too high is a result: nothing is adapted
+            found = Found(dict.fromkeys(self.retrainer.shapes, 0), {"diverged": str(error)})
+        seconds = time.perf_counter() - started
+        if self.retrainer.device.type == "cuda":
+            gc.collect()  # graphs of a search hold memory and stand in cycles
+        count = parameters(found.ranks, self.retrainer.shapes)
+        if count > setting.budget:
+            raise RuntimeError(
+                f"{cell.name}: {count:,} parameters, the budget is {setting.budget:,}"
+            )
+        record = {"ranks": list(found.ranks.values()), "parameters": count} | found.notes
+        return record | {"seconds": round(seconds, 3), "workers": self.options.workers}
+
+    def _retrain(self, cell: Cell, plan: dict[str, int]) -> dict[str, Any]:
+        tuning, first = cell.stage == "tune", METHODS[cell.method].first
+        record = self.retrainer.retrain(
+            plan,
+            self.rows,
+            self.tuning if tuning else self.all,
+            seed=cell.seed,
+            rate=cell.rate,
+            first=first and first(self._setting(cell)),
+        )
+        record["parameters"] = parameters(plan, self.retrainer.shapes)
+        record["workers"] = self.options.workers
+        size = self.options.eval_batch_size
+        with self.retrainer.adapters() as model:
+            if tuning:
+                return {"loss": mean_loss(model, self.rows, self.validation, size), **record}
+            record = {"loss": self._test_loss(model), **record}
+            if self.options.exact_match:
+                result = score(model, self.test_rows, self.collator, batch_size=size)
+                record["exact_match"] = result["exact_match"]
+        return record
+
+    def _test_loss(self, model: torch.nn.Module) -> float | None:
+        return mean_loss(model, self.test, range(len(self.test)), self.options.eval_batch_size)
+
+
+if __name__ == "__main__":
+    run(
+        main,
+        QualityRun,
+        SearchConfig,
+        ModelConfig,
+        DataConfig,
+        TrainingConfig,
+        default_config=os.path.join(os.path.dirname(__file__), "quality", "embedded_vqa.yaml"),
+    )

@@ -1,0 +1,223 @@
+"""Cells: the pieces of work of a run, their order, and their files, shared by workers.
+Not here: what is computed in one (quality.py), what they amount to (quality_tables.py)."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from quality_methods import METHODS
+
+from darts_lora import InputError
+from darts_lora.files import write_json, write_text
+
+TUNING_SEED = 1000
+
+
+@dataclass
+class QualityRun:
+    """What is measured, and how long this call may take."""
+
+    benchmark: str = "embedded_vqa"
+    """Name of model and data together: the folder of the cells."""
+    output_dir: str = "runs/quality"
+    """Folder of the tasks' folders; what is finished there is not run again."""
+    methods: list[str] = field(default_factory=lambda: list(METHODS))
+    """Ways to choose ranks beside the uniform curve; default: all."""
+    curve: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32])
+    """Ranks of the uniform curve."""
+    budgets: list[int] = field(default_factory=lambda: [8, 2])
+    """Budgets of every method, as ranks of the uniform curve, the most important first."""
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    """Seeds of searches, plans and retrainings."""
+    learning_rates: list[float] = field(default_factory=lambda: [5e-4, 1e-3, 2e-3])
+    """What each method's learning rates are chosen from: validation loss, on a seed of its own."""
+    tuning_fraction: float = 0.1
+    """Share of the training rows that tuning holds out, in (0, 1)."""
+    search_steps: int = 1000
+    """Weight steps of a search; max_steps are those of a retraining."""
+    search_batch_size: int = 16
+    """Rows of a batch of a search."""
+    adalora_steps: int = 400
+    """Weight steps of AdaLoRA."""
+    gradient_batches: int = 64
+    """Batches whose gradients are summed (gradient, fisher)."""
+    eval_batch_size: int = 64
+    """Rows of a batch of an evaluation."""
+    exact_match: bool = False
+    """Generate the answers to the test rows too: share of exact ones."""
+    workers: int = 1
+    """Processes side by side, on one GPU too (count). Compare seconds of single ones only."""
+    max_minutes: float | None = None
+    """Begin no cell that would end later than this (minutes); default: run until all is done."""
+
+    def __post_init__(self):
+        unknown = set(self.methods) - set(METHODS)
+        if unknown:
+            raise InputError(f"methods={sorted(unknown)}: not among {', '.join(METHODS)}")
+        if not self.budgets or not set(self.budgets) <= set(self.curve):
+            raise InputError(f"budgets={self.budgets}: must be ranks of the curve {self.curve}")
+        for name in ("curve", "seeds", "learning_rates"):
+            values = getattr(self, name)
+            low = 0 if name == "seeds" else 1 if name == "curve" else 1e-12
+            if not values or min(values) < low or len(set(values)) < len(values):
+                raise InputError(f"{name}={values}: must be distinct numbers >= {low}")
+        if TUNING_SEED in self.seeds:
+            raise InputError(f"seeds={self.seeds}: {TUNING_SEED} is the seed of the tuning")
+        if not 0 < self.tuning_fraction < 1:
+            raise InputError(f"tuning_fraction={self.tuning_fraction}: must be between 0 and 1")
+        if self.workers < 1:
+            raise InputError(f"workers={self.workers}: must be an integer >= 1")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One piece of work: a file <name>.json once it is done.
+
+    find: choose ranks, on the tuning rows (seed TUNING_SEED) or on all; tune: retrain on the tuning
+    rows, judged on the held-out rows; final: retrain on all rows, judged on the test rows.
+    """
+
+    stage: str
+    method: str
+    budget: int
+    """Uniform rank of as many parameters."""
+    seed: int
+    find_rate: float | None = None
+    """Learning rate of what finds the ranks, None where nothing is trained for it."""
+    rate: float | None = None
+    """Learning rate of the retraining."""
+
+    @property
+    def name(self) -> str:
+        rates = [f"find{self.find_rate:g}"] if self.find_rate else []
+        rates += [f"lr{self.rate:g}"] if self.rate else []
+        parts = [self.method, f"r{self.budget}", self.stage, f"s{self.seed}", *rates]
+        return "-".join(parts)
+
+    @property
+    def plan(self) -> Cell:
+        """The cell that finds the plan which this one retrains."""
+        method = METHODS[self.method].plan_of or self.method
+        return Cell("find", method, self.budget, self.seed, self.find_rate)
+
+
+class Store:
+    """The files of a task's cells. Several processes may share the folder: a cell is computed under
+    a lock that ends with its process."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.finished = folder, {}
+        (folder / ".locks").mkdir(parents=True, exist_ok=True)
+
+    def get(self, cell: Cell) -> dict[str, Any] | None:
+        """A finished cell's record."""
+        if cell not in self.finished:
+            path = self.folder / f"{cell.name}.json"
+            if not path.exists():
+                return None
+            self.finished[cell] = json.loads(path.read_text())
+        return self.finished[cell]
+
+    def put(self, cell: Cell, record: dict[str, Any]) -> None:
+        """Write a finished cell."""
+        write_json(self.folder / f"{cell.name}.json", {**asdict(cell), **record})
+
+    def fail(self, cell: Cell, reason: str) -> None:
+        """Note that a cell could not be computed; it is left out until the next run."""
+        write_text(self.folder / f"{cell.name}.error", reason)
+
+    def failed(self, cell: Cell) -> bool:
+        return (self.folder / f"{cell.name}.error").exists()
+
+    def forget_failures(self) -> None:
+        """A new run tries them again."""
+        for path in self.folder.glob("*.error"):
+            path.unlink()
+
+    def failures(self) -> list[str]:
+        return sorted(path.stem for path in self.folder.glob("*.error"))
+
+    @contextlib.contextmanager
+    def claimed(self, cell: Cell) -> Iterator[bool]:
+        """Whether the cell is ours to compute: not claimed by another process, not done by now."""
+        with open(self.folder / ".locks" / cell.name, "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+            else:
+                yield self.get(cell) is None and not self.failed(cell)
+
+    def best(self, cells: list[Cell]) -> Cell | None:
+        """The cell of the lowest validation loss; None while one is missing."""
+        records = [self.get(cell) for cell in cells]
+        if None in records:
+            return None
+        losses = [r["loss"] if r["loss"] is not None else math.inf for r in records]
+        return cells[losses.index(min(losses))]
+
+
+def cells(options: QualityRun, store: Store) -> Iterator[Cell]:
+    """All cells in the order in which they should be done, what depends on unfinished ones left
+    out: the uniform plans of the budgets, then the methods, the rest of the curve after the
+    search."""
+    rest = [rank for rank in options.curve if rank not in options.budgets]
+    pairs = [("uniform", budget) for budget in options.budgets]
+    for method in METHODS:
+        if method in options.methods and method != "uniform":
+            pairs += [(method, budget) for budget in options.budgets]
+        if method == "search":
+            pairs += [("uniform", rank) for rank in rest]
+    for method, budget in pairs:
+        yield from _cells_of(options, method, budget, store)
+
+
+def _cells_of(options: QualityRun, method: str, budget: int, store: Store) -> Iterator[Cell]:
+    tuned = yield from _tune(options, METHODS[method].rates_of or method, budget, store)
+    if tuned is None:
+        return
+    for seed in options.seeds:
+        final = Cell("final", method, budget, seed, tuned.find_rate, tuned.rate)
+        yield final.plan
+        yield final
+
+
+def _tune(options: QualityRun, method: str, budget: int, store: Store) -> Iterator[Cell]:
+    """Tuning cells; returns the best one, None while it is not known. The rate of finding is
+    chosen by retrainings at the uniform plan's rate, then the rate of the retraining."""
+    best_find = None
+    if METHODS[METHODS[method].plan_of or method].trains:
+        uniform = store.best(_retrainings(options, "uniform", budget, None))
+        if uniform is None:
+            return None
+        tries = [
+            Cell("tune", method, budget, TUNING_SEED, rate, uniform.rate)
+            for rate in options.learning_rates
+        ]
+        for cell in tries:
+            yield cell.plan
+            yield cell
+        best = store.best(tries)
+        if best is None:
+            return None
+        best_find = best.find_rate
+    tries = _retrainings(options, method, budget, best_find)
+    yield tries[0].plan
+    yield from tries
+    return store.best(tries)
+
+
+def _retrainings(
+    options: QualityRun, method: str, budget: int, find_rate: float | None
+) -> list[Cell]:
+    return [
+        Cell("tune", method, budget, TUNING_SEED, find_rate, rate)
+        for rate in options.learning_rates
+    ]

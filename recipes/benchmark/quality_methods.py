@@ -1,0 +1,190 @@
+"""Ways to choose ranks under a budget, each a function of a Setting, and the list of all of them.
+Not here: PEFT's own (quality_peft.py), how a plan is retrained (quality_training.py)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from plans import random_choice
+from planted_methods import TEMPERATURES
+from quality_allocation import (
+    energy_spectrum,
+    largest_gain,
+    product_spectrum,
+    proportional_gains,
+    uniform_on,
+)
+from quality_peft import adalora, eva, eva_components
+from quality_setting import Found, Setting
+from quality_training import model_loss
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from darts_lora import RankSearch, Supernet
+from darts_lora.cost import rank_costs
+
+
+def uniform(setting: Setting) -> Found:
+    """The budget's rank everywhere."""
+    return Found(dict.fromkeys(setting.retrainer.shapes, setting.budget_rank))
+
+
+def search(setting: Setting, **options) -> Found:
+    """The library's search under the budget; `options` of SearchConfig beside the task's own."""
+    held = round(len(setting.indices) * setting.validation_fraction)
+    parts = {"train": setting.indices[held:], "validation": setting.indices[:held]}
+    config = replace(
+        setting.search, budget_rank=None, budget_parameters=setting.budget, seed=setting.seed,
+        **options,
+    )  # fmt: skip
+    training = replace(setting.search_training, learning_rate=setting.rate)
+    loaders = [
+        DataLoader(
+            indices,
+            training.batch_size,
+            shuffle=True,
+            drop_last=True,
+            collate_fn=setting.rows.batch,
+            generator=torch.Generator().manual_seed(setting.seed),
+        )
+        for indices in parts.values()
+    ]
+    supernet = Supernet(setting.retrainer.model, config)
+    on_gpu = setting.retrainer.device.type == "cuda"
+    try:
+        with open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet):  # one bar is enough
+            genotype = RankSearch(
+                supernet, *loaders, training=training, loss_fn=model_loss, cuda_graphs=on_gpu
+            ).run()
+    finally:
+        supernet.remove().requires_grad_(False)
+    expected = {
+        name: sum(p * rank for p, rank in zip(row, genotype.candidates, strict=True))
+        for name, row in genotype.probabilities.items()
+    }
+    notes = {"expected_ranks": [round(rank, 4) for rank in expected.values()]}
+    return Found(genotype.ranks, notes | {"verdict": genotype.found_by["verdict"]})
+
+
+def random_ranks(setting: Setting, number: int) -> Found:
+    """Random raises until none fits; `number` tells the plans of a seed apart."""
+    shapes, candidates = setting.retrainer.shapes, setting.search.ranks
+    generator = torch.Generator().manual_seed(1000 * setting.seed + number)
+    costs = rank_costs(shapes.values(), candidates)
+    choice = random_choice(costs, setting.budget, generator)
+    return Found({n: candidates[k] for n, k in zip(shapes, choice, strict=True)})
+
+
+def some_layers(setting: Setting, kinds: tuple[str, ...]) -> Found:
+    """The same rank for layers inside modules that are called so, 0 elsewhere; same total."""
+    shapes = setting.retrainer.shapes
+    names = [n for n in shapes if any(kind in part for part in n.split(".") for kind in kinds)]
+    return Found(uniform_on(names, shapes, setting.retrainer.capacity, setting.budget))
+
+
+def svd(setting: Setting) -> Found:
+    """A trained LoRA of the largest candidate rank, cut to its largest singular values."""
+    retrainer, largest = setting.retrainer, max(setting.search.ranks)
+    plan = {name: min(largest, most) for name, most in retrainer.capacity.items()}
+    trained = retrainer.retrain(
+        plan, setting.rows, setting.indices, seed=setting.seed, rate=setting.rate
+    )
+    with torch.no_grad():
+        gains = {
+            name: _filled(product_spectrum(layer.lora_B[:, : plan[name]],
+                                           layer.lora_A[: plan[name]]), largest)
+            for name, layer in retrainer.layers.items()
+        }  # fmt: skip
+    ranks = largest_gain(gains, retrainer.shapes, setting.search.ranks, setting.budget)
+    return Found(ranks, {"train_loss": trained["train_loss"]})
+
+
+def _filled(values: Tensor, length: int) -> Tensor:
+    return torch.cat([values, values.new_zeros(length - len(values))])
+
+
+def gradient(setting: Setting) -> Found:
+    """The spectrum of each layer's weight gradient, summed over batches of the untrained model."""
+    largest = max(setting.search.ranks)
+    sums, _ = _weight_gradients(setting)
+    gains = {name: energy_spectrum(matrix, largest) for name, matrix in sums.items()}
+    ranks = largest_gain(gains, setting.retrainer.shapes, setting.search.ranks, setting.budget)
+    return Found(ranks)
+
+
+def fisher(setting: Setting) -> Found:
+    """Ranks in proportion to the empirical Fisher information of each layer's weight (squared
+    gradients of batches, summed) over its cost."""
+    largest = max(setting.search.ranks)
+    _, squares = _weight_gradients(setting)
+    gains = {name: proportional_gains(score, largest) for name, score in squares.items()}
+    ranks = largest_gain(gains, setting.retrainer.shapes, setting.search.ranks, setting.budget)
+    return Found(ranks, {"fisher": [float(score) for score in squares.values()]})
+
+
+def _weight_gradients(setting: Setting) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Layer -> sum over batches of the gradient of its weight (float32), and of its square."""
+    model, names = setting.retrainer.model, list(setting.retrainer.shapes)
+    weights = [setting.retrainer.originals[name].weight for name in names]
+    sums = [torch.zeros_like(w, dtype=torch.float32) for w in weights]
+    squares = [torch.zeros((), device=setting.retrainer.device) for _ in weights]
+    model.eval()
+    for weight in weights:
+        weight.requires_grad_(True)
+    for batch in setting.batches(setting.gradient_batches):
+        found = torch.autograd.grad(model_loss(model, batch), weights, materialize_grads=True)
+        for total, square, gradient in zip(sums, squares, found, strict=True):
+            total += gradient
+            square += gradient.float().square().sum()
+    for weight in weights:
+        weight.requires_grad_(False)
+    return dict(zip(names, sums, strict=True)), dict(zip(names, squares, strict=True))
+
+
+@dataclass(frozen=True)
+class Method:
+    """How ranks are chosen, and what of it is tuned."""
+
+    find: Callable[[Setting], Found]
+    trains: bool = False
+    """It trains something to find ranks: that learning rate is tuned as well."""
+    plan_of: str | None = None
+    """The method whose plans are retrained; default: its own."""
+    rates_of: str | None = None
+    """The method whose tuned learning rates are used; default: its own."""
+    first: Callable[[Setting], dict[str, Tensor]] | None = None
+    """First values of A; default: PEFT's."""
+
+
+def _searches(**options) -> Method:
+    return Method(partial(search, **options), trains=True)
+
+
+RANDOM_PLANS = 5
+# What matters most first: a run that is cut off has compared the search with the first ones.
+METHODS = {
+    "uniform": Method(uniform),
+    "search": _searches(),
+    "random_0": Method(partial(random_ranks, number=0)),
+    "adalora": Method(adalora, trains=True),
+    "svd": Method(svd, trains=True),
+    "gradient": Method(gradient),
+    "fisher": Method(fisher),
+    "eva": Method(eva),
+    "eva_init": Method(eva, plan_of="eva", first=eva_components),
+    "search_nested": _searches(branches="nested"),
+    "attention": Method(partial(some_layers, kinds=("attn", "attention"))),
+    "mlp": Method(partial(some_layers, kinds=("mlp", "feed_forward"))),
+    **{
+        f"random_{i}": Method(partial(random_ranks, number=i), rates_of="random_0")
+        for i in range(1, RANDOM_PLANS)
+    },
+    "search_gumbel": _searches(relaxation="gumbel", temperature=TEMPERATURES["gumbel"]),
+    "search_softmax": _searches(relaxation="softmax", temperature=TEMPERATURES["softmax"]),
+    "search_order2": _searches(order=2),
+}

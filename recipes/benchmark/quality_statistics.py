@@ -1,0 +1,196 @@
+"""What finished cells amount to: means with intervals, parameters at equal loss, agreement, times.
+Not here: the cells themselves (quality_cells.py), how figures are shown (quality_tables.py)."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any
+
+import numpy as np
+from scipy.stats import spearmanr, t
+
+Record = dict[str, Any]
+
+
+def load_cells(folder: Path) -> list[Record]:
+    """The records of a task's finished cells; those of random_0 ... are all of method random."""
+    records = [
+        json.loads(path.read_text())
+        for path in sorted(folder.glob("*.json"))
+        if path.name != "options.json"
+    ]
+    for record in records:
+        if record["method"].startswith("random_"):
+            record["method"] = "random"
+    return records
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half width of its 95 % t-interval; NaN for a single value."""
+    if len(values) < 2:
+        return mean(values), math.nan
+    factor = t.ppf(0.975, len(values) - 1)
+    return mean(values), float(factor * stdev(values) / math.sqrt(len(values)))
+
+
+def parameters_at_loss(
+    parameters: Sequence[float], losses: Sequence[float], loss: float
+) -> tuple[float, bool]:
+    """Where a curve of losses over parameters reaches a loss: linear in the logarithm of the
+    parameters; a point is never above one of fewer parameters (the smaller plan would do).
+
+    Returns:
+        The parameters, and whether the loss lies on the curve. Of a better one those of the largest
+        point (more would be needed); of a worse one the first piece of the curve goes on.
+    """
+    order = np.argsort(parameters)
+    logs = np.log(np.asarray(parameters, float)[order])
+    falling = np.minimum.accumulate(np.asarray(losses, float)[order])
+    if loss < falling[-1]:
+        return float(np.exp(logs[-1])), False
+    # the first point that is as good and, of a flat piece, its first
+    after = max(int(np.argmax(falling <= loss)), 1)
+    fall = falling[after - 1] - falling[after]
+    share = (falling[after - 1] - loss) / fall if fall else 0.0
+    found = logs[after - 1] + share * (logs[after] - logs[after - 1])
+    return float(np.exp(found)), bool(loss <= falling[0])
+
+
+def finals(records: Iterable[Record], method: str, budget: int | None = None) -> list[Record]:
+    """A method's judged plans whose training did not diverge."""
+    return [
+        r
+        for r in records
+        if (r["stage"], r["method"]) == ("final", method)
+        and budget in (None, r["budget"])
+        and r["loss"] is not None
+    ]
+
+
+def by_seed(records: Iterable[Record], key: str = "loss") -> dict[int, float]:
+    """Seed -> mean over that seed's plans (random ones are several)."""
+    groups: dict[int, list[float]] = {}
+    for record in records:
+        groups.setdefault(record["seed"], []).append(record[key])
+    return {seed: mean(values) for seed, values in sorted(groups.items())}
+
+
+def summarise(records: list[Record]) -> list[Record]:
+    """One row for each method and budget; rows of uniform first, then in order of the loss.
+
+    A row has: method, budget, runs, seeds, diverged, parameters, loss and loss_interval,
+    exact_match (None where not measured), saved: 1 - parameters / those that the uniform curve of
+    the same seed needs for the same loss, with saved_interval and saved_bound (a seed's loss lay
+    beyond its curve); behind: loss - that of the search, of the same seeds, with behind_interval;
+    and find_seconds, seconds (medians of cells that ran alone, None where none did).
+    """
+    pairs = {(r["method"], r["budget"]) for r in records if r["stage"] == "final"}
+    rows = [_row(records, *pair) for pair in pairs]
+    return sorted(rows, key=lambda r: (r["budget"], r["method"] != "uniform", _last(r["loss"])))
+
+
+def _last(loss: float | None) -> float:
+    return math.inf if loss is None else loss
+
+
+def _row(records: list[Record], method: str, budget: int) -> Record:
+    runs = finals(records, method, budget)
+    losses, alone = by_seed(runs), [r for r in records if r["workers"] == 1]
+    tried = [r for r in records if (r["stage"], r["method"], r["budget"]) ==
+             ("final", method, budget)]  # fmt: skip
+    row = {"method": method, "budget": budget, "runs": len(runs), "seeds": len(losses)}
+    row |= {"diverged": len(tried) - len(runs), "loss": None, "parameters": None}
+    if not runs:
+        return row
+    row["loss"], row["loss_interval"] = interval(list(losses.values()))
+    row["parameters"] = mean(r["parameters"] for r in runs)
+    matches = [r["exact_match"] for r in runs if r.get("exact_match") is not None]
+    row["exact_match"] = mean(matches) if matches else None
+    searched = by_seed(finals(records, "search", budget))
+    behind = [losses[seed] - searched[seed] for seed in losses if seed in searched]
+    row["behind"], row["behind_interval"] = interval(behind) if behind else (None, None)
+    saved = [_saved(records, runs, seed) for seed in losses if method != "uniform"]
+    saved = [value for value in saved if value is not None]
+    if saved:
+        row["saved"], row["saved_interval"] = interval([share for share, _ in saved])
+        row["saved_bound"] = not all(inside for _, inside in saved)
+    for key, stage in (("find_seconds", "find"), ("seconds", "final")):
+        times = [r["seconds"] for r in alone if (r["method"], r["budget"]) == (method, budget)
+                 and r["stage"] == stage and r["seed"] in losses]  # fmt: skip
+        row[key] = median(times) if times else None
+    return row
+
+
+def _saved(records: list[Record], runs: list[Record], seed: int) -> tuple[float, bool] | None:
+    """Share of parameters saved on the uniform curve of the seed, and whether the loss is on it."""
+    curve = [r for r in finals(records, "uniform") if r["seed"] == seed]
+    if len(curve) < 2:
+        return None
+    loss = by_seed(runs)[seed]
+    needed, inside = parameters_at_loss(
+        [r["parameters"] for r in curve], [r["loss"] for r in curve], loss
+    )
+    return 1 - by_seed(runs, "parameters")[seed] / needed, inside
+
+
+def headlines(records: list[Record]) -> list[Record]:
+    """For each budget at which the search was judged: saved over uniform, and over the best other
+    method (both in uniform's parameters at their losses), the expected ranks' Spearman correlation
+    between seeds, times over one finetune's and the whole sweep over uniform ranks."""
+    rows = summarise(records)
+    uniform = [r for r in rows if r["method"] == "uniform"]
+    found = []
+    for row in rows:
+        if row["method"] != "search" or row["loss"] is None:
+            continue
+        others = [
+            r
+            for r in rows
+            if r["budget"] == row["budget"]
+            and r["loss"] is not None
+            and not r["method"].startswith(("search", "uniform"))
+        ]
+        best = min(others, key=lambda r: r["loss"], default=None)
+        saved, of_best = row.get("saved"), best and best.get("saved")
+        over_best = None if None in (saved, of_best) else 1 - (1 - saved) / (1 - of_best)
+        found.append(
+            {
+                "budget": row["budget"],
+                **{key: row.get(key) for key in ("saved", "saved_interval", "saved_bound")},
+                "best_other": best and best["method"],
+                "saved_over_best": over_best,
+                "spearman": agreement(records, row["budget"]),
+                **_times(row, uniform),
+            }
+        )
+    return found
+
+
+def agreement(records: list[Record], budget: int) -> float | None:
+    """Mean Spearman correlation of the expected ranks of searches of different seeds; None with
+    fewer than two. Tuning's search, on fewer rows, is none of them."""
+    judged = {r["seed"] for r in finals(records, "search", budget)}
+    ranks = {
+        r["seed"]: r["expected_ranks"]
+        for r in records
+        if (r["stage"], r["method"], r["budget"]) == ("find", "search", budget)
+        and r["seed"] in judged
+        and "expected_ranks" in r
+    }
+    pairs = list(itertools.combinations(ranks.values(), 2))
+    return mean(float(spearmanr(*pair).statistic) for pair in pairs) if pairs else None
+
+
+def _times(row: Record, uniform: list[Record]) -> Record:
+    """Search and finetune over one finetune of the uniform rank, and over the sweep."""
+    one = next((r.get("seconds") for r in uniform if r["budget"] == row["budget"]), None)
+    sweep = [r.get("seconds") for r in uniform]
+    if None in (row.get("find_seconds"), row.get("seconds"), one, *sweep):
+        return {"time_of_finetune": None, "time_of_sweep": None}
+    whole = row["find_seconds"] + row["seconds"]
+    return {"time_of_finetune": whole / one, "time_of_sweep": whole / sum(sweep)}

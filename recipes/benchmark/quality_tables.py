@@ -1,0 +1,149 @@
+"""Tables and plots of whatever cells of the quality benchmark are finished.
+Not here: running cells (quality.py), the figures themselves (quality_statistics.py).
+
+python recipes/benchmark/quality_tables.py --output_dir runs/quality
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from quality_statistics import Record, by_seed, finals, headlines, interval, load_cells, summarise
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from darts_lora import InputError
+from darts_lora.cli import run
+from darts_lora.files import write_text, write_whole
+
+
+@dataclass
+class TablesRun:
+    """Whose tables."""
+
+    output_dir: str = "runs/quality"
+    """Folder of the tasks' folders. tables.md goes there, <task>.png beside it."""
+
+
+def main(options: TablesRun) -> None:
+    """Show what is finished: test loss against trainable parameters, and the headlines."""
+    folder = Path(options.output_dir)
+    tasks = {path.parent.name: load_cells(path.parent) for path in folder.glob("*/options.json")}
+    tasks = {n: r for n, r in sorted(tasks.items()) if any(c["stage"] == "final" for c in r)}
+    if not tasks:
+        raise InputError(f"output_dir={options.output_dir!r}: no finished plan in a task's folder")
+    text = ""
+    for task, records in tasks.items():
+        for title, columns, rows in (
+            (f"{task}: test loss per token", *_method_rows(summarise(records))),
+            (f"{task}: the search", *_headline_rows(headlines(records))),
+        ):
+            Console(width=140).print(_table(title, columns, rows))
+            text += _markdown(title, columns, rows)
+        draw(records, folder / f"{task}.png", task)
+        text += f"![{task}]({task}.png)\n\n"
+    write_text(folder / "tables.md", text)
+    print(f"Tables and plots: {folder / 'tables.md'}")
+
+
+def _method_rows(summary: list[Record]) -> tuple[list[str], list[list[str]]]:
+    columns = ["r", "method", "runs", "parameters", "test loss", "behind the search", "saved"]
+    matched = any(row.get("exact_match") is not None for row in summary)
+    columns += ["exact match"] * matched + ["find, s", "finetune, s"]
+    rows = []
+    for row in summary:
+        runs = f"{row['runs']}" + (f" ({row['diverged']} diverged)" if row["diverged"] else "")
+        cells = [str(row["budget"]), row["method"], runs, _text(row["parameters"], ",.0f")]
+        cells.append(_range(row["loss"], row.get("loss_interval"), ".4f"))
+        cells.append(_range(row.get("behind"), row.get("behind_interval"), "+.4f"))
+        cells.append(_saved(row))
+        cells += [_text(row.get("exact_match"), ".1%")] * matched
+        cells += [_text(row.get(key), ".1f") for key in ("find_seconds", "seconds")]
+        rows.append(cells)
+    return columns, rows
+
+
+def _headline_rows(found: list[Record]) -> tuple[list[str], list[list[str]]]:
+    columns = ["r", "saved over uniform", "best other", "saved over it", "Spearman"]
+    columns += ["time / finetune", "time / sweep"]
+    rows = []
+    for row in found:
+        cells = [str(row["budget"]), _saved(row), row["best_other"] or "-"]
+        cells += [_text(row["saved_over_best"], ".0%"), _text(row["spearman"], ".2f")]
+        cells += [_text(row[key], ".2f") for key in ("time_of_finetune", "time_of_sweep")]
+        rows.append(cells)
+    return columns, rows
+
+
+def _saved(row: Record) -> str:
+    """* : a loss beyond the ends of the uniform curve, where the nearest end stands for it."""
+    text = _range(row.get("saved"), row.get("saved_interval"), ".0%")
+    return text + "*" * bool(row.get("saved_bound"))
+
+
+def _text(value: Any, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _range(value: float | None, half: float | None, form: str) -> str:
+    text = _text(value, form)
+    known = half is not None and half == half
+    return f"{text} ± {format(half, form.removeprefix('+'))}" if known else text
+
+
+def _table(title: str, columns: Sequence[str], rows: list[list[str]]) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _markdown(title: str, columns: Sequence[str], rows: list[list[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"## {title}\n\n{body}\n\n"
+
+
+def draw(records: list[Record], path: Path, title: str) -> None:
+    """Loss, and exact match where it was measured, against trainable parameters; bars are 95 %
+    intervals over seeds."""
+    judged = [r for r in records if r["stage"] == "final" and r["loss"] is not None]
+    measured = any(r.get("exact_match") is not None for r in judged)
+    keys = ["loss"] + ["exact_match"] * measured
+    figure, panels = plt.subplots(1, len(keys), figsize=(6.5 * len(keys), 4.5), squeeze=False)
+    methods = sorted({r["method"] for r in judged}, key=lambda m: (m != "uniform", m != "search"))
+    for panel, key in zip(panels[0], keys, strict=True):
+        for number, method in enumerate(methods):
+            points = []
+            for budget in sorted({r["budget"] for r in finals(judged, method)}):
+                runs = [r for r in finals(judged, method, budget) if r.get(key) is not None]
+                if runs:
+                    sizes = by_seed(runs, "parameters").values()
+                    middle, half = interval(list(by_seed(runs, key).values()))
+                    points.append((sum(sizes) / len(sizes), middle, 0 if half != half else half))
+            if points:
+                style = {"uniform": "k-o", "search": "r-D"}.get(method, f"C{number % 10}x")
+                panel.errorbar(*zip(*points, strict=True), fmt=style, capsize=2, ms=4, lw=1,
+                               label=method)  # fmt: skip
+        panel.set_xscale("log")
+        panel.set_xlabel("trainable parameters")
+        panel.set_ylabel({"loss": "test loss per token", "exact_match": "exact match"}[key])
+    panels[0, -1].legend(fontsize=7, ncols=2)
+    figure.suptitle(title)
+    figure.tight_layout()
+    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    run(main, TablesRun)

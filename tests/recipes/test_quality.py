@@ -1,0 +1,451 @@
+"""recipes/benchmark/quality.py: plans keep the budget, cells resume, retrainings are PEFT's.
+Not here: how well methods do (recipes/benchmark/README.md), CUDA graphs (a GPU's)."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from families import TEXT_FAMILIES, make_family
+from peft import get_peft_model
+from torch import nn
+from transformers import get_scheduler
+
+from darts_lora import Genotype, InputError, SearchConfig
+from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
+from darts_lora.data import load_splits, make_collator
+from darts_lora.evaluate import score
+from darts_lora.models import load_model
+from darts_lora.targets import match_modules
+
+BENCHMARK = Path(__file__).parents[2] / "recipes" / "benchmark"
+CPU = torch.device("cpu")
+METHODS = {"uniform", "search", "search_nested", "search_gumbel", "search_softmax", "search_order2"}
+METHODS |= {"adalora", "eva", "eva_init", "svd", "gradient", "fisher", "attention", "mlp"}
+METHODS |= {f"random_{number}" for number in range(5)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def modules():
+    """A recipe is a script: its folder is no package."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARK)
+        yield
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    """Options of a run on a tiny Llama and 48 rows of text."""
+    from quality_cells import QualityRun
+
+    root = tmp_path_factory.mktemp("quality")
+    model = make_family(TEXT_FAMILIES["llama"], str(root / "model"))
+    colours = ["red", "green", "blue"]
+    for split, count in (("train", 48), ("test", 12)):
+        questions = ("which colour is it please", "is it")
+        rows = [
+            {"prompt": f"{questions[i % 2]} {colours[i % 3]}", "completion": colours[i % 3]}
+            for i in range(count)
+        ]
+        (root / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = QualityRun(
+        benchmark="tiny", output_dir=str(root / "runs"), curve=[1, 2], budgets=[2], seeds=[0],
+        learning_rates=[0.01, 0.03], search_steps=6, search_batch_size=8, adalora_steps=20,
+        gradient_batches=2, eval_batch_size=5, exact_match=True,
+    )  # fmt: skip
+    files = {split: str(root / f"{split}.jsonl") for split in ("train", "test")}
+    return (
+        options,
+        SearchConfig(ranks=(0, 1, 2, 4)),
+        ModelConfig(model),
+        DataConfig("json", files, pad_to_multiple_of=4),
+        TrainingConfig(max_steps=4, batch_size=8),
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(everything):
+    """The folder of a run of all methods, finished."""
+    import quality
+
+    quality.main(*everything)
+    return Path(everything[0].output_dir) / "tiny"
+
+
+@pytest.fixture(scope="module")
+def records(finished):
+    cells = [json.loads(p.read_text()) for p in finished.glob("*.json")]
+    return [cell for cell in cells if "stage" in cell]
+
+
+def test_every_method_has_a_plan_within_the_budget(records):
+    finals = {r["method"]: r for r in records if r["stage"] == "final" and r["budget"] == 2}
+    assert set(finals) == METHODS
+    (budget,) = {r["parameters"] for r in records if (r["method"], r["budget"]) == ("uniform", 2)}
+    for method, record in finals.items():
+        assert 0.7 * budget < record["parameters"] <= budget, method
+        assert 0 < record["loss"] < 10 and 0 <= record["exact_match"] <= 1
+    plans = {r["method"]: r["ranks"] for r in records if r["stage"] == "find" and r["seed"] == 0}
+    for method in METHODS - {"eva_init"}:  # EVA's plan
+        if method.startswith(("search", "random", "svd", "gradient", "fisher")):
+            assert set(plans[method]) <= {0, 1, 2, 4}, method
+    assert len({tuple(ranks) for ranks in plans.values()}) > 12
+    attention = [rank > 0 for rank in plans["attention"]]
+    assert [rank > 0 for rank in plans["mlp"]] == [not on for on in attention]
+    searches = [r for r in records if r["stage"] == "find" and r["method"] == "search"]
+    assert all(len(r["expected_ranks"]) == len(r["ranks"]) for r in searches)
+
+
+def test_a_second_run_computes_nothing(everything, finished, monkeypatch):
+    import quality
+
+    written = {path: path.stat().st_mtime_ns for path in finished.glob("*.json")}
+    monkeypatch.setattr(quality.Task, "compute", lambda *_: pytest.fail("computed again"))
+    quality.main(*everything)
+    assert written == {path: path.stat().st_mtime_ns for path in finished.glob("*.json")}
+    with pytest.raises(InputError, match="another max_steps"):
+        quality.main(*everything[:-1], replace(everything[-1], max_steps=5))
+
+
+def test_a_lost_cell_is_computed_again_and_alike_by_workers_side_by_side(everything, finished):
+    import quality
+
+    lost = next(finished.glob("gradient-r2-final-*.json"))
+    before = json.loads(lost.read_text())
+    lost.unlink()
+    quality.main(replace(everything[0], workers=2), *everything[1:])
+    after = json.loads(lost.read_text())
+    assert (after["loss"], after["workers"]) == (pytest.approx(before["loss"], rel=1e-5), 2)
+
+
+def test_time_that_is_up_begins_nothing(everything, tmp_path):
+    import quality
+
+    options = replace(everything[0], output_dir=str(tmp_path), max_minutes=0.0)
+    quality.main(options, *everything[1:])
+    assert not list(tmp_path.glob("tiny/*-find-*.json"))
+
+
+def test_a_failing_method_leaves_its_traceback_and_not_the_others(everything, tmp_path):
+    import quality
+
+    options = replace(everything[0], output_dir=str(tmp_path), methods=["mlp"], curve=[2])
+    search = replace(everything[1], target_modules=["q_proj", "v_proj"])
+    with pytest.raises(InputError, match=r"failed, see their \.error: mlp-r2-find-s1000"):
+        quality.main(options, search, *everything[2:])
+    assert "no layer of that kind" in (tmp_path / "tiny/mlp-r2-find-s1000.error").read_text()
+    assert list(tmp_path.glob("tiny/uniform-r2-final-s0-*.json"))
+
+
+def test_tuning_sees_neither_held_out_nor_test_rows(everything, finished):
+    import quality
+    from quality_cells import TUNING_SEED, Cell, Store
+
+    task, store = quality.Task(*everything), Store(finished)
+    assert sorted(task.tuning + task.validation) == sorted(task.all) == list(range(48))
+    assert len(task.validation) == 5
+    task.test = None
+    for method in ("search", "adalora", "eva_init"):
+        rate = None if method == "eva_init" else 0.01
+        cell = Cell("tune", method, 2, TUNING_SEED, rate, 0.01)
+        if rate:
+            setting = task._setting(cell.plan)
+            assert setting.indices is task.tuning and setting.judge is None
+            task.compute(cell.plan, store)
+        task.compute(cell, store)
+    with pytest.raises(TypeError):
+        task.compute(Cell("final", "search", 2, 0, 0.01, 0.01), store)
+
+
+def test_tables_show_what_is_finished(finished, capsys):
+    import quality_tables
+
+    quality_tables.main(quality_tables.TablesRun(str(finished.parent)))
+    text = (finished.parent / "tables.md").read_text()
+    rows = {line.split(" | ")[1]: line.split(" | ") for line in text.splitlines() if " | " in line}
+    mlp = json.loads(next(finished.glob("mlp-r2-final-*.json")).read_text())
+    assert rows["mlp"][4] == f"{mlp['loss']:.4f}" and rows["random"][2] == "5"
+    assert {"search", "search_nested", "adalora", "eva_init", "svd"} <= set(rows)
+    assert (finished.parent / "tiny.png").stat().st_size > 10_000
+    assert "tiny: the search" in capsys.readouterr().out
+
+
+def test_rows_encoded_once_are_the_collators_batches(everything, base_config, data):
+    from quality_training import EncodedRows
+
+    for model, source in ((everything[2], everything[3]), (base_config, data)):
+        source = replace(source, pad_to_multiple_of=4)
+        collator, rows = make_collator(model, source), load_splits(source)["train"]
+        encoded = EncodedRows(rows, collator, CPU)
+        for chosen in ([0, 1, 2, 3], [5, 2], [7]):
+            wanted = collator([rows[i] for i in chosen])
+            batch = encoded.batch(chosen)
+            assert batch.keys() == wanted.keys()
+            for key, value in wanted.items():
+                torch.testing.assert_close(batch[key], value, msg=key)
+
+
+def test_retraining_is_that_of_a_peft_lora(everything):
+    from quality_training import EncodedRows, Retrainer, batches, mean_loss
+
+    _, _, model_config, data, _ = everything
+    training = TrainingConfig(
+        max_steps=6, batch_size=8, max_grad_norm=0.5, weight_decay=0.1, lr_warmup_steps=2
+    )
+    collator = make_collator(model_config, data)
+    rows = EncodedRows(load_splits(data)["train"], collator, CPU)
+    model, indices = load_model(model_config), list(range(len(rows)))
+    names = match_modules(model, "all-linear")
+    retrainer = Retrainer(model, names, largest=4, scaling=2.0, training=training)
+    plan = {name: (0, 1, 2, 4)[i % 4] for i, name in enumerate(names)}
+    other = {name: (4, 2)[i % 2] for i, name in enumerate(names)}
+    for earlier in (other, plan):  # the second starts afresh
+        result = retrainer.retrain(earlier, rows, indices, seed=3, rate=0.05)
+    with retrainer.adapters():
+        loss = mean_loss(model, rows, indices, 7)
+        ours = {n: x.lora_B[:, : plan[n]].clone() for n, x in retrainer.layers.items()}
+        retrainer._reset(plan, 3, {})
+        first = {n: x.lora_A[: plan[n]].detach().clone() for n, x in retrainer.layers.items()}
+    assert model.get_submodule(names[0]) is retrainer.originals[names[0]]
+
+    peft_model = get_peft_model(model, Genotype(plan).to_lora_config(model))
+    for name, rank in plan.items():
+        if rank:
+            layer = peft_model.base_model.model.get_submodule(name)
+            layer.lora_A["default"].weight.data = first[name]
+    weights = [p for p in peft_model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=0.05, weight_decay=0.1)
+    scheduler, order = get_scheduler("cosine", optimizer, 2, 6), batches(indices, 8, 3)
+    for _ in range(6):
+        step_loss = peft_model(**rows.batch(next(order))).loss
+        step_loss.backward()
+        nn.utils.clip_grad_norm_(weights, 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+    assert result["train_loss"] == pytest.approx(step_loss.item(), rel=1e-4)
+    for name, rank in plan.items():
+        if rank:
+            b = peft_model.base_model.model.get_submodule(name).lora_B["default"].weight
+            torch.testing.assert_close(ours[name], b, rtol=1e-3, atol=1e-5)
+    judged = score(peft_model, load_splits(data)["train"], collator, exact_match=False)
+    assert loss == pytest.approx(judged["loss"], rel=1e-4)
+
+
+def made_up(gradients, ranks=(0, 1, 2)):
+    """A Setting whose model's loss has these gradients of its weights, twice as large in the first
+    batch as in the second."""
+
+    class Linear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            shapes = {n: g.shape for n, g in gradients.items()}
+            self.layers = nn.ModuleDict({n: nn.Linear(s[1], s[0]) for n, s in shapes.items()})
+
+        def forward(self, size, use_cache):
+            terms = [(self.layers[n].weight * g).sum() for n, g in gradients.items()]
+            return SimpleNamespace(loss=size * sum(terms))
+
+    model = Linear().requires_grad_(False)
+    shapes = {name: (g.shape[1], g.shape[0]) for name, g in gradients.items()}
+    retrainer = SimpleNamespace(
+        model=model, originals=dict(model.layers.items()), shapes=shapes, device=CPU
+    )
+    return SimpleNamespace(
+        retrainer=retrainer, search=SearchConfig(ranks=ranks), gradient_batches=2,
+        batches=lambda count: [{"size": 2.0}, {"size": 1.0}][:count],
+    )  # fmt: skip
+
+
+def test_gradients_spectrum_chooses_ranks():
+    import quality_methods
+
+    q, _ = torch.linalg.qr(torch.randn(6, 6))
+    spectra = {"a": [3.0, 2.9], "b": [2.0, 0.1], "c": [0.2, 0.1]}
+    gradients = {n: q[:, :2] * torch.tensor(v) @ q[2:4] for n, v in spectra.items()}
+    setting = made_up(gradients)
+    sums, squares = quality_methods._weight_gradients(setting)
+    for name, values in spectra.items():
+        size = sum(value**2 for value in values)
+        assert float(squares[name]) == pytest.approx((2**2 + 1**2) * size, rel=1e-5)
+        torch.testing.assert_close(sums[name], 3 * gradients[name])
+    setting.budget = 3 * 12  # three units of rank
+    assert quality_methods.gradient(setting).ranks == {"a": 2, "b": 1, "c": 0}
+    setting.budget = 12
+    assert quality_methods.gradient(setting).ranks == {"a": 1, "b": 0, "c": 0}
+
+
+def test_fisher_gives_ranks_in_proportion():
+    import quality_methods
+
+    gradients = {name: torch.full((6, 6), size) for name, size in (("a", 2.0), ("b", 1.0))}
+    setting = made_up(gradients, ranks=tuple(range(6)))
+    # scores 4 : 1 at equal costs; r_a + 1 : r_b + 1 = 4 : 1 where they add up to 3 is 3 : 0
+    setting.budget = 3 * 12
+    assert quality_methods.fisher(setting).ranks == {"a": 3, "b": 0}
+    gradients["b"] *= 4**0.5
+    setting = made_up(gradients, ranks=tuple(range(6)))
+    setting.budget = 4 * 12
+    assert quality_methods.fisher(setting).ranks == {"a": 2, "b": 2}
+
+
+def test_spectrum_of_a_product_and_of_a_matrix():
+    from quality_allocation import energy_spectrum, product_spectrum
+
+    b, a = torch.randn(9, 3), torch.randn(3, 7)
+    wanted = torch.linalg.svdvals(b @ a)[:3].square()
+    torch.testing.assert_close(product_spectrum(b, a), wanted, rtol=1e-4, atol=1e-5)
+    for matrix in (b @ a, (b @ a).T):
+        spectrum = energy_spectrum(matrix, 2).float()
+        torch.testing.assert_close(spectrum, wanted[:2], rtol=1e-4, atol=1e-5)
+    assert energy_spectrum(torch.eye(2), 4).tolist() == [1, 1, 0, 0]
+
+
+def test_gains_are_weighed_against_costs():
+    from quality_allocation import largest_gain, parameters
+
+    shapes = {"wide": (10, 10), "narrow": (2, 3)}
+    gains = {"wide": torch.tensor([10.0, 1.0]), "narrow": torch.tensor([6.0, 5.0])}
+    chosen = [largest_gain(gains, shapes, (0, 1, 2), budget) for budget in (10, 24, 25, 100)]
+    assert [tuple(plan.values()) for plan in chosen] == [(0, 2), (0, 2), (1, 1), (2, 2)]
+    assert parameters(chosen[2], shapes) == 25
+
+
+def test_ranks_are_scaled_and_shared_up_to_the_budget():
+    from quality_allocation import parameters, scaled_to_budget, uniform_on
+
+    shapes = {name: (4, 6) for name in "abcd"}
+    most = dict.fromkeys(shapes, 8)
+    ranks = {"a": 4, "b": 2, "c": 1, "d": 0}
+    assert scaled_to_budget(ranks, shapes, most, 70) == ranks
+    assert scaled_to_budget(ranks, shapes, most, 140) == {"a": 8, "b": 4, "c": 2, "d": 0}
+    # four sevenths: 2.29, 1.14, 0.57: the last one is nearest to its next unit
+    assert scaled_to_budget(ranks, shapes, most, 40) == {"a": 2, "b": 1, "c": 1, "d": 0}
+    assert scaled_to_budget(ranks, shapes, {**most, "a": 3}, 70) == {**ranks, "a": 3}
+    shared = uniform_on(["a", "b", "c"], shapes, most, 70)
+    assert sorted(shared.values()) == [0, 2, 2, 3] and shared["d"] == 0
+    assert parameters(shared, shapes) == 70
+    with pytest.raises(InputError, match="no layer of that kind"):
+        uniform_on([], shapes, most, 70)
+
+
+def test_parameters_at_equal_loss():
+    from quality_statistics import parameters_at_loss
+
+    curve = [100, 200, 400, 800], [1.0, 0.8, 0.85, 0.4]
+    assert parameters_at_loss(*curve, 1.0) == (pytest.approx(100), True)
+    assert parameters_at_loss(*curve, 0.9) == (pytest.approx(100 * 2**0.5), True)
+    assert parameters_at_loss(*curve, 0.8) == (pytest.approx(200), True)
+    assert parameters_at_loss(*curve, 0.6) == (pytest.approx(400 * 2**0.5), True)
+    assert parameters_at_loss(*curve, 0.3) == (pytest.approx(800), False)
+    assert parameters_at_loss(*curve, 1.2) == (pytest.approx(50), False)
+    shuffled = [curve[i][::-1] for i in (0, 1)]
+    assert parameters_at_loss(*shuffled, 0.9)[0] == pytest.approx(100 * 2**0.5)
+
+
+def made_up_records():
+    """A uniform curve of loss 1, 0.9, 0.8 at 100, 200, 400, a search and an SVD at 180; 2 seeds."""
+    common = {"workers": 1, "exact_match": None}
+    records = []
+    for seed, shift in ((0, 0.0), (1, 0.02)):
+        for rank, loss in ((1, 1.0), (2, 0.9), (4, 0.8)):
+            records.append({"method": "uniform", "budget": rank, "loss": loss + shift,
+                            "parameters": 100 * rank, "seconds": 10.0})  # fmt: skip
+        for method, loss in (("search", 0.8), ("svd", 0.9)):
+            records.append({"method": method, "budget": 2, "loss": loss + shift,
+                            "parameters": 180, "seconds": 10.0})  # fmt: skip
+        for record in records[-5:]:
+            record |= {**common, "stage": "final", "seed": seed}
+        expected = [1.0, 2.0, 3.0, 4.0] if seed else [1.0, 3.0, 2.0, 4.0]
+        records.append({"stage": "find", "method": "search", "budget": 2, "seed": seed,
+                        "expected_ranks": expected, "seconds": 15.0, **common})  # fmt: skip
+    return records
+
+
+def test_headlines_of_made_up_cells():
+    from quality_statistics import headlines, interval, summarise
+
+    rows = {(row["method"], row["budget"]): row for row in summarise(made_up_records())}
+    search, svd = rows["search", 2], rows["svd", 2]
+    assert search["loss"] == pytest.approx(0.81)
+    assert search["loss_interval"] == pytest.approx(12.706 * 0.01, rel=1e-3)  # t of one degree
+    assert search["saved"] == pytest.approx(1 - 180 / 400) and not search["saved_bound"]
+    assert svd["saved"] == pytest.approx(1 - 180 / 200)
+    assert (svd["behind"], svd["behind_interval"]) == pytest.approx((0.1, 0.0), abs=1e-9)
+    (line,) = headlines(made_up_records())
+    assert line["best_other"] == "svd"
+    assert line["saved_over_best"] == pytest.approx(1 - 200 / 400)
+    assert line["spearman"] == pytest.approx(0.8)
+    assert line["time_of_finetune"] == pytest.approx(2.5)
+    assert line["time_of_sweep"] == pytest.approx(25 / 30)
+    side_by_side = [{**r, "workers": 2} for r in made_up_records()]
+    assert headlines(side_by_side)[0]["time_of_finetune"] is None
+    assert interval([1.0, 2.0, 3.0]) == (2.0, pytest.approx(4.303 / 3**0.5, rel=1e-3))
+
+
+def test_a_methods_rates_are_those_of_the_lowest_validation_loss(everything, tmp_path):
+    from quality_cells import Store, cells
+
+    options = replace(everything[0], methods=["svd"], curve=[2], seeds=[0, 7])
+    store = Store(tmp_path)
+
+    def todo():
+        return list(dict.fromkeys(c for c in cells(options, store) if not store.get(c)))
+
+    losses = {(None, 0.01): 0.5, (None, 0.03): 0.4}  # the uniform plan's best rate is 0.03
+    losses |= {(0.01, 0.03): None, (0.03, 0.03): 0.9, (0.03, 0.01): 0.6}  # 0.01 diverges
+    order = []
+    while cell := next(iter(todo()), None):
+        order.append(cell)
+        loss = losses[cell.find_rate, cell.rate] if cell.stage == "tune" else 0.1
+        store.put(cell, {"loss": loss, "ranks": []})
+    assert [c.name for c in order if c.stage == "final"] == [
+        "uniform-r2-final-s0-lr0.03", "uniform-r2-final-s7-lr0.03",
+        "svd-r2-final-s0-find0.03-lr0.01", "svd-r2-final-s7-find0.03-lr0.01",
+    ]  # fmt: skip
+    for cell in order:
+        assert cell.stage == "find" or order.index(cell.plan) < order.index(cell)
+
+
+def test_a_claimed_cell_is_left_to_its_owner(tmp_path):
+    from quality_cells import Cell, Store
+
+    cell, one, other = Cell("find", "uniform", 2, 0), Store(tmp_path), Store(tmp_path)
+    with one.claimed(cell) as ours:
+        assert ours
+        with other.claimed(cell) as theirs:
+            assert not theirs
+    with other.claimed(cell) as theirs:
+        assert theirs
+        other.put(cell, {"ranks": [1]})
+    with one.claimed(cell) as again:
+        assert not again
+    assert one.get(cell)["ranks"] == [1]
+
+
+def test_bad_options_are_told(everything):
+    for wrong, named in (
+        ({"methods": ["nonesuch"]}, "nonesuch"),
+        ({"budgets": [3]}, "curve"),
+        ({"seeds": [1000]}, "1000"),
+        ({"learning_rates": []}, "learning_rates"),
+        ({"tuning_fraction": 1.0}, "between 0 and 1"),
+        ({"workers": 0}, "workers=0"),
+    ):
+        with pytest.raises(InputError, match=named):
+            replace(everything[0], **wrong)
+
+
+@pytest.mark.parametrize("name", ["embedded_vqa", "smollm2_e2e", "smollm2_gsm8k"])
+def test_the_configurations_are_read(name):
+    from quality_cells import QualityRun
+
+    from darts_lora.cli import parse
+
+    path = BENCHMARK / "quality" / f"{name}.yaml"
+    classes = (QualityRun, SearchConfig, ModelConfig, DataConfig, TrainingConfig)
+    options, search, *_, training = parse(["--config", str(path)], *classes)
+    assert options.benchmark == name and search.budget_rank is None
+    assert max(search.ranks) == max(options.curve) and training.learning_rate == 1e-3
