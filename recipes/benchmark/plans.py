@@ -95,14 +95,14 @@ def _plans(searched: Genotype, search: SearchConfig, options: PlansRun) -> dict[
     costs = rank_costs(searched.shapes.values(), searched.candidates)
     generator = torch.Generator().manual_seed(search.seed)
     for number in range(options.random_plans):
-        choice = _random_choice(costs, searched.found_by["budget_parameters"], generator)
+        choice = random_choice(costs, searched.found_by["budget_parameters"], generator)
         ranks = [searched.candidates[k] for k in choice]
         ranks = dict(zip(searched.shapes, ranks, strict=True))
         plans[f"random-{number}"] = replace(searched, ranks=ranks)
     return plans
 
 
-def _random_choice(costs: torch.Tensor, budget: float, generator: torch.Generator) -> list[int]:
+def random_choice(costs: torch.Tensor, budget: float, generator: torch.Generator) -> list[int]:
     """Raise random layers to random candidates until no raise fits into the budget."""
     layers, candidates = costs.shape
     choice = [0] * layers

@@ -57,8 +57,14 @@ def mse(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return F.mse_loss(model(x), y)
 
 
+def halves_mse(model: nn.Module, batch: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """The loss of each half of a joint batch."""
+    x, y = batch
+    return [F.mse_loss(*half) for half in zip(model(x).chunk(2), y.chunk(2), strict=True)]
+
+
 def search(
-    problem: Problem, seed: int, training: Training, relaxation: str, branches: str
+    problem: Problem, seed: int, training: Training, relaxation: str, branches: str, joint=False
 ) -> list[Plan]:
     """The library's search under the budget, all else of SearchConfig at its defaults."""
     config = SearchConfig(
@@ -67,11 +73,12 @@ def search(
         relaxation=relaxation,
         temperature=TEMPERATURES[relaxation],
         budget_parameters=problem.budget,
+        joint=joint,
         seed=seed,
     )
     supernet = Supernet(copy.deepcopy(problem.model), config)
     loaders = (
-        DataLoader(rows, training.batch_size, shuffle=True, collate_fn=_as_it_is)
+        DataLoader(rows, training.batch_size, shuffle=True, collate_fn=_as_it_is, drop_last=joint)
         for rows in (problem.train, problem.validation)
     )
     steps = TrainingConfig(
@@ -80,7 +87,8 @@ def search(
         logging_steps=training.search_steps,
     )
     with open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet):  # one bar is enough
-        genotype = RankSearch(supernet, *loaders, training=steps, loss_fn=mse).run()
+        losses = {"loss_fn": mse, "joint_loss_fn": halves_mse}
+        genotype = RankSearch(supernet, *loaders, training=steps, **losses).run()
     return [genotype.ranks]
 
 
@@ -142,12 +150,11 @@ def _adalora(problem: Problem, seed: int, training: Training, rate: float) -> tu
     )
     torch.manual_seed(seed)
     model = get_peft_model(_WithLoss(copy.deepcopy(problem.model)), config)
+    model = model.base_model  # it adds the orthogonality term, PeftModel does not
     for step in _training_steps(model, problem.train, steps, training.batch_size, rate):
-        model.base_model.update_and_allocate(step)
+        model.update_and_allocate(step)
     with torch.no_grad():
-        loss = float(
-            mse(model.base_model.model.model, (problem.validation.x, problem.validation.y))
-        )
+        loss = float(mse(model.model.model, (problem.validation.x, problem.validation.y)))
     pattern = config.rank_pattern
     ranks = {n: sum(pattern[f"model.{n}.lora_E.default"]) for n in problem.ranks}
     return loss, ranks
@@ -209,9 +216,16 @@ SEARCHES = {
     for relaxation in TEMPERATURES
     for branches in ("independent", "nested")
 }
+JOINT = {
+    f"gumbel_hard, {branches}, joint": partial(
+        search, relaxation="gumbel_hard", branches=branches, joint=True
+    )
+    for branches in ("independent", "nested")
+}
 METHODS: dict[str, Callable[[Problem, int, Training], list[Plan]]] = {
     "oracle": oracle,
     **SEARCHES,
+    **JOINT,
     "AdaLoRA": adalora,
     "SVD of rank 16": svd,
     "uniform": uniform,

@@ -13,21 +13,24 @@ from torch import nn
 from darts_lora import Architect, SearchConfig, Supernet
 from darts_lora.config import TrainingConfig
 from darts_lora.graphs import Graphed
+from darts_lora.joint import JointStep, halves_loss
 from darts_lora.search import model_loss
 from darts_lora.weights import WeightStep
 
 
-def _trainer(parameters: list, loss) -> callable:
-    """A whole weight step: forward, backward, AdamW."""
+def _trainer(parameters: list, loss, graph: bool = False) -> callable:
+    """A whole weight step: forward, backward, AdamW; with `graph` all of it as one CUDA graph."""
     cuda = parameters[0].device.type == "cuda"
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=cuda or None)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=cuda or None, capturable=graph)
 
     def step(batch):
-        loss(batch).backward()
+        value = loss(batch)
+        value.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        return value.detach(), []
 
-    return step
+    return Graphed(step) if graph else step
 
 
 def forward_only(model, ranks):
@@ -54,7 +57,7 @@ def frozen(model, ranks):
     return {"forward and backward": step}, hook.remove
 
 
-def _peft(model, ranks, *, autocast_adapter_dtype: bool, autocast: bool = False):
+def _peft(model, ranks, *, autocast_adapter_dtype, autocast=False, graph=False):
     names = "all-linear"
     config = LoraConfig(r=ranks[-1], lora_alpha=2 * ranks[-1], target_modules=names)
     adapted = get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
@@ -72,7 +75,7 @@ def _peft(model, ranks, *, autocast_adapter_dtype: bool, autocast: bool = False)
         model.requires_grad_(False)
 
     trainable = [p for p in adapted.parameters() if p.requires_grad]
-    return {"weights": _trainer(trainable, loss)}, close
+    return {"weights": _trainer(trainable, loss, graph)}, close
 
 
 def peft_bf16(model, ranks):
@@ -80,8 +83,13 @@ def peft_bf16(model, ranks):
     return _peft(model, ranks, autocast_adapter_dtype=False)
 
 
+def peft_bf16_graph(model, ranks):
+    """The same, the whole step as one CUDA graph."""
+    return _peft(model, ranks, autocast_adapter_dtype=False, graph=True)
+
+
 def peft_float32(model, ranks):
-    """The same with PEFT's default, float32 adapters."""
+    """PEFT's default, float32 adapters."""
     return _peft(model, ranks, autocast_adapter_dtype=True)
 
 
@@ -90,16 +98,21 @@ def peft_autocast(model, ranks):
     return _peft(model, ranks, autocast_adapter_dtype=True, autocast=True)
 
 
-def _ours(model, ranks, *, branches: str, graphs: bool = False, dtype: str = "float32"):
+def _ours(model, ranks, *, branches: str, graphs=False, dtype="float32", joint=False):
     config = SearchConfig(ranks, branches=branches, budget_rank=ranks[1], adapter_dtype=dtype)
     supernet = Supernet(model, config)
     accelerator = Accelerator(cpu=next(model.parameters()).device.type == "cpu")
     training = TrainingConfig(learning_rate=1e-4, lr_scheduler="constant", max_grad_norm=0.0)
     weights = WeightStep(supernet, accelerator, training, model_loss)
     architect, loss = Architect(supernet), partial(model_loss, model)
+    if joint:
+        both = JointStep(weights, architect, halves_loss)
+        both.graphed = Graphed(both.gradients) if graphs else None
+        return {"bilevel": lambda b: both.step(iter([b]), iter([b]))}, supernet.remove
     if graphs:
-        weights.graphed = Graphed(weights.gradients)
-        architect.graphed = Graphed(partial(architect.first_order, loss))
+        pool = torch.cuda.graph_pool_handle()
+        weights.graphed = Graphed(weights.gradients, pool=pool)
+        architect.graphed = Graphed(partial(architect.first_order, loss), pool=pool)
 
     def weight_step(batch):
         weights.step(iter([batch]))
@@ -107,7 +120,15 @@ def _ours(model, ranks, *, branches: str, graphs: bool = False, dtype: str = "fl
     def architecture_step(batch):
         architect.step(loss, batch)
 
-    return {"weights": weight_step, "architecture": architecture_step}, supernet.remove
+    return _bilevel(weight_step, architecture_step), supernet.remove
+
+
+def _bilevel(weight_step, architecture_step) -> dict:
+    def both(batch):
+        weight_step(batch)
+        architecture_step(batch)
+
+    return {"weights": weight_step, "architecture": architecture_step, "bilevel": both}
 
 
 def nested(model, ranks):
@@ -130,9 +151,24 @@ def nested_graphs(model, ranks):
     return _ours(model, ranks, branches="nested", graphs=True)
 
 
+def nested_bf16_graphs(model, ranks):
+    """darts_lora, nested branches, LoRA weights in bfloat16, steps as CUDA graphs."""
+    return _ours(model, ranks, branches="nested", graphs=True, dtype="bfloat16")
+
+
 def independent_graphs(model, ranks):
     """darts_lora, independent branches, steps as CUDA graphs."""
     return _ours(model, ranks, branches="independent", graphs=True)
+
+
+def nested_joint(model, ranks):
+    """darts_lora, nested branches, both steps from one pass over both batches."""
+    return _ours(model, ranks, branches="nested", joint=True)
+
+
+def nested_joint_graphs(model, ranks):
+    """The same, the pass as one CUDA graph."""
+    return _ours(model, ranks, branches="nested", joint=True, graphs=True)
 
 
 class _Mixed(nn.Module):
@@ -164,22 +200,29 @@ class _Pairs(_Mixed):
 
 
 class _Clones(_Mixed):
-    """One A and B of the largest rank; each branch masks a clone of them:
-    y = W x + s sum_k p_k (B * m_k) ((A * m_k) x)."""
+    """One A and B of the largest rank, as in the published search: y = W x + B' A' x with
+    A' = sum_k p_k (m_k * A), B' likewise; each branch clones a weight, zeroes it outside of the
+    branch and scales it inside. m_k: the r_k middle rows of A, or columns of B."""
 
     def build(self, width_in, width_out, factory):
         largest = max(self.ranks)
         self.lora_A = nn.Parameter(torch.randn(largest, width_in, **factory) / width_in**0.5)
         self.lora_B = nn.Parameter(torch.zeros(width_out, largest, **factory))
-        masks = [(torch.arange(largest) < r).to(**factory) for r in self.ranks]
-        self.register_buffer("masks", torch.stack(masks))
 
     def forward(self, x):
-        y, p = self.base(x), self.alpha.softmax(0).to(x.dtype)
-        for k, mask in enumerate(self.masks):
-            a, b = self.lora_A.clone() * mask[:, None], self.lora_B.clone() * mask
-            y = y + 2 * p[k] * F.linear(F.linear(x, a), b)
-        return y
+        p = self.alpha.softmax(0).to(x.dtype)
+        a, b = self._mixed(self.lora_A, 0, p), self._mixed(self.lora_B, 1, p)
+        return self.base(x) + 2 * F.linear(F.linear(x, a), b)
+
+    def _mixed(self, weight, dim, p):
+        total, size = torch.zeros_like(weight), weight.shape[dim]
+        for rank, share in zip(self.ranks, p, strict=True):
+            start, part = (size - rank) // 2, weight.clone()
+            part.narrow(dim, 0, start).zero_()
+            part.narrow(dim, start + rank, size - start - rank).zero_()
+            part.narrow(dim, start, rank).mul_(share)
+            total = total.add_(part)
+        return total
 
 
 def _other(model, ranks, layer_class):
@@ -212,8 +255,8 @@ def _other(model, ranks, layer_class):
     def loss(batch):
         return model_loss(model, batch)
 
-    steps = {"weights": only(weights, _trainer(weights, loss))}
-    return steps | {"architecture": only(alphas, _trainer(alphas, loss))}, close
+    weight_step = only(weights, _trainer(weights, loss))
+    return _bilevel(weight_step, only(alphas, _trainer(alphas, loss))), close
 
 
 def pairs(model, ranks):
@@ -229,7 +272,8 @@ def clones(model, ranks):
 METHODS = {
     method.__name__: method
     for method in (
-        forward_only, frozen, peft_bf16, peft_float32, peft_autocast, nested, independent,
-        nested_bf16, nested_graphs, independent_graphs, pairs, clones,
+        forward_only, frozen, peft_bf16, peft_float32, peft_autocast, nested_bf16, nested,
+        independent, nested_joint, peft_bf16_graph, nested_bf16_graphs, nested_graphs,
+        independent_graphs, nested_joint_graphs, pairs, clones,
     )
 }  # fmt: skip
