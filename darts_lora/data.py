@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from darts_lora.collator import Collator, LabelCollator
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
 from darts_lora.errors import InputError
-from darts_lora.interruption import heed_parent_alone
+from darts_lora.interruption import worker_context
 from darts_lora.models import (
     context_length,
     is_classifier,
@@ -184,7 +184,7 @@ def make_dataloader(
         collate_fn=collate,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
-        worker_init_fn=heed_parent_alone,
+        multiprocessing_context=worker_context(num_workers),
         drop_last=drop_last and not stream and len(dataset) >= batch_size,
         pin_memory=torch.cuda.is_available(),
     )

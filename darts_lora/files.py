@@ -12,7 +12,7 @@ import shutil
 import socket
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TextIO
 
 from safetensors import SafetensorError
 
@@ -117,8 +117,8 @@ def locked(folder: str | None) -> Iterator[None]:
         yield
         return
     os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, LOCK_NAME), "a+", encoding="utf-8") as file:
-        _lock(file, folder)
+    path = os.path.join(folder, LOCK_NAME)
+    with _lock(path, folder):
         _locked.add(key)
         try:
             for place in (folder, os.path.join(folder, "checkpoints")):
@@ -128,23 +128,39 @@ def locked(folder: str | None) -> Iterator[None]:
             yield
         finally:
             _locked.remove(key)
+            with contextlib.suppress(OSError):
+                os.remove(path)
 
 
-def _lock(file, folder: str) -> None:
+def _lock(path: str, folder: str) -> TextIO:
+    """The file at `path`, open, locked and with our name in it."""
+    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - closing it ends the lock
     try:
         # not flock: data workers would inherit it, and hold it for a while when this process dies
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         file.seek(0)
-        raise InputError(
-            f"output_dir={folder!r}: a live run uses it ({file.read().strip()}); name another "
-            "folder, or end that run first"
-        ) from None
+        with file:
+            raise InputError(
+                f"output_dir={folder!r}: a live run uses it ({file.read().strip()}); name another "
+                "folder, or end that run first"
+            ) from None
     except OSError as error:  # some network file systems
         warnings.warn(f"{folder}: cannot be locked ({error.strerror})", stacklevel=4)
+    if not _is_at(path, file):  # the run before removed it when it ended, just now
+        file.close()
+        return _lock(path, folder)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
+    return file
+
+
+def _is_at(path: str, file: TextIO) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def _flush(path: str) -> None:

@@ -7,9 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -41,7 +39,7 @@ from darts_lora.data import Rows, make_collator, training_rows
 from darts_lora.errors import InputError
 from darts_lora.files import locked, write_json, write_whole
 from darts_lora.genotype import Genotype, pad_to_max_rank
-from darts_lora.interruption import Stopped, StopRequest, heed_parent_alone, told_as_input_errors
+from darts_lora.interruption import Stopped, StopRequest, told_as_input_errors, worker_context
 from darts_lora.models import load_model
 from darts_lora.targets import match_modules, match_saved_modules, task_type
 
@@ -279,7 +277,7 @@ class _Trainer(Trainer):
 
     def get_train_dataloader(self):
         loader = super().get_train_dataloader()
-        loader.worker_init_fn = partial(_begin_worker, loader.worker_init_fn)
+        loader.multiprocessing_context = worker_context(loader.num_workers)
         return loader
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -291,12 +289,6 @@ class _Trainer(Trainer):
                 "lower the learning rate, or look at the data"
             )
         return loss
-
-
-def _begin_worker(seed: Callable[[int], None] | None, worker: int) -> None:
-    heed_parent_alone(worker)
-    if seed is not None:
-        seed(worker)
 
 
 class _Progress(ProgressCallback):

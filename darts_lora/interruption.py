@@ -10,10 +10,16 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from multiprocessing.context import BaseContext
 
 import torch
 
 from darts_lora.errors import InputError
+
+try:
+    from multiprocessing.context import ForkContext, ForkProcess
+except ImportError:  # Windows has no fork, and worker_context no use for them
+    ForkContext = ForkProcess = object
 
 TIME_OVER = 75  # EX_TEMPFAIL of sysexits.h: not finished, to be run again
 
@@ -68,14 +74,29 @@ class StopRequest:
         return signal.Signals(status - 128).name
 
 
-def heed_parent_alone(worker: int) -> None:
-    """For data workers (worker_init_fn): SIGTERM and SIGINT to a whole group or job are for the
-    main process, which needs its next batch from them. Its own SIGTERM ends them, as ever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+def worker_context(num_workers: int) -> BaseContext | None:
+    """How a data loader starts its workers (multiprocessing_context): SIGTERM and SIGINT to a whole
+    group or job leave them alone, they are for the main process, which needs its next batch from
+    them. Its own SIGTERM ends them, as ever. None: as the data loader would do by itself."""
+    return _Context() if num_workers and hasattr(signal, "sigwaitinfo") else None  # not on macOS
+
+
+class _Worker(ForkProcess):
+    def start(self) -> None:
+        # held back over the fork: libraries start threads in the child before any of our code runs
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+        try:
+            super().start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    def run(self) -> None:
         threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+        super().run()
+
+
+class _Context(ForkContext):
+    Process = _Worker
 
 
 def _end_with_parent(parent: int) -> None:

@@ -1,6 +1,7 @@
 """Files and folders are there whole or not at all; one live run in a folder.
 Not here: what the writers of this package put into them."""
 
+import fcntl
 import json
 import os
 import signal
@@ -102,6 +103,21 @@ def test_a_folder_is_held_by_one_live_run_and_free_when_it_was_killed(tmp_path):
         assert sorted(os.listdir(tmp_path)) == ["checkpoints", "notes.tmp-mine", "run.lock"]
         assert os.listdir(tmp_path / "checkpoints") == []
         assert f"process {os.getpid()} on" in (tmp_path / "run.lock").read_text()
+    assert sorted(os.listdir(tmp_path)) == ["checkpoints", "notes.tmp-mine"]
+
+
+def test_a_lock_on_a_file_that_was_removed_meanwhile_is_none(monkeypatch, tmp_path):
+    path, lockf, taken = tmp_path / "run.lock", fcntl.lockf, []
+
+    def lockf_late(file, how):
+        if not taken:
+            path.unlink()  # the run before ended between our opening and our locking
+        taken.append(os.fstat(file.fileno()).st_ino)
+        lockf(file, how)
+
+    monkeypatch.setattr(fcntl, "lockf", lockf_late)
+    with locked(str(tmp_path)):
+        assert len(taken) == 2 and path.stat().st_ino == taken[1]
 
 
 def test_only_the_first_process_of_a_run_locks(monkeypatch, tmp_path):

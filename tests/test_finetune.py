@@ -377,7 +377,13 @@ def faulty(monkeypatch, act, step):
 def test_a_finetune_that_is_asked_to_stop_saves_its_adapter(
     monkeypatch, genotype, base_config, data, tmp_path, capsys
 ):
-    faulty(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGTERM), step=2)
+    held = []
+
+    def ask():
+        held.append((tmp_path / "run.lock").exists())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    faulty(monkeypatch, ask, step=2)
     config = FinetuneConfig(genotype, output_dir=str(tmp_path))
     with pytest.raises(Stopped) as stopped:
         finetune(config, base_config, data, replace(TRAINING, save_steps=0))
@@ -386,7 +392,7 @@ def test_a_finetune_that_is_asked_to_stop_saves_its_adapter(
     assert told in capsys.readouterr().err
     assert weights(tmp_path / "checkpoint")
     assert not (tmp_path / "adapter_model.safetensors").exists()
-    assert (tmp_path / "run.lock").exists()
+    assert held == [True] and not (tmp_path / "run.lock").exists()
 
 
 def test_a_finetune_without_memory_says_what_to_reduce(

@@ -16,8 +16,8 @@ from darts_lora import InputError
 from darts_lora.interruption import (
     Stopped,
     StopRequest,
-    heed_parent_alone,
     told_as_input_errors,
+    worker_context,
 )
 
 
@@ -141,26 +141,34 @@ def test_errors_of_another_kind_go_through():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_whole_group_leaves_the_data_workers_alive(number):
     def signalled():
-        os.kill(os.getpid(), number)  # from a process that is not the worker's parent
+        for _ in range(20):
+            os.kill(os.getpid(), number)  # from a process that is not the worker's parent
+            time.sleep(0.001)
         return 2
 
-    assert read(signalled, worker_init_fn=heed_parent_alone) == [0, 1, 2, 3]
+    # from here on PyTorch starts a thread in each worker, before a worker_init_fn is called
+    torch.set_num_threads(torch.get_num_threads())
+    assert read(signalled, multiprocessing_context=worker_context(1)) == [0, 1, 2, 3]
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()), "the main process hears them"
 
 
-def idle(begin, ready):
-    if begin is not None:
-        begin(0)
+def test_without_workers_or_such_signals_a_data_loader_starts_them_itself(monkeypatch):
+    assert worker_context(0) is None
+    monkeypatch.delattr(signal, "sigwaitinfo")
+    assert worker_context(1) is None
+
+
+def idle(ready):
     ready.set()
     time.sleep(60)
 
 
-@pytest.mark.parametrize("begin", [heed_parent_alone, None])
-def test_a_data_worker_ends_when_its_parent_ends_it(begin):
+@pytest.mark.parametrize("processes", [worker_context(1), multiprocessing.get_context("fork")])
+def test_a_data_worker_ends_when_its_parent_ends_it(processes):
     """Also one that was forked off while a request to stop is waited for; else the exit hangs."""
-    processes = multiprocessing.get_context("fork")
     ready = processes.Event()
     with StopRequest() as stop:
-        worker = processes.Process(target=idle, args=(begin, ready), daemon=True)
+        worker = processes.Process(target=idle, args=(ready,), daemon=True)
         worker.start()
         assert ready.wait(10)
         worker.terminate()
