@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from darts_lora.architect import Architect
@@ -17,6 +18,10 @@ from darts_lora.graphs import Graphed
 from darts_lora.joint import JointStep
 from darts_lora.supernet import Supernet
 from darts_lora.weights import WeightStep
+
+# Every layer's membership is a constant buffer: not to be sent anew before each forward. Gradients
+# are views of what DDP reduces: no second copy of them.
+DDP_OPTIONS = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 class BilevelStep:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
-from darts_lora.bilevel import BilevelStep
+from darts_lora.bilevel import DDP_OPTIONS, BilevelStep
 from darts_lora.checkpoint import checkpoints, load_checkpoint, remove_checkpoints, save_checkpoint
 from darts_lora.config import TrainingConfig, check_writable
 from darts_lora.errors import InputError
@@ -99,6 +99,7 @@ class RankSearch:
             check_writable(output_dir)
         self.accelerator = accelerator or Accelerator(
             mixed_precision=self.training.mixed_precision,
+            kwargs_handlers=[DDP_OPTIONS],
             # one order of rows for all processes, although each draws samples of its own
             dataloader_config=DataLoaderConfiguration(
                 use_seedable_sampler=True, data_seed=config.seed, dispatch_batches=False

@@ -64,8 +64,11 @@ class Supernet:
         self._required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         model.requires_grad_(False)
         self.layers: dict[str, MixedRankLinear] = {}
-        with torch.random.fork_rng():  # the caller's random state is not ours to move
-            torch.manual_seed(config.seed)
+        devices = {p.device for p in model.parameters() if p.is_cuda}
+        with torch.random.fork_rng(devices):  # the caller's random state is not ours to move
+            torch.default_generator.manual_seed(config.seed)
+            for device in devices:  # torch.manual_seed would seed those of other models too
+                torch.cuda.default_generators[device.index].manual_seed(config.seed)
             for name, module in targets.items():
                 self.layers[name] = MixedRankLinear(
                     module,

@@ -32,7 +32,10 @@ def test_a_signal_is_noted_once_and_handlers_come_back(number, status):
     assert signal.getsignal(number) == before
 
 
-def test_a_second_interrupt_is_not_held_back():
+def test_a_second_interrupt_is_not_held_back(request):
+    # a shell's background job begins with SIGINT ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with pytest.raises(KeyboardInterrupt), StopRequest():
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
