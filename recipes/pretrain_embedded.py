@@ -106,9 +106,16 @@ def pretrain(
     collator: Collator,
     rows: list[dict],
     options: PretrainRun,
+    *,
+    groups: list[dict] | None = None,
+    autocast: bool = False,
 ) -> None:
-    """Train all weights on batches with as many questions of one kind as of another."""
+    """Train all weights on batches with as many questions of one kind as of another.
+
+    groups: AdamW's, where parts have learning rates of their own; autocast: to bfloat16 on a GPU.
+    """
     accelerator = Accelerator()
+    low = autocast and accelerator.device.type == "cuda"
     counts = Counter(map(kind, rows))
     sampler = WeightedRandomSampler(
         [1 / counts[kind(row)] for row in rows],
@@ -122,12 +129,14 @@ def pretrain(
         collate_fn=collator,
         num_workers=options.num_workers,
     )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=0.01)
+    trained = groups or model.parameters()
+    optimizer = torch.optim.AdamW(trained, lr=options.learning_rate, weight_decay=0.01)
     scheduler = get_scheduler("cosine", optimizer, options.max_steps // 20, options.max_steps)
     model.to(accelerator.device).train()
     for batch in (bar := tqdm(loader, "pretrain", unit="step")):
         batch = {key: value.to(accelerator.device) for key, value in batch.items()}
-        loss = model(**batch).loss
+        with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=low):
+            loss = model(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -1,0 +1,163 @@
+"""recipes/pretrain_llava.py on a tiny language model: put together, trained, loaded back.
+Not here: how good the model of SmolLM2 is (recipes/benchmark/README.md), its size."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as t
+from datasets import load_dataset
+from PIL import ImageOps
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from darts_lora import SearchConfig
+from darts_lora.cli import parse
+from darts_lora.collator import Collator
+from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
+from darts_lora.evaluate import score
+from darts_lora.models import load_model, load_processor
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    """A recipe is a script: its folder is no package."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[2] / "recipes")
+        import pretrain_llava
+
+        yield pretrain_llava
+
+
+@pytest.fixture(scope="module")
+def text_folder(tmp_path_factory) -> str:
+    """A random Llama of two layers with SmolLM2's special tokens and tied embeddings."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = {token: i for i, token in enumerate([*special, *letters])}
+    fast = Tokenizer(models.BPE(tokens, merges=[]))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    folder = str(tmp_path_factory.mktemp("text"))
+    t.PreTrainedTokenizerFast(
+        tokenizer_object=fast, bos_token=special[1], eos_token=special[2], pad_token=special[2]
+    ).save_pretrained(folder)
+    config = t.LlamaConfig(
+        vocab_size=len(tokens), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=256,
+        tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    t.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(launch, text_folder, tmp_path_factory):
+    """What two steps of the recipe leave, and its finished process."""
+    folder = tmp_path_factory.mktemp("llava")
+    options = {
+        "text_model": text_folder, "gguf_file": "null", "output_dir": folder, "max_steps": 2,
+        "batch_size": 4, "num_workers": 0, "test_questions": 4,
+    }  # fmt: skip
+    given = [part for name, value in options.items() for part in (f"--{name}", value)]
+    return folder, launch("pretrain_llava", *given, alone=True)
+
+
+@pytest.fixture(scope="module")
+def loaded(made):
+    """The model and the collator that the package's own functions make of the folder."""
+    config = ModelConfig(str(made[0] / "model"))
+    return load_model(config), Collator(load_processor(config))
+
+
+@pytest.fixture(scope="module")
+def rows(recipe):
+    return recipe.choose_rows(recipe.read_rows("test"), seed=0)[:4]
+
+
+def test_it_loads_back_as_the_model_that_was_trained(made, loaded, rows, recipe):
+    said = dict(re.findall(r"pretraining, (.+): \{'loss': ([\d.]+)", made[1].stdout))
+    assert set(said) == set(map(recipe.kind, rows))
+    for name, loss in said.items():
+        of_kind = [row for row in rows if recipe.kind(row) == name]
+        again = score(loaded[0], of_kind, loaded[1], exact_match=False)
+        assert again["loss"] == pytest.approx(float(loss), rel=1e-5), name
+
+
+def test_the_answer_alone_is_learnt_and_the_image_takes_its_tokens(loaded, rows):
+    collator = loaded[1]
+    batch, image = collator(rows), collator.processor.image_token_id
+    for row, tokens, labels in zip(rows, batch["input_ids"], batch["labels"], strict=True):
+        question, answer = (turn["content"] for turn in row["messages"])
+        assert (tokens == image).sum() == 64 and not (labels == image).any()
+        assert collator.tokenizer.decode(labels[labels >= 0]) == f"{answer}<|im_end|>"
+        text = collator.tokenizer.decode([token for token in tokens.tolist() if token != image])
+        turns = f"user\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n"
+        assert text.startswith(f"<|im_start|>{turns}")
+    prompt = collator.evaluation(rows)["prompt"]["input_ids"][0]
+    assert collator.tokenizer.decode(prompt).endswith("<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_the_image_matters_and_teaches_the_whole_vision_tower(loaded, rows):
+    model, collator = loaded
+    loss = model(**collator(rows)).loss
+    other = model(**collator([{**r, "image": ImageOps.invert(r["image"])} for r in rows])).loss
+    assert loss.item() != other.item()
+    loss.backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    model.zero_grad()
+    # the norm of CLIP's pooled output, which LLaVA does not use, and keys' biases, which cancel out
+    spare = ("post_layernorm.weight", "post_layernorm.bias", "k_proj.bias")
+    assert [name for name in without if not name.endswith(spare)] == []
+
+
+def test_the_language_model_keeps_its_weights_and_its_embeddings_stay_tied(
+    recipe, text_folder, made
+):
+    source = ModelConfig(text_folder)
+    processor = recipe.build_processor(load_processor(source))
+    model = recipe.build_model(load_model(source), processor)
+    before, now = load_model(source).state_dict(), model.model.language_model.state_dict()
+    words = len(before["model.embed_tokens.weight"])
+    assert processor.image_token_id == words and len(now["embed_tokens.weight"]) % 64 == 0
+    for name, value in now.items():
+        assert torch.equal(value[:words], before[f"model.{name}"][:words]), name
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert not any("lm_head" in name for name in load_file(made[0] / "model/model.safetensors"))
+    vision, language = recipe.parameter_groups(model, recipe.LlavaRun(vision_learning_rate=0.5))
+    grouped = [id(p) for group in (vision, language) for p in group["params"]]
+    assert sorted(grouped) == sorted(map(id, model.parameters()))
+    assert vision["lr"] == 0.5 and "lr" not in language
+    assert {tuple(p.shape) for p in vision["params"]} >= {(384, 3, 8, 8), (32, 384), (32, 32)}
+
+
+def test_a_spare_embedding_is_used_before_the_embeddings_grow(recipe, text_folder):
+    source = ModelConfig(text_folder)
+    text = load_model(source)
+    text.resize_token_embeddings(300)
+    model = recipe.build_model(text, recipe.build_processor(load_processor(source)))
+    assert model.get_input_embeddings().num_embeddings == 300 == model.lm_head.out_features
+
+
+def test_its_data_are_the_negatives(made, recipe):
+    for split, count in (("train", 8000), ("test", 2000)):
+        path = str(made[0] / "data" / f"{split}.parquet")
+        data = load_dataset("parquet", data_files=path, split="train")
+        first = recipe.choose_rows(recipe.read_rows(split), seed=0, per_image=2)[0]
+        assert len(data) <= count and data[0]["messages"] == first["messages"]
+        assert data[0]["image"].tobytes() == recipe.adaptation_look(first["image"]).tobytes()
+
+
+def test_the_quality_task_reads_what_the_recipe_writes(recipe, monkeypatch):
+    benchmark = Path(recipe.__file__).parent / "benchmark"
+    monkeypatch.syspath_prepend(benchmark)
+    from quality_cells import QualityRun
+
+    classes = (QualityRun, SearchConfig, ModelConfig, DataConfig, TrainingConfig)
+    path = benchmark / "quality" / "llava_vqa.yaml"
+    options, search, model, data, _ = parse(["--config", str(path)], *classes)
+    folder = recipe.LlavaRun().output_dir
+    assert (model.model_name_or_path, data.dataset) == (f"{folder}/model", f"{folder}/data")
+    assert options.benchmark == "llava_vqa" and max(search.ranks) == max(options.curve)
