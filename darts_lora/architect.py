@@ -40,7 +40,7 @@ class Architect:
     ):
         config = supernet.config
         self.supernet, self.inner_learning_rate, self.reduce = supernet, inner_learning_rate, reduce
-        self.optimizer = torch.optim.Adam(
+        self.optimizer = SharedAdam(
             [supernet.alpha],
             lr=config.arch_learning_rate,
             betas=config.arch_betas,
@@ -168,6 +168,49 @@ class Architect:
                 weight.data.copy_(value)
         up, down = sides
         return loss, direct - rate / (2 * epsilon) * (up - down)
+
+
+class SharedAdam(torch.optim.Optimizer):
+    """Adam (arXiv 1412.6980) with one second moment for all entries of a tensor, the mean of their
+    squares: each moves in proportion to its own gradient.
+
+    With second moments of their own, entries move by their signal over their noise: the alphas of
+    layers that hardly matter go as far as those of layers that the loss depends on, and their
+    probabilities say which ranks are certain, not which are worth their parameters.
+
+    Args:
+        params: as of any optimizer.
+        lr: learning rate.
+        betas: decay of the means of the gradient and of its square, in [0, 1).
+        eps: added to the root of the second moment.
+        weight_decay: times the parameter, added to its gradient (as in Adam, not as in AdamW).
+    """
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One step on the gradients at hand."""
+        for group in self.param_groups:
+            first, second = group["betas"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["step"] = torch.tensor(0.0)
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter.sum())
+                gradient = parameter.grad + group["weight_decay"] * parameter
+                state["step"] += 1
+                state["exp_avg"].lerp_(gradient, 1 - first)
+                state["exp_avg_sq"].lerp_(gradient.square().mean(), 1 - second)
+                steps = int(state["step"])  # on the CPU
+                root = (state["exp_avg_sq"] / (1 - second**steps)).sqrt()
+                size = group["lr"] / (1 - first**steps)
+                parameter.sub_(size * state["exp_avg"] / (root + group["eps"]))
 
 
 def _shift(weights: list, origin: list, direction: list, step: float | Tensor) -> None:

@@ -2,6 +2,7 @@
 Not here: the loop of RankSearch (test_search.py)."""
 
 import copy
+import math
 from unittest import mock
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch.func import functional_call
 
 from darts_lora import Architect, InputError, SearchConfig, Supernet, mixed_linear
+from darts_lora.architect import SharedAdam
 from small_models import randomise, residual
 
 
@@ -175,3 +177,29 @@ def test_state_round_trip():
     twin_architect.step(loss_of(twin), val)
     assert torch.equal(supernet.alpha, twin.alpha)
     assert torch.equal(architect.gradient_sums, twin_architect.gradient_sums)
+
+
+def test_the_optimizer_of_one_entry_is_adam():
+    ours, adams = (torch.nn.Parameter(torch.tensor([0.5])) for _ in range(2))
+    options = {"lr": 0.1, "betas": (0.5, 0.9), "weight_decay": 0.2}
+    optimizers = SharedAdam([ours], **options), torch.optim.Adam([adams], **options)
+    for step in range(20):
+        for parameter, optimizer in zip((ours, adams), optimizers, strict=True):
+            parameter.grad = torch.tensor([math.sin(step)]) * (1 + parameter.detach())
+            optimizer.step()
+        torch.testing.assert_close(ours, adams)
+
+
+def test_entries_move_in_proportion_to_their_gradients_whatever_their_unit():
+    """Adam moves both by as much, at whatever noise."""
+    moved = []
+    for unit in (1.0, 1000.0):
+        parameter = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+        optimizer = SharedAdam([parameter], lr=0.01)
+        for _ in range(10):
+            parameter.grad = unit * torch.tensor([4.0, -1.0], dtype=torch.float64)
+            optimizer.step()
+        moved.append(parameter.detach())
+    assert float(moved[0][0] / moved[0][1]) == pytest.approx(-4)
+    assert float(moved[0].square().mean().sqrt()) == pytest.approx(0.1, rel=1e-6)
+    torch.testing.assert_close(moved[0], moved[1])

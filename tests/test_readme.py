@@ -25,12 +25,10 @@ SHORT = {
     "recipes/evaluate.py": "--max_test_samples 16",
     "recipes/derive.py": "",
     "recipes/report.py": "",
-    "recipes/benchmark/plans.py": "--seeds [0] --random_plans 1 --max_steps 4 --batch_size 4 "
-    "--max_test_samples 16",
 }
-# .ci/run; tests/recipes/test_planted.py, test_random_mllama.py
-NOT_HERE = ("pytest", "tensorboard", "recipes/benchmark/planted.py")
-NOT_HERE += ("recipes/benchmark/random_mllama.py",)
+# .ci/run; tests/recipes/test_planted.py, test_quality.py, test_random_mllama.py
+NOT_HERE = ("pytest", "tensorboard", "recipes/benchmark/planted.py", "recipes/benchmark/quality.py")
+NOT_HERE += ("recipes/benchmark/quality_tables.py", "recipes/benchmark/random_mllama.py")
 
 
 def blocks(language):
@@ -61,9 +59,7 @@ def test_every_command_is_known():
     assert shown == {*SHORT, *NOT_HERE}
 
 
-@pytest.mark.parametrize(
-    "recipe", ["search", "finetune", "evaluate", "derive", "report", "benchmark/plans"]
-)
+@pytest.mark.parametrize("recipe", ["search", "finetune", "evaluate", "derive", "report"])
 def test_the_commands_one_after_the_other(recipe, folder):
     """On the embedded default, each finds what the one before it left in runs/."""
     (line, *dry) = [line for line in commands() if f"recipes/{recipe}.py" in line]
@@ -85,7 +81,6 @@ def test_the_commands_one_after_the_other(recipe, folder):
         "evaluate": "finetune/evaluation.json",
         "derive": "search/genotype_rank1.json",
         "report": "search/report.html",
-        "benchmark/plans": "plans/results.json",
     }
     assert (folder / "runs" / made[recipe]).is_file(), done.stdout
     if recipe == "search":

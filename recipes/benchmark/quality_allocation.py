@@ -1,5 +1,5 @@
-"""Ranks from numbers, in closed form or by the exact discretizer, never above a budget: from gains
-of each rank, in proportion, uniformly on some layers. Not here: where the numbers come from."""
+"""Ranks within a budget: from gains of ranks, in proportion, uniformly on some layers, by chance.
+Not here: where the numbers come from (quality_methods.py, quality_peft.py)."""
 
 from __future__ import annotations
 
@@ -61,6 +61,20 @@ def proportional_gains(score: Tensor, rank: int) -> Tensor:
     rank (and 1) in proportion to its score over its cost."""
     r = torch.arange(1, rank + 1, dtype=torch.float64)
     return float(score) * (torch.log1p(r) - torch.log(r))
+
+
+def random_choice(costs: Tensor, budget: float, generator: torch.Generator) -> list[int]:
+    """Raise random layers to random candidates until no raise fits into the budget; an index a
+    layer, from (N, K) costs."""
+    layers, candidates = costs.shape
+    choice = [0] * layers
+    total = costs[:, 0].sum()
+    for move in torch.randperm(layers * candidates, generator=generator).tolist():
+        layer, candidate = divmod(move, candidates)
+        raised = total + costs[layer, candidate] - costs[layer, choice[layer]]
+        if candidate > choice[layer] and raised <= budget:
+            choice[layer], total = candidate, raised
+    return choice
 
 
 def scaled_to_budget(ranks: Plan, shapes: Shapes, capacity: Plan, budget: float) -> Plan:

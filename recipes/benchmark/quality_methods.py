@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from plans import random_choice
 from planted_methods import TEMPERATURES
 from quality_allocation import (
     energy_spectrum,
     largest_gain,
     product_spectrum,
     proportional_gains,
+    random_choice,
     uniform_on,
 )
 from quality_peft import adalora, eva, eva_components
