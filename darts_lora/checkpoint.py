@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import warnings
 from typing import Any
@@ -25,8 +26,9 @@ def checkpoints(output_dir: str | None) -> list[str]:
     """Paths of the checkpoints (folders) there, oldest first."""
     if output_dir is None:
         return []
-    pattern = os.path.join(glob.escape(output_dir), "checkpoints", "step-*")
-    return sorted(path for path in glob.glob(pattern) if ".tmp-" not in path)
+    paths = glob.glob(os.path.join(glob.escape(output_dir), "checkpoints", "step-*"))
+    steps = {path: re.search(r"step-(\d+)$", path) for path in paths}  # None: half written
+    return sorted(filter(steps.get, paths), key=lambda path: int(steps[path][1]))
 
 
 def save_checkpoint(output_dir: str, state: dict[str, Any], options: dict[str, Any]) -> None:
@@ -42,7 +44,10 @@ def save_checkpoint(output_dir: str, state: dict[str, Any], options: dict[str, A
         path = os.path.join(folder, STATE_NAME)
         try:
             torch.save(state, path)
-        except RuntimeError as error:  # its writer does not give the system's own error
+        except RuntimeError as error:
+            if not re.search("inline_container|PytorchStreamWriter", str(error)):
+                raise
+            # its writer does not give the system's own error
             raise OSError(f"is the disk full? {error}") from error
         record = {"step": state["step"], "options": options}
         record["sha256"] = _digest(path, record)
@@ -100,9 +105,9 @@ def _read_record(path: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({' '.join(str(error).split())[:200]})") from error
     kinds = {"step": int, "options": dict, "sha256": str}
-    if not isinstance(record, dict) or any(
-        not isinstance(record.get(k), t) for k, t in kinds.items()
-    ):
+    found = record if isinstance(record, dict) else {}
+    right = all(isinstance(found.get(name), kind) for name, kind in kinds.items())
+    if not right or not isinstance(found["options"].get("max_steps"), int):
         raise InputError(f"{path} cannot be read ({RECORD_NAME} is not of a checkpoint)")
     return record
 

@@ -26,7 +26,7 @@ from jsonargparse import (
 
 from darts_lora.errors import InputError, one_line
 from darts_lora.files import is_main_process, write_text
-from darts_lora.interruption import Stopped
+from darts_lora.interruption import Stopped, told_as_input_errors
 
 CONFIG_NAME = "config.yaml"
 MAX_DEPTH = 20  # of lists and mappings in a configuration: options have three
@@ -60,7 +60,8 @@ def run(
     model nor a data set: the settings of the embedded default.
 
     An InputError, of parsing or out of `main`, is printed as one line, `error: ...`, by the main
-    process; the exit status is then 2. A run that was stopped (interruption.py) has its own status.
+    process; the exit status is then 2. So is a lack of memory, wherever it shows. A run that was
+    stopped (interruption.py) has its own status.
     """
     status = 0
     try:
@@ -68,7 +69,8 @@ def run(
         named = {arg.split("=")[0] for arg in args}
         if default_config and not named & {"--config", "--model_name_or_path", "--dataset"}:
             args = ["--config", default_config, *args]
-        main(*parse(args, own, *shared, previous=previous, description=main.__doc__))
+        with told_as_input_errors():
+            main(*parse(args, own, *shared, previous=previous, description=main.__doc__))
     except Stopped as stopped:
         status = stopped.code
     except InputError as error:

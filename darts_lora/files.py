@@ -24,6 +24,7 @@ except ImportError:  # no such locks on Windows
     fcntl = None
 
 LOCK_NAME = "run.lock"
+LEFT = re.compile(r"(.+)\.(tmp|old)-\d+", re.DOTALL)  # beside a path, by a killed writer
 _locked: set[str] = set()
 
 
@@ -40,25 +41,71 @@ def write_whole(path: str | os.PathLike, write: Callable[[str], Any]) -> None:
         InputError: it cannot be written.
     """
     path = os.fspath(path)
-    temporary = f"{path}.tmp-{os.getpid()}"
+    with _written(path, write) as temporary:
+        if os.path.isdir(temporary) and os.path.isdir(path):
+            _replace_folder(temporary, path)
+        else:
+            os.replace(temporary, path)
+
+
+def write_into(folder: str | os.PathLike, write: Callable[[str], Any], last: str) -> None:
+    """Call `write(temporary folder)` and rename the files that it makes there into `folder`, once
+    they are on the disk; the one named `last` behind all others.
+
+    Raises:
+        InputError: they cannot be written.
+    """
+    with _written(os.path.join(folder, last), write) as temporary:
+        for name in sorted(os.listdir(temporary), key=lambda name: name == last):
+            os.replace(os.path.join(temporary, name), os.path.join(folder, name))
+
+
+@contextlib.contextmanager
+def _written(path: str, write: Callable[[str], Any]) -> Iterator[str]:
+    """Where what is to become `path` was written, and is on the disk; nothing stays there."""
+    temporary, folder = f"{path}.tmp-{os.getpid()}", os.path.dirname(path) or "."
     try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        _remove(temporary)  # of a killed writer with this number
+        os.makedirs(folder, exist_ok=True)
+        remove(temporary)  # of a killed writer with this number
         write(temporary)
         _flush(temporary)
-        if os.path.isdir(temporary) and os.path.isdir(path):
-            shutil.rmtree(path)
-        os.replace(temporary, path)
-        _flush_one(os.path.dirname(path) or ".")
-    except (
-        OSError,
-        ValueError,
-        SafetensorError,
-    ) as error:  # ValueError: a null character in a path
+        yield temporary
+        _flush_one(folder)
+    except (OSError, ValueError, SafetensorError) as error:  # ValueError: a null in a path
         reason = getattr(error, "strerror", None) or one_line(error)
         raise InputError(f"{path}: cannot be written ({reason})") from error
     finally:
-        _remove(temporary)
+        remove(temporary)
+
+
+def _replace_folder(new: str, path: str) -> None:
+    """No folder can be renamed over another: the old one waits aside, where `locked` finds it if
+    this process is killed."""
+    old = f"{path}.old-{os.getpid()}"
+    remove(old)
+    os.replace(path, old)
+    try:
+        os.replace(new, path)
+    finally:
+        _settle(old)
+
+
+def _settle(left: str) -> None:
+    """Remove what a writer left beside a path; but an old folder comes back if no new one came."""
+    path, kind = LEFT.fullmatch(left).groups()
+    if kind == "old" and not os.path.lexists(path):
+        os.replace(left, path)
+    else:
+        remove(left)
+
+
+def remove(path: str) -> None:
+    """Remove a file, or a folder with all that is in it, if it is there."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.remove(path)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -105,26 +152,25 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def locked(folder: str | None) -> Iterator[None]:
-    """Hold `folder` for one run: a second live one is refused, and what killed ones left half
-    written is removed. The kernel frees the lock of a process that dies. Blocks of one process may
-    stand inside each other; of several processes of one run, the first holds the lock for all.
+    """Hold `folder` for one run: a second live one is refused. What killed ones left half written
+    is removed, and a folder that they were replacing comes back. The kernel frees the lock of a
+    process that dies. Blocks of one process may stand inside each other; of several processes of
+    one run, the first holds the lock for all.
 
     Raises:
-        InputError: another live run holds it.
+        InputError: another live run holds it, or no lock can be put there.
     """
     key = folder and os.path.realpath(folder)
     if folder is None or key in _locked or not is_main_process() or fcntl is None:
         yield
         return
-    os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, LOCK_NAME)
     with _lock(path, folder):
         _locked.add(key)
         try:
             for place in (folder, os.path.join(folder, "checkpoints")):
-                for left in glob.glob(os.path.join(glob.escape(place), "*.tmp-*")):
-                    if re.search(r"\.tmp-\d+$", left):
-                        _remove(left)
+                for left in filter(LEFT.fullmatch, glob.glob(f"{glob.escape(place)}/*")):
+                    _settle(left)
             yield
         finally:
             _locked.remove(key)
@@ -134,7 +180,12 @@ def locked(folder: str | None) -> Iterator[None]:
 
 def _lock(path: str, folder: str) -> TextIO:
     """The file at `path`, open, locked and with our name in it."""
-    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - closing it ends the lock
+    try:
+        os.makedirs(folder, exist_ok=True)
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - closing it ends the lock
+    except OSError as error:  # of another user, or no file
+        reason = f"{LOCK_NAME}: {error.strerror}"
+        raise InputError(f"output_dir={folder!r}: cannot be locked ({reason})") from error
     try:
         # not flock: data workers would inherit it, and hold it for a while when this process dies
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -179,11 +230,3 @@ def _flush_one(path: str) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _remove(path: str) -> None:
-    if os.path.isdir(path) and not os.path.islink(path):
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            os.remove(path)

@@ -37,13 +37,16 @@ from darts_lora.config import (
 )
 from darts_lora.data import Rows, make_collator, training_rows
 from darts_lora.errors import InputError
-from darts_lora.files import locked, write_json, write_whole
+from darts_lora.files import locked, remove, write_into, write_json, write_whole
 from darts_lora.genotype import Genotype, pad_to_max_rank
 from darts_lora.interruption import Stopped, StopRequest, told_as_input_errors, worker_context
 from darts_lora.models import load_model
 from darts_lora.targets import match_modules, match_saved_modules, task_type
 
 SUPERNET_NAME = "supernet.safetensors"
+ADAPTER_NAME = "adapter_model.safetensors"
+RESULTS = ("finetune.json", "evaluation.json", ADAPTER_NAME, "adapter_config.json")
+RESULTS += ("checkpoint", "padded")
 
 
 @dataclass
@@ -89,6 +92,7 @@ def finetune(
     """Train an adapter on training and validation rows together and save it to output_dir.
 
     Writes adapter_model.safetensors and adapter_config.json (PEFT's own format) and finetune.json.
+    What an earlier finetune left there is removed when training starts.
 
     Returns:
         The trained model, and the record that stands in finetune.json.
@@ -171,7 +175,7 @@ def save_padded(adapter: str, output_dir: str) -> None:
         adapter, output_dir: folders, in PEFT's format.
     """
     config = LoraConfig.from_pretrained(adapter)
-    state = pad_to_max_rank(load_file(os.path.join(adapter, "adapter_model.safetensors")))
+    state = pad_to_max_rank(load_file(os.path.join(adapter, ADAPTER_NAME)))
     divisor = math.sqrt if config.use_rslora else float
     scaling = config.lora_alpha / divisor(config.r)
     # the largest rank of what is there; the scaling is the same for all
@@ -181,9 +185,12 @@ def save_padded(adapter: str, output_dir: str) -> None:
         {},
         {},
     )
-    config.save_pretrained(output_dir)
-    path = os.path.join(output_dir, "adapter_model.safetensors")
-    write_whole(path, lambda temporary: save_file(state, temporary, {"format": "pt"}))
+
+    def write(folder: str) -> None:
+        config.save_pretrained(folder)
+        save_file(state, os.path.join(folder, ADAPTER_NAME), {"format": "pt"})
+
+    write_into(output_dir, write, ADAPTER_NAME)
 
 
 def _inherit(model: PeftModel, genotype: Genotype, path: str) -> None:
@@ -208,7 +215,8 @@ def train(
     *,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Train the adapter in place with transformers' Trainer and save it to output_dir.
+    """Train the adapter in place with transformers' Trainer and save it to output_dir, in place of
+    what an earlier finetune left there.
 
     Returns:
         trainable_parameters (count), losses ([step, mean since the entry before] pairs), loss (mean
@@ -233,6 +241,9 @@ def train(
     trainer.add_callback(_SaveAdapter(trainer, training.save_steps, folder, stop))
     trainer.remove_callback(ProgressCallback)  # prints whole dictionaries
     trainer.add_callback(_Progress)
+    if trainer.is_world_process_zero():
+        for name in RESULTS:
+            remove(os.path.join(output_dir, name))
     start = time.perf_counter()
     with (
         stop,
@@ -242,7 +253,7 @@ def train(
         trainer.train()
     seconds = time.perf_counter() - start
     if trainer.is_world_process_zero():
-        model.save_pretrained(output_dir)
+        write_into(output_dir, model.save_pretrained, ADAPTER_NAME)
     return _record(trainer, seconds)
 
 
@@ -277,7 +288,8 @@ class _Trainer(Trainer):
 
     def get_train_dataloader(self):
         loader = super().get_train_dataloader()
-        loader.multiprocessing_context = worker_context(loader.num_workers)
+        inner = getattr(loader, "base_dataloader", loader)  # what accelerate's own iterates
+        inner.multiprocessing_context = worker_context(inner.num_workers)
         return loader
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -306,10 +318,8 @@ class _SaveAdapter(TrainerCallback):
         self.trainer, self.save_steps, self.folder, self.stop = trainer, save_steps, folder, stop
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        asked = torch.tensor([self.stop.status], device=self.trainer.accelerator.device)
-        status = int(self.trainer.accelerator.gather(asked).max())  # of any process, for all
-        if state.global_step == state.max_steps:
-            status = 0
+        last = state.global_step == state.max_steps
+        status = 0 if last else self.stop.agreed(self.trainer.accelerator)
         due = self.save_steps > 0 and state.global_step % self.save_steps == 0
         if (due or status) and state.is_world_process_zero:
             write_whole(self.folder, model.save_pretrained)

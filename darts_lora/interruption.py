@@ -11,10 +11,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.context import BaseContext
+from typing import TYPE_CHECKING
 
 import torch
 
 from darts_lora.errors import InputError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 try:
     from multiprocessing.context import ForkContext, ForkProcess
@@ -67,6 +71,13 @@ class StopRequest:
             return 128 + self.received
         return TIME_OVER if self.end is not None and time.monotonic() >= self.end else 0
 
+    def agreed(self, accelerator: Accelerator) -> int:
+        """The status that any process was asked for, the same on all of them."""
+        if accelerator.num_processes == 1:
+            return self.status  # without waiting for the device
+        asked = torch.tensor([self.status], device=accelerator.device)
+        return int(accelerator.gather(asked).max())
+
     def reason(self, status: int) -> str:
         """What asked for that exit status, in words."""
         if status == TIME_OVER:
@@ -106,7 +117,7 @@ def _end_with_parent(parent: int) -> None:
 
 
 @contextlib.contextmanager
-def told_as_input_errors(where: Callable[[], str]) -> Iterator[None]:
+def told_as_input_errors(where: Callable[[], str] | None = None) -> Iterator[None]:
     """What the machine refuses inside, as an InputError that says what to change; and one of a data
     worker as the one line that it was.
 
@@ -119,27 +130,37 @@ def told_as_input_errors(where: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        if "DataLoader worker" in str(error):  # wrapped in the worker's traceback
+        if "in DataLoader worker process" in str(error):  # wrapped in the worker's traceback
             raise InputError(str(error).rsplit("InputError: ", 1)[-1].strip()) from error
         raise
     except (RuntimeError, MemoryError, ConnectionError, EOFError) as error:
-        text = " ".join(str(error).split())
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate" in text:
+        text, left = " ".join(str(error).split()), f"; {where()}" if where else ""
+        if lacks_memory(error):
             raise InputError(
                 f"out of memory ({text[:150]}): lower batch_size (and raise "
                 "gradient_accumulation_steps), max_length or the largest of ranks; or set "
-                f"gradient_checkpointing, dtype=bfloat16 or quantization; {where()}"
+                f"gradient_checkpointing, dtype=bfloat16 or quantization{left}"
             ) from error
-        if "DataLoader worker" in text or _broke_off_in_a_loader(error):
+        if "DataLoader worker (pid" in text or _broke_off_between_processes(error):
             raise InputError(
                 f"num_workers: a data worker died ({text[:150] or 'no answer'}): lower num_workers "
-                f"if memory was short, 0 loads in the main process; {where()}"
+                f"if memory was short, 0 loads in the main process{left}"
             ) from error
         raise
 
 
-def _broke_off_in_a_loader(error: Exception) -> bool:
-    """Whether this is how a batch that a dead worker still held looks to the main process."""
-    frames = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
-    in_loader = any(os.path.join("utils", "data", "dataloader.py") in name for name in frames)
-    return in_loader and isinstance(error, ConnectionError | EOFError)
+def lacks_memory(error: Exception) -> bool:
+    """Whether it says that no memory is left, of a GPU or of the machine."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate" in str(error)
+
+
+def _broke_off_between_processes(error: Exception) -> bool:
+    """Whether this is how a batch that a dead worker still held looks to the main process, or to
+    the thread there that pins batches."""
+    if not isinstance(error, ConnectionError | EOFError):
+        return False
+    frames = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return "in pin memory thread" in str(error) or any(
+        code.co_name == "_try_get_data" and code.co_filename.endswith("dataloader.py")
+        for code in frames
+    )

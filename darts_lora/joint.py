@@ -34,7 +34,8 @@ class JointStep:
         graphed: joint batch -> losses and gradients, launched as one graph (graphs.py); or None.
 
     Raises:
-        InputError: other weights than those of the branches are trained: they see all rows.
+        InputError: other weights than those of the branches are trained: they see all rows; or
+            gradients are scaled, which would scale alpha's as well.
     """
 
     def __init__(
@@ -50,6 +51,11 @@ class JointStep:
                 f"joint=true: {', '.join(self.supernet.saved_modules)} is trained in full, and "
                 "would learn from validation rows; use joint=false"
             )
+        if weights.accelerator.scaler is not None:
+            raise InputError(
+                "joint=true, mixed_precision=fp16: the weights' loss scaling would scale alpha's "
+                "gradient; use bf16 or joint=false"
+            )
         self.graphed: Graphed | None = None
 
     def step(
@@ -61,14 +67,8 @@ class JointStep:
             InputError: a batch of each does not make a joint one.
         """
         parts, total = self.weights.parts, self.weights.accumulate(train_batches)
-        train_batch, val_batch = next(train_batches), next(val_batches)
-        counts = rows(train_batch), rows(val_batch)
-        if counts[0] != counts[1]:
-            raise InputError(
-                f"joint=true: {counts[0]} training rows and {counts[1]} validation rows in a step; "
-                "use equal batch sizes, and drop_last"
-            )
-        batch, alpha = join(train_batch, val_batch), self.supernet.alpha
+        batch = join(next(train_batches), next(val_batches))
+        alpha = self.supernet.alpha
         if self.graphed is not None:
             losses, (gradient, *gradients) = self.graphed(batch)
             add_gradients(self.weights.parameters, gradients, parts)
@@ -102,21 +102,21 @@ def halves_loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Ten
     return first, second
 
 
-def rows(batch: Any) -> int:
-    """Rows of a batch: the leading size of `input_ids`, else of its first tensor."""
-    if isinstance(batch, dict):
-        return len(batch.get("input_ids", next(iter(batch.values()))))
-    return len(batch if isinstance(batch, Tensor) else batch[0])
-
-
 def join(first: Any, second: Any, name: str | None = None) -> Any:
     """Two batches as one, row after row; what is shorter is padded at its end: labels with -100,
     anything else with zeros, which an attention mask takes for padding.
 
     Raises:
-        InputError: they differ in more than sizes.
+        InputError: they differ in more than sizes; or in the number of rows, or of images or
+            patches packed one after the other: the border between them would not be in the middle.
     """
     if isinstance(first, Tensor) and isinstance(second, Tensor) and first.dim() == second.dim():
+        if first.shape[:1] != second.shape[:1]:
+            raise InputError(
+                f"joint=true: {name or 'a tensor'} has {len(first)} entries in a training and "
+                f"{len(second)} in a validation batch; use equal batch sizes and drop_last, or "
+                "joint=false"
+            )
         sizes = [max(pair) for pair in zip(first.shape[1:], second.shape[1:], strict=True)]
         fill = IGNORED if name == "labels" else 0
         return torch.cat([_padded(first, sizes, fill), _padded(second, sizes, fill)])

@@ -29,6 +29,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 
 from darts_lora.config import ModelConfig
 from darts_lora.errors import InputError, one_line
+from darts_lora.interruption import lacks_memory
 
 EMBEDDED = Path(__file__).parent / "embedded"
 # What a message of a missing package says -> the extra of this package that brings it.
@@ -185,6 +186,8 @@ def _explained(model: ModelConfig):
     try:
         yield
     except Exception as error:  # any kind: damaged files, sizes that are none, missing packages
+        if lacks_memory(error):
+            raise
         reason = one_line(error, 500)
         named = EXTRAS.items() if isinstance(error, ImportError) else ()
         extras = {extra for package, extra in named if package in reason.lower()}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from darts_lora.errors import InputError
+from darts_lora.errors import InputError, one_line
 from darts_lora.files import write_json, write_text
 from darts_lora.supernet import Supernet
 from darts_lora.targets import model_parts
@@ -33,8 +33,8 @@ def alpha_figures(supernet: Supernet) -> dict[str, Any]:
     }
 
 
-def number(value: Tensor | None) -> float | None:
-    """A scalar tensor as a number that JSON knows; what is not finite as None."""
+def number(value: Tensor | float | None) -> float | None:
+    """A scalar as a number that JSON knows; what is not finite as None."""
     return None if value is None or not math.isfinite(float(value)) else float(value)
 
 
@@ -90,13 +90,28 @@ class Metrics:
 
 
 def read_metrics(path: str, last_step: int | None = None) -> list[dict[str, Any]]:
-    """The records in metrics.jsonl up to and with `last_step`; a broken last line is left out."""
-    records = []
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            for line in file:
-                try:
-                    records.append(json.loads(line))
-                except (ValueError, RecursionError):
-                    break
+    """The records in metrics.jsonl up to and with `last_step`; a last line without an end, of a
+    killed run, is left out.
+
+    Raises:
+        InputError: the file cannot be read, or a line of it is no record.
+    """
+    if not os.path.exists(path):
+        return []
+    try:
+        with open(path, "rb") as file:
+            *lines, _ = file.read().split(b"\n")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    records = [_read_record(line, f"{path}: line {i}") for i, line in enumerate(lines, start=1)]
     return [r for r in records if last_step is None or r["step"] <= last_step]
+
+
+def _read_record(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line.decode())
+        if type(record["step"]) is not int:
+            raise TypeError("its step is no integer")
+    except (ValueError, RecursionError, TypeError, KeyError) as error:
+        raise InputError(f"{where} is no record of this search ({one_line(error)})") from error
+    return record

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from darts_lora.checkpoint import checkpoints, steps_done
 from darts_lora.errors import InputError
+from darts_lora.records import number
 
 if TYPE_CHECKING:
     from darts_lora.search import RankSearch
@@ -82,6 +83,9 @@ def capture(search: RankSearch) -> dict[str, Any]:
         "schedulers": [scheduler.state_dict() for scheduler in search.schedulers],
         "architect": search.architect.state_dict(),
         "streams": [stream.position for stream in search.streams],
+        "alpha_gradient_norm": number(search.alpha_gradient_norm),
+        # of each process its own
+        "validation_loss": gather_object([float(search.validation_loss)]),
         "random": gather_object([random_state(search.accelerator.device)]),
     }
 
@@ -109,8 +113,11 @@ def restore(search: RankSearch, state: dict[str, Any]) -> None:
     search.architect.load_state_dict(state["architect"])
     for stream, position in zip(search.streams, state["streams"], strict=True):
         stream.move_to(position)
+    process = search.accelerator.process_index
+    search.alpha_gradient_norm = state["alpha_gradient_norm"]
+    search.validation_loss = state["validation_loss"][process]
     # last: opening a stream draws random numbers
-    restore_random_state(state["random"][search.accelerator.process_index])
+    restore_random_state(state["random"][process])
 
 
 def check_alpha_is_one(search: RankSearch) -> None:

@@ -25,7 +25,7 @@ from darts_lora.bilevel import DDP_OPTIONS, BilevelStep
 from darts_lora.checkpoint import checkpoints, load_checkpoint, remove_checkpoints, save_checkpoint
 from darts_lora.config import TrainingConfig, check_writable
 from darts_lora.errors import InputError
-from darts_lora.files import locked, write_whole
+from darts_lora.files import locked, remove, write_whole
 from darts_lora.genotype import Genotype
 from darts_lora.interruption import Stopped, StopRequest, told_as_input_errors
 from darts_lora.joint import halves_loss
@@ -125,11 +125,13 @@ class RankSearch:
         """Go on from the newest checkpoint in output_dir that is whole.
 
         Raises:
-            InputError: there is none, or a search with other options wrote it.
+            InputError: there is none, or a search with other options wrote it; no memory is left,
+                or a data worker died.
         """
-        state, options = load_checkpoint(self.output_dir)
-        check_same_course(self.course, options)
-        restore(self, state)
+        with told_as_input_errors(self._kept):
+            state, options = load_checkpoint(self.output_dir)
+            check_same_course(self.course, options)
+            restore(self, state)
 
     def run(self, resume: bool = False) -> Genotype:
         """Search, and discretize: under the budget where there is one, else by argmax.
@@ -178,7 +180,7 @@ class RankSearch:
             losses.append(self._one_step(step))
             self.step = step + 1
             last = self.step == self.training.max_steps
-            status = 0 if last else self._agreed(stop.status)
+            status = 0 if last else self._agreed(stop)
             due = self.training.save_steps and self.step % self.training.save_steps == 0
             save = last or status or due
             if self.step % self.training.logging_steps == 0 or save:
@@ -194,15 +196,12 @@ class RankSearch:
                 bar.close()
                 self._stop(stop.reason(status), status)
 
-    def _agreed(self, status: int) -> int:
-        """The exit status that any process was asked for, the same on all; 0: go on. Several ask
-        each other where the loop waits for the device anyhow."""
-        if self.accelerator.num_processes == 1:
-            return status
-        if self.step % self.training.logging_steps:
+    def _agreed(self, stop: StopRequest) -> int:
+        """The exit status that was asked for, the same on all processes; 0: go on. Several ask each
+        other where the loop waits for the device anyhow."""
+        if self.accelerator.num_processes > 1 and self.step % self.training.logging_steps:
             return 0
-        asked = torch.tensor([status], device=self.accelerator.device)
-        return int(self.accelerator.gather(asked).max())
+        return stop.agreed(self.accelerator)
 
     def _stop(self, reason: str, status: int) -> None:
         self._view("close")
@@ -277,6 +276,8 @@ class RankSearch:
         if self.output_dir is None or not self.accelerator.is_main_process:
             return
         if self.step == 0:  # of a finished search, see check_start
+            for name in ("genotype.json", "supernet.safetensors"):
+                remove(os.path.join(self.output_dir, name))
             remove_checkpoints(checkpoints(self.output_dir))
         self.metrics = Metrics(self.output_dir, self.supernet, self.step)
         try:

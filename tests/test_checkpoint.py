@@ -53,6 +53,12 @@ def test_a_folder_with_pattern_characters_in_its_name(tmp_path):
     assert names(tmp_path / "lr[1e-3]*") == ["step-0000001"]
 
 
+def test_steps_are_numbers_and_not_text(tmp_path):
+    save(tmp_path, 9_999_999, 10_000_000)
+    assert names(tmp_path) == ["step-9999999", "step-10000000"]
+    assert load(tmp_path)[0]["step"] == 10_000_000
+
+
 def test_one_of_the_same_step_is_replaced(tmp_path):
     save(tmp_path, 1, 2)
     (tmp_path / "checkpoints" / "step-0000002" / "state.pt").write_bytes(b"damaged")
@@ -72,6 +78,16 @@ def test_a_full_disk_leaves_the_checkpoints_before(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step-0000001", "step-0000002"]
     assert load(tmp_path)[0]["step"] == 2
+
+
+def test_what_is_no_fault_of_the_disk_is_not_told_as_one(monkeypatch, tmp_path):
+    def fail(state, path):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+        save(tmp_path, 1)
+    assert os.listdir(tmp_path / "checkpoints") == []
 
 
 def test_no_space_for_the_record_leaves_the_checkpoints_before(monkeypatch, tmp_path):
@@ -106,6 +122,14 @@ DAMAGES = {
     "another record": lambda folder: (folder / "checkpoint.json").write_text("[1]"),
     "another option": lambda folder: rewrite(folder / "checkpoint.json", options={"seed": 1}),
 }
+
+
+def test_a_record_that_does_not_say_how_long_its_search_is_counts_as_damaged(tmp_path):
+    save(tmp_path, 1)
+    save_checkpoint(str(tmp_path), state(2), {"ranks": [0, 4]})
+    assert steps_done(str(tmp_path)) == (1, OPTIONS)
+    with pytest.warns(UserWarning, match=r"step-0000002 cannot be read .*going on from"):
+        assert load_checkpoint(str(tmp_path))[0]["step"] == 1
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

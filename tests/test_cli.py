@@ -5,6 +5,7 @@ import sys
 from dataclasses import dataclass
 
 import pytest
+import torch
 
 from darts_lora.cli import load_config, parse, run, save_config
 from darts_lora.config import DataConfig, ModelConfig, SearchConfig, TrainingConfig
@@ -63,6 +64,19 @@ def test_the_run_before_may_be_named_by_its_folder_or_be_missing(tmp_path, previ
     assert training.batch_size == 7
     _, training = parse([], Own, TrainingConfig, previous="source")
     assert training == TrainingConfig()
+
+
+def test_a_lack_of_memory_is_told_in_one_line_wherever_it_shows(monkeypatch, capsys):
+    def main(options):
+        """Load what is too large."""
+        raise torch.OutOfMemoryError("CUDA out of memory.\nGPU 0 has")
+
+    monkeypatch.setattr(sys, "argv", ["recipe"])
+    with pytest.raises(SystemExit) as stopped:
+        run(main, Defaulted)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and line.startswith("error: out of memory (CUDA out of memory. ")
+    assert line.endswith("or quantization")
 
 
 def test_saved_options_come_back(tmp_path):

@@ -2,6 +2,7 @@
 Not here: what the writers of this package put into them."""
 
 import fcntl
+import itertools
 import json
 import os
 import signal
@@ -10,7 +11,7 @@ import time
 import pytest
 
 from darts_lora import InputError
-from darts_lora.files import locked, write_json, write_text, write_whole
+from darts_lora.files import locked, write_into, write_json, write_text, write_whole
 
 
 def test_what_is_written_is_read_back_and_nothing_else_is_left(tmp_path):
@@ -71,6 +72,78 @@ def test_a_folder_replaces_a_folder_as_a_whole(tmp_path):
         write_whole(tmp_path / "folder", writer(name))
         assert os.listdir(tmp_path / "folder") == [name]
     assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_files_come_into_a_folder_together_one_of_them_last(monkeypatch, tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    names, replace, order = ("weights", "config", "about"), os.replace, []
+
+    def write(temporary):
+        os.mkdir(temporary)
+        for name in names:
+            write_text(os.path.join(temporary, name), name)
+        monkeypatch.setattr(os, "replace", lambda *p: order.append(p[1]) or replace(*p))
+
+    write_into(tmp_path, write, last="config")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        **{name: name for name in names},
+        "notes": "mine",
+    }
+    assert sorted(order) == sorted(str(tmp_path / name) for name in names)
+    assert order[-1] == str(tmp_path / "config")
+
+
+def test_no_file_comes_into_a_folder_where_one_cannot_be_written(tmp_path):
+    def write(temporary):
+        os.mkdir(temporary)
+        write_text(os.path.join(temporary, "config"), "half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(InputError, match=r"weights: cannot be written \(No space left"):
+        write_into(tmp_path, write, last="weights")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(("begun", "done", "left"), [(1, 0, "old"), (2, 1, "old"), (2, 2, "new")])
+def test_a_writer_killed_while_it_replaces_a_folder_leaves_one_of_both(tmp_path, begun, done, left):
+    def writer(content):
+        def write(temporary):
+            os.mkdir(temporary)
+            write_text(os.path.join(temporary, "state"), content)
+
+        return write
+
+    place = tmp_path / "checkpoints"
+    write_whole(place / "step-1", writer("old"))
+    child = os.fork()
+    if child == 0:
+        rename, calls = os.replace, itertools.count()  # of which 0 is write_text's own
+
+        def rename_or_die(*paths):
+            call = next(calls)
+            if call <= done:
+                rename(*paths)
+            if call == begun:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        os.replace = rename_or_die
+        try:
+            write_whole(place / "step-1", writer("new"))
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    with locked(str(tmp_path)):
+        assert os.listdir(place) == ["step-1"]
+    assert (place / "step-1" / "state").read_text() == left
+
+
+def test_a_folder_that_cannot_be_locked_is_named(tmp_path):
+    (tmp_path / "run.lock").mkdir()
+    with pytest.raises(InputError) as error, locked(str(tmp_path)):
+        pass
+    assert str(error.value) == (
+        f"output_dir='{tmp_path}': cannot be locked (run.lock: Is a directory)"
+    )
 
 
 def hold(folder, seconds, told):

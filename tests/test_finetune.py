@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import resource
 import signal
 from dataclasses import replace
 
@@ -405,6 +406,76 @@ def test_a_finetune_without_memory_says_what_to_reduce(
     config = FinetuneConfig(genotype, output_dir=str(tmp_path))
     with pytest.raises(InputError, match=r"^out of memory .*checkpoint has the last adapter"):
         finetune(config, base_config, data, TRAINING)
+
+
+def test_what_an_earlier_finetune_left_is_gone_when_another_trains(
+    monkeypatch, genotype, base_config, data, tmp_path
+):
+    config = FinetuneConfig(genotype, pad_to_max=True, output_dir=str(tmp_path))
+    finetune(config, base_config, data, TRAINING)
+    (tmp_path / "evaluation.json").write_text("{}")
+    before = {*os.listdir(tmp_path)}
+    with pytest.raises(InputError, match="target_modules"):
+        wrong = replace(config, genotype=None, rank=3, target_modules="nothing")
+        finetune(wrong, base_config, data, TRAINING)
+    assert {*os.listdir(tmp_path)} == before, "bad input removes nothing"
+
+    def run_out():
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    faulty(monkeypatch, run_out, step=1)
+    with pytest.raises(InputError, match=r"^out of memory .*; no adapter was written$"):
+        finetune(replace(config, rank=3), base_config, data, TRAINING)
+    assert before - {*os.listdir(tmp_path)} == {*finetune_module.RESULTS}
+
+
+def test_a_full_disk_at_the_end_is_told_and_leaves_no_half_adapter(
+    monkeypatch, genotype, base_config, data, tmp_path
+):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    train = finetune_module._Trainer.train
+
+    def fill(self):
+        train(self)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6000, limits[1]))
+
+    monkeypatch.setattr(finetune_module._Trainer, "train", fill)
+    config = FinetuneConfig(genotype, output_dir=str(tmp_path))
+    try:
+        with pytest.raises(InputError, match=r"adapter_model\.safetensors: cannot be written"):
+            finetune(config, base_config, data, TRAINING)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {*os.listdir(tmp_path)} - {"runs"} == {"checkpoint"}
+
+
+class Signalled:
+    """Rows whose data worker asks the whole job to stop: itself, and the process that trains."""
+
+    def __init__(self, rows):
+        self.rows, self.asked = list(rows), False
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, row):
+        if not self.asked:
+            for process in (os.getpid(), os.getppid()):
+                os.kill(process, signal.SIGTERM)
+        self.asked = True
+        return self.rows[row]
+
+
+def test_a_signal_to_the_whole_job_leaves_the_data_worker_alive(
+    base_config, data, tmp_path, capsys
+):
+    model = add_adapter(load_model(base_config), FinetuneConfig(None, rank=2), None)
+    rows, collator = Signalled(load_splits(data)["train"]), Collator(load_processor(base_config))
+    training = replace(TRAINING, save_steps=0, num_workers=1)
+    with pytest.raises(Stopped) as stopped:
+        finetune_module.train(model, rows, collator, training, str(tmp_path))
+    assert stopped.value.code == 143 and "SIGTERM: stopped after step" in capsys.readouterr().err
+    assert weights(tmp_path / "checkpoint")
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,12 @@ import os
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader
 
 from darts_lora import InputError
@@ -50,6 +52,21 @@ def test_the_time_is_over_after_so_many_minutes(monkeypatch):
     now += 1
     assert stop.status == 75 and endless.status == 0
     assert stop.reason(75) == "max_runtime=2.5 minutes are over"
+
+
+def test_several_processes_stop_when_one_is_asked_to_and_one_asks_no_device():
+    asked = []
+
+    def accelerator(processes):
+        def gather(own):
+            asked.append(int(own))
+            return torch.tensor([0, 143])
+
+        return SimpleNamespace(num_processes=processes, device="cpu", gather=gather)
+
+    stop = StopRequest(max_runtime=0)
+    assert stop.agreed(accelerator(1)) == 75 and not asked
+    assert stop.agreed(accelerator(2)) == 143 and asked == [75]
 
 
 def test_a_thread_of_a_notebook_gets_no_signals_and_runs_all_the_same():
@@ -132,6 +149,37 @@ def test_bad_input_that_a_data_worker_found_is_one_line():
     assert read(refuse) == "InputError: row 2, column 'image': cannot be read"
 
 
+def brought(error, where):
+    """Raise it as PyTorch does in the main process when it was raised elsewhere."""
+    try:
+        raise error
+    except Exception:
+        ExceptionWrapper(where=where).reraise()
+
+
+def test_a_worker_that_dies_behind_the_thread_that_pins_its_batches_is_told():
+    with pytest.raises(InputError, match="a data worker died"), told_as_input_errors():
+        brought(ConnectionResetError("reset"), "in pin memory thread for device 0")
+
+
+class Cut:
+    """A file that ends too early, read in the main process."""
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, row):
+        raise EOFError("ended before the end-of-stream marker")
+
+
+def test_errors_of_the_rows_are_not_those_of_a_dead_worker():
+    for error in (RuntimeError("sizes are not equal"), ConnectionResetError("reset by peer")):
+        with pytest.raises(type(error), match=str(error)), told_as_input_errors():
+            brought(error, "in DataLoader worker process 0")
+    with pytest.raises(EOFError, match="ended before"), told_as_input_errors():
+        next(iter(DataLoader(Cut())))
+
+
 def test_errors_of_another_kind_go_through():
     with pytest.raises(ConnectionError, match="refused"), told_as_input_errors(str):
         raise ConnectionRefusedError("refused")  # not out of a data loader
@@ -163,7 +211,7 @@ def test_without_workers_or_such_signals_a_data_loader_starts_them_itself(monkey
 
 def idle(ready):
     ready.set()
-    time.sleep(60)
+    time.sleep(300)
 
 
 @pytest.mark.parametrize("processes", [worker_context(1), multiprocessing.get_context("fork")])
@@ -173,9 +221,9 @@ def test_a_data_worker_ends_when_its_parent_ends_it(processes):
     with StopRequest() as stop:
         worker = processes.Process(target=idle, args=(ready,), daemon=True)
         worker.start()
-        assert ready.wait(10)
+        assert ready.wait(60)
         worker.terminate()
-        worker.join(10)
+        worker.join(60)
         ended, status = not worker.is_alive(), stop.status
     worker.kill()
     assert ended and status == 0

@@ -151,16 +151,28 @@ def test_halves_of_a_batch_have_the_losses_of_two_batches(kind, vision_folder, d
 
 
 def test_batches_are_joined_row_by_row():
-    first = {"input_ids": torch.ones(2, 3), "labels": torch.ones(2, 3), "images": torch.ones(5, 4)}
-    second = {"input_ids": torch.ones(2, 2), "labels": torch.ones(2, 2), "images": torch.ones(1, 4)}
+    first = {"input_ids": torch.ones(2, 3), "labels": torch.ones(2, 3), "images": torch.ones(3, 4)}
+    second = {"input_ids": torch.ones(2, 2), "labels": torch.ones(2, 2), "images": torch.ones(3, 1)}
     batch = join(first, second)
     assert batch["input_ids"].tolist() == [[1, 1, 1]] * 2 + [[1, 1, 0]] * 2
     assert batch["labels"].tolist() == [[1, 1, 1]] * 2 + [[1, 1, -100]] * 2
-    assert batch["images"].shape == (6, 4)
+    assert batch["images"].tolist() == [[1, 1, 1, 1]] * 3 + [[1, 0, 0, 0]] * 3
     with pytest.raises(InputError, match="differ in their structure; use joint=false"):
         join(first, {"input_ids": torch.ones(2, 2)})
     with pytest.raises(InputError, match="differ in images"):
         join(first, {**second, "images": None})
+
+
+@pytest.mark.parametrize(
+    "images", [torch.ones(1, 3, 8, 8), torch.ones(8, 12)], ids=["one image less", "packed patches"]
+)
+def test_images_whose_border_is_not_in_the_middle_are_refused(images):
+    """Else the rows of validation images next to it would train the weights."""
+    tokens = {"input_ids": torch.ones(2, 3)}
+    first = {**tokens, "pixel_values": torch.ones(2 * len(images), *images.shape[1:])}
+    text = f"pixel_values has {2 * len(images)} entries .* {len(images)} in a .*or joint=false"
+    with pytest.raises(InputError, match=f"^joint=true: {text}$"):
+        join(first, {**tokens, "pixel_values": images})
 
 
 def search(model, rows=8, **options):
@@ -206,10 +218,13 @@ def test_what_mixes_rows_is_refused():
         search(Packed()).run()
     with pytest.raises(InputError, match=r"joint=true: blocks\.0 is trained in full"):
         search(residual(), modules_to_save=["blocks.0"])
-    with pytest.raises(InputError, match="joint=true: 4 training rows and 2 validation rows"):
-        _, weights, architect = make(True)
-        train, val = batches()
+    _, weights, architect = make(True)
+    train, val = batches()
+    with pytest.raises(InputError, match=r"joint=true: a tensor has 4 .* 2 in .*and drop_last, or"):
         JointStep(weights, architect, halves).step(iter([train]), iter([tuple(v[:2] for v in val)]))
+    weights.accelerator.scaler = torch.amp.GradScaler("cpu")
+    with pytest.raises(InputError, match=r"joint=true, mixed_precision=fp16: .*use bf16 or joint"):
+        JointStep(weights, architect, halves)
     with pytest.raises(InputError, match="joint=true, order=2"):
         SearchConfig(joint=True, order=2)
 

@@ -52,6 +52,7 @@ def test_a_thousand_steps_hold_no_more_than_two_hundred(tmp_path):
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     (tensors, files, memory), (tensors_later, files_later, memory_later) = json.loads(done.stdout)

@@ -313,6 +313,16 @@ def test_a_name_that_is_no_model(tmp_path):
         load_model(ModelConfig(str(tmp_path)))
 
 
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, MemoryError])
+def test_a_lack_of_memory_is_not_told_as_a_name_that_is_no_model(monkeypatch, text_model, kind):
+    def fail(*args, **options):
+        raise kind("out of memory")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(kind):
+        load_model(ModelConfig(text_model))
+
+
 def test_a_damaged_weights_file(text_model, tmp_path):
     source = load_model(ModelConfig(text_model))
     source.save_pretrained(tmp_path)

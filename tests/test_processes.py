@@ -31,7 +31,7 @@ def seen(tmp_path_factory):
         },
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"{process}.json").read_text()) for process in (0, 1)]

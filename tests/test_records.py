@@ -41,6 +41,20 @@ def test_a_record_that_cannot_be_written_is_an_error_in_one_line(supernet, tmp_p
         metrics.write({"step": 1})
 
 
+@pytest.mark.parametrize(
+    "line", [b"3", b"{}", b"[1]", b'{"step": "1"}', b'{"step": 1', b"\xff\xfe"]
+)
+def test_a_line_that_is_no_record_is_named(supernet, tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line + b"\n")
+    for read in (lambda: read_metrics(path), lambda: Metrics(str(tmp_path), supernet, 1)):
+        with pytest.raises(InputError) as error:
+            read()
+        assert str(error.value).startswith(f"{path}: line 2 is no record of this search (")
+    path.write_bytes(b'{"step": 1}\n' + line)
+    assert read_metrics(path) == [{"step": 1}], "a line that a killed run did not finish"
+
+
 def test_figures_of_an_alpha_that_is_not_finite_say_so(supernet):
     figures = alpha_figures(supernet)
     assert figures["entropy"] == pytest.approx(1) and figures["expected_ranks"] == 4 * [1.0]

@@ -179,6 +179,20 @@ def test_a_resumed_search_ends_as_one_in_one_go(tmp_path):
     assert {**of_whole[-1], **clock} == {**of_cut[-1], **clock}
 
 
+def test_a_search_stopped_between_two_architecture_steps_records_what_one_in_one_go_does(tmp_path):
+    options = {"arch_every": 5, "logging_steps": 1}
+    whole = make(tmp_path / "whole", **options).run()
+    with pytest.raises(Stopped):  # behind step 6: the next architecture step is the ninth
+        make(tmp_path / "cut", loss=at_call(7, ask_to_stop), **options).run()
+    assert make(tmp_path / "cut", **options).run(resume=True) == whole
+    clock = {"seconds": 0, "samples_per_second": 0}
+    of_whole, of_cut = (
+        [{**json.loads(line), **clock} for line in (tmp_path / name / "metrics.jsonl").open()]
+        for name in ("whole", "cut")
+    )
+    assert of_whole == of_cut
+
+
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (None, 75)]
 )
@@ -218,7 +232,7 @@ def ask_to_stop():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_an_unfinished_search_is_not_overwritten_and_a_finished_one_leaves_no_checkpoint(tmp_path):
+def test_an_unfinished_search_is_not_overwritten_and_a_finished_one_leaves_nothing(tmp_path):
     with pytest.raises(Stopped):
         make(tmp_path, loss=at_call(5, ask_to_stop)).run()
     with pytest.raises(
@@ -226,8 +240,11 @@ def test_an_unfinished_search_is_not_overwritten_and_a_finished_one_leaves_no_ch
     ):
         make(tmp_path, seed=1).run()
     make(tmp_path).run(resume=True)
+    results = [tmp_path / "genotype.json", tmp_path / "supernet.safetensors"]
+    assert all(path.exists() for path in results)
     with pytest.raises(Stopped):
         make(tmp_path, seed=1, loss=at_call(5, ask_to_stop)).run()
+    assert not any(path.exists() for path in results)
     assert [os.path.basename(path) for path in checkpoints(str(tmp_path))] == ["step-0000004"]
 
 
@@ -258,6 +275,32 @@ def test_a_data_worker_that_dies_names_the_last_checkpoint(tmp_path):
         make(tmp_path, train=train, save_steps=1, warmup_steps=11).run()
     error = str(error.value)
     assert re.search(r"^num_workers: a data worker died .*step-000000\d, --resume goes on", error)
+
+
+class Damaged(TensorDataset):
+    """Rows of which one cannot be read."""
+
+    def __getitem__(self, row):
+        if row == 37:
+            raise InputError("row 37, column 'image': cannot be read")
+        return super().__getitem__(row)
+
+
+@pytest.mark.parametrize(
+    ("rows", "text"),
+    [
+        (Damaged, "^row 37, column 'image': cannot be read$"),
+        (Dying, "^num_workers: .*step-0000003"),
+    ],
+)
+def test_what_a_data_worker_meets_while_a_search_resumes_is_one_line(tmp_path, rows, text):
+    tensors = split(40, 0, 0).tensors
+    train = DataLoader(TensorDataset(*tensors), 8)
+    with pytest.raises(Stopped):
+        make(tmp_path, loss=at_call(3, ask_to_stop), train=train).run()
+    train = DataLoader(rows(*tensors), 8, num_workers=1)
+    with pytest.raises(InputError, match=text):
+        make(tmp_path, train=train).resume()
 
 
 def test_a_full_disk_stops_and_keeps_the_checkpoints_before(tmp_path):

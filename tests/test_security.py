@@ -275,10 +275,10 @@ BOMBS = {
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_genotype_that_is_a_bomb_is_refused_quickly(tmp_path, name):
     (tmp_path / "g.json").write_text(BOMBS[name])
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(InputError) as error:
         Genotype.load(tmp_path / "g.json")
-    assert time.monotonic() - started < 10 and len(str(error.value)) < 700
+    assert time.process_time() - started < 10 and len(str(error.value)) < 700
 
 
 ALIASES = "a: &a0 [x, x]\n" + "".join(f"b{i}: &a{i + 1} [*a{i}, *a{i}]\n" for i in range(60))
@@ -291,10 +291,10 @@ ALIASES = "a: &a0 [x, x]\n" + "".join(f"b{i}: &a{i + 1} [*a{i}, *a{i}]\n" for i 
 )
 def test_a_configuration_that_is_a_bomb_is_refused_quickly(tmp_path, text):
     (tmp_path / "c.yaml").write_text(text)
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(InputError, match="not a readable YAML file") as error:
         load_config(str(tmp_path / "c.yaml"))
-    assert time.monotonic() - started < 10 and len(str(error.value)) < 700
+    assert time.process_time() - started < 10 and len(str(error.value)) < 700
 
 
 # What a model's folder says.

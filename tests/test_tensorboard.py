@@ -104,11 +104,11 @@ def test_520_modules_and_1000_steps_stay_small_and_quick(tmp_path):
     supernet, figures = Alpha(), dict.fromkeys(SCALARS, 0.5)
     views = SearchViews(str(tmp_path), supernet, steps=1000)
     views.started -= 10_000  # a long run: no image is left out
-    begun = time.monotonic()
+    begun = time.process_time()
     for step in range(10, 1001, 10):
         supernet.alpha += 0.1 * torch.randn_like(supernet.alpha)
         views.write({"step": step, **figures, "expected_ranks": [1.25] * 520})
-    took = time.monotonic() - begun
+    took = time.process_time() - begun
     views.close()
     (file,) = (tmp_path / "tensorboard").iterdir()
     assert file.stat().st_size < 10e6
@@ -120,11 +120,11 @@ def test_images_never_take_more_than_their_share_of_a_quick_run(tmp_path):
     views = SearchViews(str(tmp_path), Alpha(), steps=1000)
     for step in range(10, 1001, 10):
         views.write({"step": step, "train_loss": 1.0})
-    assert len({views.next_image}) == 1 and views.next_image < 100, "one image, then none"
     views.started -= views.drawing / DRAWING_SHARE
     views.write({"step": 1010, "train_loss": 1.0})
-    assert views.next_image > 1010
     views.close()
+    drawn = [image.step for image in read(tmp_path).Images("alpha/probability")]
+    assert drawn == [10, 1010], "the first, and one when the run has become long enough"
 
 
 def test_a_resumed_search_takes_back_what_came_after_its_checkpoint(tmp_path):

@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from darts_lora.tensorboard import SearchViews  # noqa: F401 - not in each proce
 
 RECIPE = Path(__file__).parents[1] / "search.py"
 RESULTS = ("genotype.json", "supernet.safetensors")  # ranks; weights and alpha
+PATIENCE = 1800  # seconds until a search counts as hung
 
 
 @dataclass
@@ -96,18 +98,30 @@ def _start(folder: Path, search: str, resume: bool = False) -> int:
         os._exit(status)  # nothing of the forking process's is tidied up here
 
 
+def _status(child: int, until: Callable[[], bool]) -> int | None:
+    """The exit status of the search where it ends before `until()`; None: it is still there."""
+    deadline = time.monotonic() + PATIENCE
+    while not until():
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            raise InputError(f"search: hung for {PATIENCE} seconds; see log.txt in output_dir")
+        time.sleep(0.0002)
+    return None
+
+
 def _finish(child: int) -> None:
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if status:
+    if status := _status(child, until=lambda: False):
         raise InputError(f"search: ended with status {status}; see log.txt in output_dir")
 
 
 def _first_write(child: int, folder: Path) -> float:
     """When (monotonic seconds) the search began to write checkpoints."""
-    while not (folder / "checkpoints").is_dir():
-        if os.waitpid(child, os.WNOHANG)[0]:
-            raise InputError("search: ended before a checkpoint; see log.txt in output_dir")
-        time.sleep(0.0002)
+    if _status(child, until=(folder / "checkpoints").is_dir) is not None:
+        raise InputError("search: ended before a checkpoint; see log.txt in output_dir")
     return time.monotonic()
 
 
@@ -115,10 +129,12 @@ def _kill(child: int, folder: Path, in_write: bool, at: float) -> dict | None:
     """Kill it `at` seconds behind its first write, or inside the write that comes next then; what
     it left. None: it had ended before."""
     began, place = _first_write(child, folder), folder / "checkpoints"
-    while time.monotonic() - began < at or (in_write and not _half_written(place)):
-        if os.waitpid(child, os.WNOHANG)[0]:
-            return None
-        time.sleep(0.0002)
+
+    def due() -> bool:
+        return time.monotonic() - began >= at and (not in_write or _half_written(place))
+
+    if _status(child, until=due) is not None:
+        return None
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     return {"seconds": round(time.monotonic() - began, 2), "half_written": _half_written(place)}

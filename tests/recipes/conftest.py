@@ -38,7 +38,7 @@ def launch(datasets_cache):
             env={**env, "HF_HUB_OFFLINE": "1"},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
         )
         assert done.returncode == status, done.stderr[-3000:]
         return done

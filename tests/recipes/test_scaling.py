@@ -17,8 +17,8 @@ import scaling
 from two_processes import accelerator
 from darts_lora.cli import run
 
-def sharded():
-    made = accelerator(sharded=True)
+def sharded(**options):
+    made = accelerator(sharded=True, **options)
     made.state.fsdp_plugin.transformer_cls_names_to_wrap = None  # the model's own, as in fsdp2.yaml
     return made
 

@@ -92,7 +92,8 @@ def test_sigterm_to_the_whole_job_then_a_resume_with_other_options(
     metrics = tmp_path / "metrics.jsonl"
     while run.poll() is None and not (metrics.exists() and metrics.read_text()):
         time.sleep(0.05)
-    os.killpg(run.pid, signal.SIGTERM)  # the data worker too
+    if run.poll() is None:  # else it says below why it ended
+        os.killpg(run.pid, signal.SIGTERM)  # the data worker too
     _, told = run.communicate(timeout=60)
     assert run.returncode == 143, told[-3000:]
     (line,) = [line for line in told.splitlines() if line.startswith("SIGTERM: stopped after step")]
