@@ -179,7 +179,7 @@ def test_names_are_no_paths_and_no_commands_to_the_screen(tmp_path, name, capsys
     (run / "layers.json").write_text(json.dumps(about))
     record = {"step": 1, "seconds": 1, "train_loss": 1, "validation_loss": 1}
     record |= {"expected_parameters": 1, "expected_ranks": [1]}
-    (run / "metrics.jsonl").write_text(json.dumps(record))
+    (run / "metrics.jsonl").write_text(json.dumps(record) + "\n")
     show(found)
     write_report(Search.load(str(run)), [], str(run / "report.html"))
     assert [p.name for p in (tmp_path / "outer").iterdir()] == ["run"]
