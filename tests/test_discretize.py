@@ -42,14 +42,17 @@ def test_shared_parameters_are_those_of_drawn_architectures():
 
 
 def test_certain_layers_keep_their_ranks_and_undecided_ones_share_what_is_left():
-    probabilities = torch.tensor(
-        [[0.0, 0.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0], [0.3, 0.1, 0.2, 0.4], [0.3, 0.1, 0.2, 0.4]],
-        dtype=torch.float64,
+    """Their most probable rank, 4, would fit one of them alone."""
+    likely = {"a": [0.0, 0.0, 0.0, 1.0], "b": [1.0, 0.0, 0.0, 0.0]}
+    likely |= {name: [0.3, 0.1, 0.2, 0.4] for name in ("c", "d")}
+    searched = Genotype(
+        dict.fromkeys(likely, 0),
+        shapes=dict.fromkeys(likely, (8, 8)),
+        candidates=[0, 1, 2, 4],
+        probabilities=likely,
     )
-    costs = rank_costs([(8, 8)] * 4, (0, 1, 2, 4))
-    values = shared_parameters(probabilities, costs)
-    for budget, indices in ((64, [3, 0, 0, 0]), (128, [3, 0, 2, 2]), (192, [3, 0, 3, 3])):
-        assert choose(values, costs, "budget", budget) == indices
+    for budget, ranks in ((64, [4, 0, 0, 0]), (128, [4, 0, 2, 2]), (192, [4, 0, 4, 4])):
+        assert list(discretize(searched, budget_parameters=budget).ranks.values()) == ranks
 
 
 def _total(table, choice):
