@@ -7,12 +7,13 @@ import argparse
 import gc
 import json
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 import yaml
@@ -30,6 +31,15 @@ from darts_lora.interruption import Stopped, told_as_input_errors
 
 CONFIG_NAME = "config.yaml"
 MAX_DEPTH = 20  # of lists and mappings in a configuration: options have three
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the strings that look like numbers to jsonargparse, not only to PyYAML: '1e3'."""
+
+
+_Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+.0-9][-+._0-9eE]*$"), list("-+.0123456789")
+)
 
 
 def run(
@@ -114,12 +124,10 @@ def parse(
     try:
         path = _config_file(args)
         given = {} if path is None else _checked_options(parser, path, load_config(path))
-        parser.set_defaults(given)
-        values = parser.parse_args(args)
+        values = _values(parser, args, classes, given)
         if previous is not None:
-            inherited = _inherited(parser, getattr(values, previous), shared)
-            parser.set_defaults({**inherited, **given})
-            values = parser.parse_args(args)
+            inherited = _inherited(parser, values[previous], shared)
+            values = _values(parser, args, classes, {**inherited, **given})
     except (ArgumentError, TypeError, ValueError, RecursionError) as error:
         raise error if isinstance(error, InputError) else InputError(one_line(error)) from error
     return [c(**{f.name: values[f.name] for f in fields(c) if f.init}) for c in classes]
@@ -145,6 +153,23 @@ def _checked_options(parser: ArgumentParser, path: str, options: dict[str, Any])
     except (ArgumentError, TypeError, ValueError) as error:
         raise InputError(f"{path}: {one_line(error)}") from error
     return options
+
+
+def _values(
+    parser: ArgumentParser, args: list[str], classes: tuple[type, ...], given: dict[str, Any]
+) -> dict[str, Any]:
+    """Each option's value: of the command line, else as `given` by a file, else the default."""
+    parser.set_defaults(given)
+    values = vars(parser.parse_args(args))
+    named = vars(parser.parse_args(args, defaults=False))
+    hints = {name: hint for c in classes for name, hint in get_type_hints(c).items()}
+    # jsonargparse reads the strings of a file as YAML once more: '~' would come back as None
+    kept = {
+        name: value
+        for name, value in given.items()
+        if isinstance(value, str) and str in (hints[name], *get_args(hints[name]))
+    }
+    return {**values, **{name: value for name, value in kept.items() if name not in named}}
 
 
 def _spell_out_flags(args: list[str], classes: tuple[type, ...]) -> list[str]:
@@ -217,10 +242,15 @@ def save_config(output_dir: str, *configs) -> str:
     """Write the resolved options (dataclass objects, flat) to config.yaml there; its path.
 
     Raises:
-        InputError: it cannot be written.
+        InputError: it cannot be written, or not read again.
     """
     options = {name: value for config in configs for name, value in asdict(config).items()}
     options = json.loads(json.dumps(options))  # tuples become lists: safe YAML knows no tuples
+    for name, value in options.items():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"{name}={value!r:.200}: must be text in UTF-8") from error
     path = os.path.join(output_dir, CONFIG_NAME)
-    write_text(path, yaml.safe_dump(options, sort_keys=False))
+    write_text(path, yaml.dump(options, Dumper=_Dumper, sort_keys=False))
     return path

@@ -40,6 +40,22 @@ class Defaulted:
     """Something to switch on."""
 
 
+@dataclass
+class Texts:
+    """Options of every type that takes text."""
+
+    text: str = "default"
+    """Text."""
+    optional: str | None = "default"
+    """Text or nothing."""
+    one_or_several: str | list[str] | None = None
+    """Texts."""
+    several: list[str] | None = None
+    """Texts."""
+    mapping: str | list[str] | dict[str, str | list[str]] | None = None
+    """Texts by name."""
+
+
 @pytest.fixture
 def previous(tmp_path):
     """The result file of a run whose config.yaml resolved these options."""
@@ -91,6 +107,42 @@ def test_saved_options_come_back(tmp_path):
     assert again == saved
     _, *again = parse(["--config", path], Defaulted, SearchConfig, DataConfig)
     assert again == saved
+
+
+# null, boolean, numbers (1e3 and ._ to jsonargparse alone), date, list, mapping, quotes, anchor,
+# alias, tag, comment, document, block, nothing
+YAML_TEXTS = ["null", "~", "true", "1", "0x1f", "1e3", "1.5e3", "._", ".inf", "2020-01-01", "[a]"]
+YAML_TEXTS += ["- a", "-", "a: b", "{a: b}", "? a", '"x"', "'x'", "&0", "*x", "!!str x", "# x"]
+YAML_TEXTS += ["---", "|", "[", "", " ", "a\nb", "\x85", "\x00", "default"]
+
+
+@pytest.mark.parametrize("text", YAML_TEXTS)
+def test_saved_text_that_is_yaml_itself_comes_back(tmp_path, text):
+    for saved in (
+        Texts(text, text, text, [text], text),
+        Texts(text, None, [text, text], [text, text], [text]),
+        Texts(mapping={"train": text, "test": [text]}),
+        Texts(mapping={text: text}),
+    ):
+        path = save_config(str(tmp_path), saved)
+        assert parse(["--config", path], Texts) == [saved]
+        _, again = parse(["--folder", str(tmp_path)], Folder, Texts, previous="folder")
+        assert again == saved
+
+
+def test_the_command_line_is_yaml_and_wins_over_text_of_a_file(tmp_path):
+    path = save_config(str(tmp_path), Texts("~", "~", "[a]", ["~"], {"train": "~"}))
+    args = ["--config", path, "--text", "null", "--optional", "null", "--one_or_several=[b]"]
+    args += ["--several+", "c", "--mapping.test", "d"]
+    expected = Texts("null", None, ["b"], ["~", "c"], {"train": "~", "test": "d"})
+    assert parse(args, Texts) == [expected]
+
+
+@pytest.mark.parametrize("value", ["a\udcff", ["a\udcff"], {"a\udcff": "a"}])
+def test_text_that_no_file_can_hold_is_not_saved(tmp_path, value):
+    with pytest.raises(InputError, match=r"^mapping=.*: must be text in UTF-8$"):
+        save_config(str(tmp_path), Texts(mapping=value))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
