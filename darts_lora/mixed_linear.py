@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from darts_lora.config import check_ranks
 from darts_lora.errors import InputError
 
+ALIGNMENT = 8  # columns: 16 bytes of bfloat16
+
 
 def branch_columns(ranks: tuple[int, ...], rank: int, branches: str) -> slice:
     """The rows of A and columns of B that belong to candidate `rank`.
@@ -43,8 +45,9 @@ class MixedRankLinear(nn.Module):
         y = W x + B diag(g) A x,    g = s * M p
 
     with A (R, in), B (out, R), branch probabilities (or a one-hot sample) p (K,) and the 0/1
-    membership M (R, K): independent branches have R = sum(ranks) columns of their own, nested
-    branches have R = max(ranks) and rank r is the first r columns.
+    membership M (R, K): independent branches have sum(ranks) columns of their own, nested branches
+    have max(ranks) and rank r is the first r columns. R is the next multiple of 8: the columns
+    beyond belong to no branch and stay zero, but aligned products of 16-bit numbers are faster.
 
     Args:
         base_layer: any linear-like module (see linear_shape), quantized or not; it is frozen, and
@@ -104,13 +107,14 @@ class MixedRankLinear(nn.Module):
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
         device = next((t.device for t in base_layer.parameters()), None)
-        columns = sum(self.ranks) if branches == "independent" else self.ranks[-1]
-        self.lora_A = nn.Parameter(torch.empty(columns, self.in_features, device=device))
+        used = sum(self.ranks) if branches == "independent" else self.ranks[-1]
+        columns = -(-used // ALIGNMENT) * ALIGNMENT
+        a = torch.zeros(columns, self.in_features, device=device)
+        nn.init.kaiming_uniform_(a[:used], a=math.sqrt(5))  # as PEFT; the same for any R
+        self.lora_A = nn.Parameter(a.to(dtype))
         b = torch.zeros(self.out_features, columns, device=device, dtype=dtype)
         self.lora_B = nn.Parameter(b)
         self.alpha = nn.Parameter(torch.zeros(len(self.ranks), device=device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as PEFT; the same for any R
-        self.lora_A.data = self.lora_A.data.to(dtype)
         membership = torch.zeros(columns, len(self.ranks), device=device)
         for k, rank in enumerate(self.ranks):
             membership[branch_columns(self.ranks, rank, branches), k] = 1
@@ -147,13 +151,14 @@ class MixedRankLinear(nn.Module):
                     f"{tuple(x.shape)} that is not made of the batch's rows; use joint=false"
                 )
             gates = gates[:1]
-        a, b = self.lora_A, self.lora_B
+        parameters, modules = self._parameters, self._modules  # getattr of a module is slow
+        a, b = parameters["lora_A"], parameters["lora_B"]
         if not self.trains_weights:
             a, b = a.detach(), b.detach()
-        base, dtype = self.base_layer, _compute_dtype(x)
-        if type(self.dropout) is nn.Identity and _is_plain(base, dtype):
-            return _Mixture.apply(x, a, b, gates, arch_gates, None, base.weight, base.bias, dtype)
-        x, y = self.dropout(x), base(x)
+        base, dropout, dtype = modules["base_layer"], modules["dropout"], _compute_dtype(x)
+        if type(dropout) is nn.Identity and (plain := _plain_weights(base, dtype)):
+            return _Mixture.apply(x, a, b, gates, arch_gates, None, *plain, dtype)
+        x, y = dropout(x), base(x)
         return _Mixture.apply(x, a, b, gates, arch_gates, y, None, None, dtype)
 
     @property
@@ -187,7 +192,7 @@ class _Mixture(torch.autograd.Function):
         flat = _cast(x.reshape(-1, x.shape[-1]), dtype)
         a_used, b_used = _cast(a, dtype), _cast(b, dtype)
         _, wants_a, wants_b, wants_gates, wants_arch_gates = ctx.needs_input_grad[:5]
-        h = torch.mm(flat, a_used.t())
+        h = nn.functional.linear(flat, a_used)
         gated = _gate(h, gates, torch.empty_like(h) if wants_gates or wants_arch_gates else h)
         if weight is not None:
             out = nn.functional.linear(flat, weight, bias).addmm_(gated, b_used.t())
@@ -196,14 +201,14 @@ class _Mixture(torch.autograd.Function):
         else:
             out = y.reshape(-1, y.shape[-1]) + torch.mm(gated, b_used.t()).to(y.dtype)
         if wants_arch_gates:
-            half = len(flat) // 2
+            half = flat.shape[0] // 2
             flat, gated, h = flat[:half], gated[:half], h[half:]
         ctx.save_for_backward(
             flat if wants_a else None, a_used, b_used, gates, weight,
             h if wants_gates or wants_arch_gates else None, gated if wants_b else None,
         )  # fmt: skip
         ctx.x_shape, ctx.dtypes = x.shape, (x.dtype, a.dtype, b.dtype)
-        return out.view(*x.shape[:-1], b.shape[0])
+        return out.view(*x.shape[:-1], out.shape[1])
 
     @staticmethod
     def backward(ctx, out):
@@ -215,41 +220,47 @@ class _Mixture(torch.autograd.Function):
         rows = _cast(out.reshape(-1, out.shape[-1]), b.dtype)
         g_x = g_a = g_b = g_gates = g_arch_gates = None
         if wants_b:
-            g_b = _product(rows[: len(gated)].t(), gated, b_dtype)
+            first = rows[: gated.shape[0]] if wants_arch_gates else rows
+            g_b = _product(first.t(), gated, b_dtype)
         g_h = torch.mm(rows, b)
         if wants_gates:
-            g_gates = _groups(g_h * h, gates).sum(1, dtype=gates.dtype)
+            g_gates = _gate_gradient(g_h, h, gates)
         if wants_arch_gates:
             second = gates[len(gates) // 2 :]
-            g_arch_gates = _groups(g_h[-len(h) :] * h, second).sum(1, dtype=gates.dtype)
+            g_arch_gates = _gate_gradient(g_h[-h.shape[0] :], h, second)
         if wants_x or wants_a:
             _gate(g_h, gates, g_h)
         if wants_a:
-            g_a = _product(g_h[: len(flat)].t(), flat, a_dtype)
+            first = g_h[: flat.shape[0]] if wants_arch_gates else g_h
+            g_a = _product(first.t(), flat, a_dtype)
         if wants_x:
             g_x = torch.mm(g_h, a) if weight is None else torch.mm(rows, weight).addmm_(g_h, a)
-            g_x = _cast(g_x, x_dtype).view(ctx.x_shape)
+            g_x = _cast(g_x, x_dtype).view(*ctx.x_shape)
         g_y = out if wants_y else None
         return g_x, g_a, g_b, g_gates, g_arch_gates, g_y, None, None, None
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that a product with x is computed in: autocast's, or that of x."""
+    if x.is_cuda and not torch.is_autocast_enabled("cuda"):  # the usual case, cheaply
+        return x.dtype
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def _is_plain(base: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether calling `base` is x W^T + bias and nothing else: no quantization, no hook."""
-    if type(base) is not nn.Linear or "forward" in vars(base):
-        return False
-    weight = base.weight
-    return (
+def _plain_weights(base: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
+    """(weight, bias), if calling `base` is x W^T + bias and nothing else: no quantization, no
+    hook."""
+    if type(base) is not nn.Linear or "forward" in base.__dict__:
+        return None
+    weight, bias = base._parameters["weight"], base._parameters["bias"]
+    plain = (
         type(weight) in (nn.Parameter, Tensor)
         and weight.dtype == dtype
         and not (base._forward_hooks or base._forward_pre_hooks)
         and not (base._backward_hooks or base._backward_pre_hooks)
     )
+    return (weight, bias) if plain else None
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -258,10 +269,17 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _gate(h: Tensor, gates: Tensor, out: Tensor) -> Tensor:
     """h * gates, computed in the wider dtype of both, written to `out`, which may be h."""
-    if gates.shape[0] == 1:
-        return torch.mul(h, gates, out=out)
-    torch.mul(_groups(h, gates), gates[:, None], out=_groups(out, gates))
-    return out
+    if gates.shape[0] > 1:
+        torch.mul(_groups(h, gates), gates[:, None], out=_groups(out, gates))
+        return out
+    return h.mul_(gates) if out is h else torch.mul(h, gates, out=out)
+
+
+def _gate_gradient(g_h: Tensor, h: Tensor, gates: Tensor) -> Tensor:
+    """Gradient of the gates, (rows, R): the sums over each row's tokens of g_h * h."""
+    if gates.shape[0] == 1:  # a small batch is bound by launches: this is one
+        return _product(g_h.t(), h, gates.dtype).diagonal()[None]
+    return _groups(g_h * h, gates).sum(1, dtype=gates.dtype)
 
 
 def _groups(h: Tensor, gates: Tensor) -> Tensor:

@@ -125,9 +125,10 @@ class Supernet:
                 gates = gates[:, None].expand(-1, 2, -1)
             arch_gates = gates[:, gates.shape[1] // 2 :].unbind(0)
             gates = gates.detach()
-        for layer, *drawn in zip(self.layers.values(), gates.unbind(0), arch_gates, strict=True):
-            layer.gates, layer.arch_gates = drawn
-            layer.trains_weights = self._weight_gradients
+        each = zip(self.layers.values(), gates.unbind(0), arch_gates, strict=True)
+        for layer, own, arch in each:  # past a module's setattr, which is slow
+            drawn = {"gates": own, "arch_gates": arch, "trains_weights": self._weight_gradients}
+            vars(layer).update(drawn)
 
     def _follow_weights(self) -> None:
         """Move alpha where the layers' weights were moved."""

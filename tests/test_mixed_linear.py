@@ -39,7 +39,22 @@ def test_equals_the_explicit_sum_over_branches(branches):
     layer, x = make(branches), torch.randn(3, 7, 6, dtype=torch.float64)
     expected = explicit(layer, x, layer.probabilities())
     assert (layer(x) - expected).abs().max() < 1e-12
-    assert layer.lora_A.shape[0] == (sum(RANKS) if branches == "independent" else max(RANKS))
+
+
+@pytest.mark.parametrize("branches", BRANCHES)
+def test_columns_are_aligned_and_those_of_no_branch_stay_zero(branches):
+    layer = MixedRankLinear(nn.Linear(16, 16), [0, 3, 8], branches=branches)
+    used = 11 if branches == "independent" else 8
+    assert len(layer.lora_A) == layer.lora_B.shape[1] == (16 if branches == "independent" else 8)
+    assert layer.lora_A[:used].ne(0).all() and layer.membership[:used].sum(1).ge(1).all()
+    optimizer = torch.optim.AdamW([layer.lora_A, layer.lora_B], lr=0.1)
+    for _ in range(3):
+        layer(torch.randn(5, 16)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert layer.lora_B[:, :used].ne(0).all()
+    assert not layer.lora_A[used:].any() and not layer.lora_B[:, used:].any()
+    assert not layer.membership[used:].any()
 
 
 @pytest.mark.parametrize("branches", BRANCHES)
@@ -250,7 +265,7 @@ def test_a_plain_base_is_computed_as_an_opaque_one(opaque, bias, mode):
         layer = MixedRankLinear(make_base(nn.Linear(6, 5, bias=bias, dtype=dtype)), RANKS)
         layer = layer.double() if mode == "float64" else layer
         nn.init.normal_(layer.lora_B)
-        layer.gates = torch.rand(2, 7, requires_grad=True)
+        layer.gates = torch.rand(2, 8, requires_grad=True)
         leaf = x.clone().requires_grad_(True)
         with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
             y = layer(leaf)

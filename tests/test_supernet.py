@@ -127,7 +127,7 @@ def test_one_architecture_a_forward_and_a_new_one_each_time():
     for _ in range(20):
         supernet.model(torch.randn(3, 16))
         gates = torch.stack([layer.gates for layer in supernet.layers.values()])
-        assert gates.shape == (4, 7) and set(gates.unique().tolist()) <= {0.0, 2.0}
+        assert gates.shape == (4, 8) and set(gates.unique().tolist()) <= {0.0, 2.0}
         seen.add(tuple(gates.flatten().tolist()))
     assert len(seen) > 10
 

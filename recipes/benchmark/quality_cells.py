@@ -166,10 +166,11 @@ class Store:
 
 def cells(options: QualityRun, store: Store) -> Iterator[Cell]:
     """All cells in the order in which they should be done, what depends on unfinished ones left
-    out: the uniform plans of the budgets, then the methods, the rest of the curve after the
-    search."""
-    rest = [rank for rank in options.curve if rank not in options.budgets]
-    pairs = [("uniform", budget) for budget in options.budgets]
+    out: the uniform plans of the budgets and the largest one, then the methods, the rest of the
+    curve after the search."""
+    first = [*options.budgets, max(options.curve)]
+    rest = [rank for rank in options.curve if rank not in first]
+    pairs = [("uniform", rank) for rank in dict.fromkeys(first)]
     for method in METHODS:
         if method in options.methods and method != "uniform":
             pairs += [(method, budget) for budget in options.budgets]
@@ -191,9 +192,15 @@ def _cells_of(options: QualityRun, method: str, budget: int, store: Store) -> It
 
 def _tune(options: QualityRun, method: str, budget: int, store: Store) -> Iterator[Cell]:
     """Tuning cells; returns the best one, None while it is not known. The rate of finding is
-    chosen by retrainings at the uniform plan's rate, then the rate of the retraining."""
-    best_find = None
-    if METHODS[METHODS[method].plan_of or method].trains:
+    chosen by retrainings at the uniform plan's rate, or is that of the largest uniform plan; then
+    the rate of the retraining."""
+    best_find, trains = None, METHODS[METHODS[method].plan_of or method].trains
+    if trains == "as largest":
+        largest = store.best(_retrainings(options, "uniform", max(options.curve), None))
+        if largest is None:
+            return None
+        best_find = largest.rate
+    elif trains:
         uniform = store.best(_retrainings(options, "uniform", budget, None))
         if uniform is None:
             return None

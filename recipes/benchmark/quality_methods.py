@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 import torch
 from planted_methods import TEMPERATURES
@@ -151,8 +152,9 @@ class Method:
     """How ranks are chosen, and what of it is tuned."""
 
     find: Callable[[Setting], Found]
-    trains: bool = False
-    """It trains something to find ranks: that learning rate is tuned as well."""
+    trains: Literal["", "tuned", "as largest"] = ""
+    """It trains something to find ranks: at a rate that is tuned as well, or at that of the largest
+    uniform plan, whose size a search trains."""
     plan_of: str | None = None
     """The method whose plans are retrained; default: its own."""
     rates_of: str | None = None
@@ -162,7 +164,7 @@ class Method:
 
 
 def _searches(**options) -> Method:
-    return Method(partial(search, **options), trains=True)
+    return Method(partial(search, **options), trains="as largest")
 
 
 RANDOM_PLANS = 5
@@ -171,8 +173,8 @@ METHODS = {
     "uniform": Method(uniform),
     "search": _searches(),
     "random_0": Method(partial(random_ranks, number=0)),
-    "adalora": Method(adalora, trains=True),
-    "svd": Method(svd, trains=True),
+    "adalora": Method(adalora, trains="tuned"),
+    "svd": Method(svd, trains="tuned"),
     "gradient": Method(gradient),
     "fisher": Method(fisher),
     "eva": Method(eva),

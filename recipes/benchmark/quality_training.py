@@ -135,7 +135,7 @@ class Retrainer:
         self.layers: dict[str, MixedRankLinear] = {}
         for name, module in self.originals.items():
             layer = MixedRankLinear(module, (self.capacity[name],), scaling=scaling)
-            layer.gates = torch.zeros(self.capacity[name], device=layer.lora_A.device)
+            layer.gates = torch.zeros(len(layer.lora_A), device=layer.lora_A.device)
             self.layers[name] = layer
         self.device = layer.lora_A.device
         self.weights = [w for x in self.layers.values() for w in (x.lora_A, x.lora_B)]

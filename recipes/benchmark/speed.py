@@ -78,7 +78,8 @@ def main(options: SpeedRun) -> None:
     """Median milliseconds of a step, their spread and the peak memory of each way, side by side."""
     if options.shape not in SHAPES:
         raise InputError(f"shape={options.shape!r}: must be one of {', '.join(SHAPES)}")
-    possible = [name for name in METHODS if options.device == "cuda" or "graph" not in name]
+    on_gpu = ("graph", "compiled")  # the first have no CPU, the second would want a C++ compiler
+    possible = [m for m in METHODS if options.device == "cuda" or not any(g in m for g in on_gpu)]
     methods = possible if options.methods is None else options.methods
     for name in methods:
         if name not in possible:

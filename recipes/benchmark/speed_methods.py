@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from darts_lora import Architect, SearchConfig, Supernet
 from darts_lora.config import TrainingConfig
@@ -171,6 +172,32 @@ def nested_joint_graphs(model, ranks):
     return _ours(model, ranks, branches="nested", joint=True, graphs=True)
 
 
+def _compiled(method, model, ranks):
+    """Another way's steps with each of the model's blocks compiled by torch.compile."""
+    steps, close = method(model, ranks)
+    blocks = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    for block in blocks:
+        block.compile()
+
+    def close_both():
+        for block in blocks:
+            block._compiled_call_impl = None  # as Module.compile has no inverse
+        torch.compiler.reset()
+        close()
+
+    return steps, close_both
+
+
+def peft_bf16_compiled(model, ranks):
+    """PEFT's LoRA, adapters in bfloat16, blocks compiled."""
+    return _compiled(peft_bf16, model, ranks)
+
+
+def nested_bf16_compiled(model, ranks):
+    """darts_lora, nested branches, LoRA weights in bfloat16, blocks compiled."""
+    return _compiled(nested_bf16, model, ranks)
+
+
 class _Mixed(nn.Module):
     """A base layer and a mixture by softmax(alpha), in one of two slow ways."""
 
@@ -274,6 +301,7 @@ METHODS = {
     for method in (
         forward_only, frozen, peft_bf16, peft_float32, peft_autocast, nested_bf16, nested,
         independent, nested_joint, peft_bf16_graph, nested_bf16_graphs, nested_graphs,
-        independent_graphs, nested_joint_graphs, pairs, clones,
+        independent_graphs, nested_joint_graphs, peft_bf16_compiled, nested_bf16_compiled, pairs,
+        clones,
     )
 }  # fmt: skip

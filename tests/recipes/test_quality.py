@@ -153,10 +153,12 @@ def test_tuning_sees_neither_held_out_nor_test_rows(everything, finished):
         if rate:
             setting = task._setting(cell.plan)
             assert setting.indices is task.tuning and setting.judge is None
-            task.compute(cell.plan, store)
+            store.put(cell.plan, task.compute(cell.plan, store))
         task.compute(cell, store)
+    final = Cell("final", "uniform", 2, 0, None, 0.01)
+    assert store.get(final.plan)
     with pytest.raises(TypeError):
-        task.compute(Cell("final", "search", 2, 0, 0.01, 0.01), store)
+        task.compute(final, store)
 
 
 def test_tables_show_what_is_finished(finished, capsys):
@@ -407,6 +409,23 @@ def test_a_methods_rates_are_those_of_the_lowest_validation_loss(everything, tmp
     ]  # fmt: skip
     for cell in order:
         assert cell.stage == "find" or order.index(cell.plan) < order.index(cell)
+
+
+def test_a_search_trains_at_the_rate_of_the_largest_uniform_plan(everything, tmp_path):
+    from quality_cells import Store, cells
+
+    options = replace(everything[0], methods=["search"], curve=[2, 4], budgets=[2], seeds=[0])
+    store, best = Store(tmp_path), {2: 0.01, 4: 0.03}  # of the uniform plans
+    done = []
+    while cell := next((c for c in cells(options, store) if not store.get(c)), None):
+        done.append(cell)
+        rate = 0.01 if cell.method == "search" else best[cell.budget]
+        store.put(cell, {"loss": abs((cell.rate or 0) - rate), "ranks": []})
+    searches = [c for c in done if c.method == "search"]
+    assert {c.find_rate for c in searches} == {0.03}
+    assert [c.name for c in searches if c.stage == "final"] == [
+        "search-r2-final-s0-find0.03-lr0.01"
+    ]
 
 
 def test_a_claimed_cell_is_left_to_its_owner(tmp_path):
