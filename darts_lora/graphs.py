@@ -3,6 +3,7 @@ Not here: what is computed (search.py, architect.py), how batches get few shapes
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -67,9 +68,9 @@ class Graphed:
             with warnings.catch_warnings():
                 # gradients are returned here, none is accumulated
                 warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream")
-                self._warm_up(static)
+                stream = self._warm_up(static)
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=self.pool):
+                with torch.cuda.graph(graph, pool=self.pool, stream=stream):
                     result = self.function(static)
         except RuntimeError as error:
             self.failed = True
@@ -80,14 +81,21 @@ class Graphed:
         self.captured[shape] = graph, static, result
         return True
 
-    def _warm_up(self, static: Any) -> None:
-        """Libraries allocate and tune in their first calls: not inside a capture."""
-        stream = torch.cuda.Stream()
+    def _warm_up(self, static: Any) -> torch.cuda.Stream:
+        """Libraries allocate and tune in their first calls: not inside a capture on that stream."""
+        stream = _side_stream(torch.cuda.current_device())
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):
                 self.function(static)
         torch.cuda.current_stream().wait_stream(stream)
+        return stream
+
+
+@functools.cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    """One for all captures: cuBLAS keeps 64 MiB for each stream that it has ever worked on."""
+    return torch.cuda.Stream(device)
 
 
 def _tensors(batch: Any) -> list[Tensor]:

@@ -26,9 +26,10 @@ SHORT = {
     "recipes/derive.py": "",
     "recipes/report.py": "",
 }
-# .ci/run; tests/recipes/test_planted.py, test_quality.py, test_random_mllama.py
+# .ci/run; tests/recipes/test_planted.py, test_quality.py, test_random_mllama.py, test_speed.py
 NOT_HERE = ("pytest", "tensorboard", "recipes/benchmark/planted.py", "recipes/benchmark/quality.py")
 NOT_HERE += ("recipes/benchmark/quality_tables.py", "recipes/benchmark/random_mllama.py")
+NOT_HERE += ("recipes/benchmark/speed.py",)
 
 
 def blocks(language):

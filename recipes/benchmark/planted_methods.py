@@ -64,21 +64,23 @@ def halves_mse(model: nn.Module, batch: tuple[Tensor, Tensor]) -> list[Tensor]:
 
 
 def search(
-    problem: Problem, seed: int, training: Training, relaxation: str, branches: str, joint=False
+    problem: Problem, seed: int, training: Training, relaxation: str, **options
 ) -> list[Plan]:
-    """The library's search under the budget, all else of SearchConfig at its defaults."""
+    """The library's search under the budget, with `options` of SearchConfig, all else of it at its
+    defaults."""
     config = SearchConfig(
         ranks=RANKS,
-        branches=branches,
         relaxation=relaxation,
         temperature=TEMPERATURES[relaxation],
         budget_parameters=problem.budget,
-        joint=joint,
         seed=seed,
+        **options,
     )
     supernet = Supernet(copy.deepcopy(problem.model), config)
     loaders = (
-        DataLoader(rows, training.batch_size, shuffle=True, collate_fn=_as_it_is, drop_last=joint)
+        DataLoader(
+            rows, training.batch_size, shuffle=True, collate_fn=_as_it_is, drop_last=config.joint
+        )
         for rows in (problem.train, problem.validation)
     )
     steps = TrainingConfig(
@@ -216,16 +218,21 @@ SEARCHES = {
     for relaxation in TEMPERATURES
     for branches in ("independent", "nested")
 }
-JOINT = {
-    f"gumbel_hard, {branches}, joint": partial(
-        search, relaxation="gumbel_hard", branches=branches, joint=True
+CHEAPER = {
+    f"gumbel_hard, {branches}, {name}": partial(
+        search, relaxation="gumbel_hard", branches=branches, **options
+    )
+    for name, options in (
+        ("joint", {"joint": True}),
+        ("alpha every 2nd step", {"arch_every": 2}),
+        ("alpha every 4th step", {"arch_every": 4}),
     )
     for branches in ("independent", "nested")
 }
 METHODS: dict[str, Callable[[Problem, int, Training], list[Plan]]] = {
     "oracle": oracle,
     **SEARCHES,
-    **JOINT,
+    **CHEAPER,
     "AdaLoRA": adalora,
     "SVD of rank 16": svd,
     "uniform": uniform,

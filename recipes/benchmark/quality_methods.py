@@ -189,4 +189,5 @@ METHODS = {
     "search_gumbel": _searches(relaxation="gumbel", temperature=TEMPERATURES["gumbel"]),
     "search_softmax": _searches(relaxation="softmax", temperature=TEMPERATURES["softmax"]),
     "search_order2": _searches(order=2),
+    "search_every_2": _searches(arch_every=2),
 }

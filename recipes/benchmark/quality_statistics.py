@@ -84,9 +84,9 @@ def summarise(records: list[Record]) -> list[Record]:
     """One row for each method and budget; rows of uniform first, then in order of the loss.
 
     A row has: method, budget, runs, seeds, diverged, parameters, loss and loss_interval,
-    exact_match (None where not measured), saved: 1 - parameters / those that the uniform curve of
-    the same seed needs for the same loss, with saved_interval and saved_bound (a seed's loss lay
-    beyond its curve); behind: loss - that of the search, of the same seeds, with behind_interval;
+    exact_match (None where not measured), saved: 1 - parameters / those that the uniform curve
+    needs for the same loss, with saved_interval (low, high) and saved_bound (the loss lies beyond
+    the curve); behind: loss - that of the search, of the same seeds, with behind_interval;
     and find_seconds, seconds (medians of cells that ran alone, None where none did).
     """
     pairs = {(r["method"], r["budget"]) for r in records if r["stage"] == "final"}
@@ -114,11 +114,8 @@ def _row(records: list[Record], method: str, budget: int) -> Record:
     searched = by_seed(finals(records, "search", budget))
     behind = [losses[seed] - searched[seed] for seed in losses if seed in searched]
     row["behind"], row["behind_interval"] = interval(behind) if behind else (None, None)
-    saved = [_saved(records, runs, seed) for seed in losses if method != "uniform"]
-    saved = [value for value in saved if value is not None]
-    if saved:
-        row["saved"], row["saved_interval"] = interval([share for share, _ in saved])
-        row["saved_bound"] = not all(inside for _, inside in saved)
+    if method != "uniform":
+        row |= _saved(runs, finals(records, "uniform"))
     for key, stage in (("find_seconds", "find"), ("seconds", "final")):
         times = [r["seconds"] for r in alone if (r["method"], r["budget"]) == (method, budget)
                  and r["stage"] == stage and r["seed"] in losses]  # fmt: skip
@@ -126,16 +123,34 @@ def _row(records: list[Record], method: str, budget: int) -> Record:
     return row
 
 
-def _saved(records: list[Record], runs: list[Record], seed: int) -> tuple[float, bool] | None:
-    """Share of parameters saved on the uniform curve of the seed, and whether the loss is on it."""
-    curve = [r for r in finals(records, "uniform") if r["seed"] == seed]
-    if len(curve) < 2:
-        return None
-    loss = by_seed(runs)[seed]
-    needed, inside = parameters_at_loss(
-        [r["parameters"] for r in curve], [r["loss"] for r in curve], loss
-    )
-    return 1 - by_seed(runs, "parameters")[seed] / needed, inside
+def _saved(runs: list[Record], curve: list[Record]) -> Record:
+    """What a plan saves on the uniform curve, both as means over the seeds that they share.
+
+    The ratio of a single seed jumps where its curve is flat or not monotone, and a mean of such
+    ratios means nothing. The interval is the jackknife's, of the logarithm, by Student's t.
+    """
+    ranks = sorted({r["budget"] for r in curve})
+    losses = [by_seed([r for r in curve if r["budget"] == rank]) for rank in ranks]
+    sizes = [next(r["parameters"] for r in curve if r["budget"] == rank) for rank in ranks]
+    own_losses, own_sizes = by_seed(runs), by_seed(runs, "parameters")
+    seeds = sorted(set(own_losses).intersection(*losses))
+    if len(ranks) < 2 or not seeds:
+        return {}
+
+    def log_ratio(chosen: Sequence[int]) -> tuple[float, bool]:
+        means = [mean(point[seed] for seed in chosen) for point in losses]
+        loss = mean(own_losses[seed] for seed in chosen)
+        needed, inside = parameters_at_loss(sizes, means, loss)
+        return math.log(mean(own_sizes[seed] for seed in chosen) / needed), inside
+
+    ratio, inside = log_ratio(seeds)
+    found = {"saved": 1 - math.exp(ratio), "saved_bound": not inside, "saved_interval": None}
+    if len(seeds) > 1:
+        n = len(seeds)
+        without = [log_ratio([s for s in seeds if s != left])[0] for left in seeds]
+        half = interval([n * ratio - (n - 1) * value for value in without])[1]
+        found["saved_interval"] = (1 - math.exp(ratio + half), 1 - math.exp(ratio - half))
+    return found
 
 
 def headlines(records: list[Record]) -> list[Record]:

@@ -84,8 +84,10 @@ def _headline_rows(found: list[Record]) -> tuple[list[str], list[list[str]]]:
 
 
 def _saved(row: Record) -> str:
-    """* : a loss beyond the ends of the uniform curve, where the nearest end stands for it."""
-    text = _range(row.get("saved"), row.get("saved_interval"), ".0%")
+    """* : the loss lies beyond the uniform curve, whose nearest end stands for it."""
+    text = _text(row.get("saved"), ".0%")
+    if row.get("saved_interval"):
+        text += " ({:.0%} to {:.0%})".format(*row["saved_interval"])
     return text + "*" * bool(row.get("saved_bound"))
 
 

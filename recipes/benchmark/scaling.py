@@ -34,7 +34,8 @@ class ScalingRun:
     """What each process does; how many there are and how they share a model is accelerate's."""
 
     shape: str = "smollm2"
-    """Model and batch of a process: tiny, smollm2, llama_8b, mllama_11b, mllama_11b_batch4."""
+    """Model and batch of a process: tiny, smollm2, llama_1b, llama_8b, mllama_11b,
+    mllama_11b_batch4."""
     ranks: list[int] = field(default_factory=lambda: [4, 8, 16, 32, 64])
     """Candidate ranks, nested branches; the middle one is the budget's."""
     adapter_dtype: Literal["float32", "bfloat16"] = "float32"

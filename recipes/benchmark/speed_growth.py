@@ -34,8 +34,8 @@ AXES = {
 class GrowthRun:
     """What grows, and where the figures go."""
 
-    shape: str = "smollm2"
-    """Model and batch, as in speed.py: smollm2, llama_8b, tiny."""
+    shape: str = "llama_1b"
+    """Model and batch, as in speed.py: llama_1b, llama_8b, smollm2, tiny."""
     steps: int = 20
     """Timed bilevel steps of each point (count)."""
     device: str = "cuda"
@@ -56,7 +56,7 @@ def main(options: GrowthRun) -> None:
         raise InputError(f"shape={options.shape!r}: must be one of {', '.join(possible)}")
     largest = 64 if options.shape != "tiny" else 16
     points = []
-    for axis, value, ranks, share in _points(largest):
+    for axis, value, ranks, share in _points(largest, SHAPES[options.shape].config):
         for branches in ("nested", "independent"):
             layers, result = _measure(options, branches, ranks, share)
             at = layers if axis == "layers" else value
@@ -64,21 +64,24 @@ def main(options: GrowthRun) -> None:
             print(
                 f"{axis} {at}, {branches}: {result['ms']} ms, {result['peak_gib']} GiB", flush=True
             )
-            write_json(options.output, {"shape": options.shape, "points": points})
+            device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
+            about = {"shape": options.shape, "device": device, "torch": torch.__version__}
+            write_json(options.output, {**about, "points": points})
     write_whole(options.plot, lambda path: _plot(points, path, options))
 
 
-def _points(largest: int) -> list[tuple]:
-    """(axis, value, candidate ranks, share of the blocks) of each point."""
+def _points(largest: int, config: dict) -> list[tuple]:
+    """(axis, value, candidate ranks, share of the blocks) of each point; no rank is above the
+    smallest side of a layer, that of keys and values."""
+    heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
+    side = config["hidden_size"] * groups // heads
     candidates = [
         ("candidates", k, [largest * (i + 1) // k for i in range(k)], 1.0) for k in CANDIDATES
     ]
-    ranks = [
-        ("rank", r, [r // 16, r // 8, r // 4, r // 2, r], 1.0) for r in LARGEST if r <= 4 * largest
-    ]
+    ranks = [("rank", r, [r // 16, r // 8, r // 4, r // 2, r], 1.0) for r in LARGEST if r <= side]
     layers = [("layers", share, [4, 8, 16, 32, 64], share) for share in SHARES]
     if largest < 64:  # the tiny shape
-        ranks, layers = ranks[:1], [("layers", s, [1, 2, 4, 8, 16], s) for s in (0.5, 1.0)]
+        layers = [("layers", s, [1, 2, 4, 8, 16], s) for s in (0.5, 1.0)]
     return candidates + ranks + layers
 
 

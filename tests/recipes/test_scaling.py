@@ -106,7 +106,11 @@ def test_the_slowest_process_counts(scaling):
 @pytest.mark.parametrize(
     ("option", "value", "right"),
     [
-        ("shape", "large", "must be one of tiny, smollm2, llama_8b, mllama_11b, mllama_11b_batch4"),
+        (
+            "shape",
+            "large",
+            "must be one of tiny, smollm2, llama_1b, llama_8b, mllama_11b, ",
+        ),
         ("steps", 1, "must be an integer >= 2"),
         ("ranks", [4, 4], "must be distinct integers"),
     ],

@@ -36,5 +36,5 @@ def test_growth_on_the_tiny_shape(launch, tmp_path):
         values.setdefault((point["axis"], point["branches"]), []).append(point["value"])
     for branches in ("nested", "independent"):
         assert values["candidates", branches] == [2, 3, 4, 5, 6, 7, 8]
-        assert values["rank", branches] == [16] and values["layers", branches] == [7, 14]
+        assert values["rank", branches] == [16, 32] and values["layers", branches] == [7, 14]
     assert plot.read_bytes().startswith(b"\x89PNG")
