@@ -118,12 +118,15 @@ def _markdown(title: str, columns: Sequence[str], rows: list[list[str]]) -> str:
 
 def draw(records: list[Record], path: Path, title: str) -> None:
     """Loss, and exact match where it was measured, against trainable parameters; bars are 95 %
-    intervals over seeds."""
+    intervals over seeds, of the uniform curve and the search alone. Other methods stand side by
+    side to the right of their parameters, or they would hide each other."""
     judged = [r for r in records if r["stage"] == "final" and r["loss"] is not None]
     measured = any(r.get("exact_match") is not None for r in judged)
     keys = ["loss"] + ["exact_match"] * measured
     figure, panels = plt.subplots(1, len(keys), figsize=(6.5 * len(keys), 4.5), squeeze=False)
-    methods = sorted({r["method"] for r in judged}, key=lambda m: (m != "uniform", m != "search"))
+    methods = sorted(
+        {r["method"] for r in judged}, key=lambda m: (m != "uniform", m != "search", m)
+    )
     for panel, key in zip(panels[0], keys, strict=True):
         for number, method in enumerate(methods):
             points = []
@@ -133,10 +136,15 @@ def draw(records: list[Record], path: Path, title: str) -> None:
                     sizes = by_seed(runs, "parameters").values()
                     middle, half = interval(list(by_seed(runs, key).values()))
                     points.append((sum(sizes) / len(sizes), middle, 0 if half != half else half))
-            if points:
-                style = {"uniform": "k-o", "search": "r-D"}.get(method, f"C{number % 10}x")
+            style = {"uniform": "k-o", "search": "r-D"}.get(method)
+            if points and style:
                 panel.errorbar(*zip(*points, strict=True), fmt=style, capsize=2, ms=4, lw=1,
                                label=method)  # fmt: skip
+            elif points:
+                sizes, middles, _ = zip(*points, strict=True)
+                beside = [size * 1.03 ** (number - 1) for size in sizes]
+                panel.plot(beside, middles, ls="", color=f"C{number % 10}", ms=6, label=method,
+                           marker="x+1234v^<>s"[number % 11])  # fmt: skip
         panel.set_xscale("log")
         panel.set_xlabel("trainable parameters")
         panel.set_ylabel({"loss": "test loss per token", "exact_match": "exact match"}[key])
