@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MllamaConfig, MllamaForC
 
 from darts_lora import InputError
 from darts_lora.cli import run
+from darts_lora.config import check_bounds
 from darts_lora.files import write_json
 
 SMOLLM2 = {
@@ -71,6 +72,8 @@ class SpeedRun:
     """Candidate ranks; plain LoRA gets the largest."""
     steps: int = 20
     """Timed steps of each way (count), after a few for warming up."""
+    rounds: int = 1
+    """How often all ways are gone through (count): a host whose speed drifts hits all alike."""
     device: str = "cuda"
     """Device: cuda or cpu."""
     output: str = "speed.json"
@@ -78,11 +81,12 @@ class SpeedRun:
     seed: int = 0
     """Seed of weights and batches."""
 
+    def __post_init__(self):
+        check_bounds(self, at_least={"steps": 2, "rounds": 1}, choices={"shape": tuple(SHAPES)})
+
 
 def main(options: SpeedRun) -> None:
     """Median milliseconds of a step, their spread and the peak memory of each way, side by side."""
-    if options.shape not in SHAPES:
-        raise InputError(f"shape={options.shape!r}: must be one of {', '.join(SHAPES)}")
     on_gpu = ("graph", "compiled")  # the first have no CPU, the second would want a C++ compiler
     possible = [m for m in METHODS if options.device == "cuda" or not any(g in m for g in on_gpu)]
     methods = possible if options.methods is None else options.methods
@@ -94,21 +98,29 @@ def main(options: SpeedRun) -> None:
     torch.manual_seed(options.seed)
     shape = SHAPES[options.shape]
     model, batches = make_model(shape, options.device), make_batches(shape, options)
-    results = []
-    for name in methods:
+    found: dict[tuple[str, str], tuple[list[float], float | None]] = {}
+    for name in methods * options.rounds:
         steps, close = METHODS[name](model, options.ranks)
         for kind, step in steps.items():
-            result = {"method": name, "step": kind} | measure(step, batches, options)
+            before, earlier = found.get((name, kind), ([], None))
+            times, peak = timed(step, batches, options)
+            peaks = [earlier, peak]
             if kind == "bilevel" and len(steps) > 1:  # its graphs took their memory before
-                own = [r["peak_gib"] for r in results[-2:]] + [result["peak_gib"]]
-                result["peak_gib"] = max((peak for peak in own if peak), default=None)
-            results.append(result)
-            print(f"{name} {kind}: {result['ms']:.1f} ms, {result['peak_gib']} GiB", flush=True)
-            write_json(options.output, _record(options, results))
+                peaks += [found[name, other][1] for other in steps if other != kind]
+            found[name, kind] = before + times, max(filter(None, peaks), default=None)
+            print(f"{name} {kind}: {statistics.median(times):.1f} ms, {peak} GiB", flush=True)
+            write_json(options.output, _record(options, _results(found)))
         close()
         del steps, close, step
         gc.collect()  # graphs keep their memory until they are gone
-    Console().print(_table(options, results))
+    Console().print(_table(options, _results(found)))
+
+
+def _results(found: dict) -> list[dict]:
+    return [
+        {"method": name, "step": kind} | summary(*measured)
+        for (name, kind), measured in found.items()
+    ]
 
 
 def make_model(shape: Shape, device: str) -> torch.nn.Module:
@@ -153,7 +165,18 @@ def _batch(shape: Shape, device: str) -> dict[str, torch.Tensor]:
 
 
 def measure(step, batches: list, options: SpeedRun) -> dict:
-    """Times between the starts of steps; nothing waits in between, as in a training."""
+    """Median and quartiles of the milliseconds of a step, and peak memory (GiB)."""
+    return summary(*timed(step, batches, options))
+
+
+def summary(times: list[float], peak: float | None) -> dict:
+    low, middle, high = statistics.quantiles(times, n=4)
+    return {"ms": round(middle, 2), "q1": round(low, 2), "q3": round(high, 2), "peak_gib": peak}
+
+
+def timed(step, batches: list, options: SpeedRun) -> tuple[list[float], float | None]:
+    """Milliseconds between the starts of steps, without waiting in between, as in a training; the
+    peak memory (GiB)."""
     cuda = options.device == "cuda"
     if cuda:  # a graph takes its memory when it is captured, in the first step
         torch.cuda.empty_cache()
@@ -164,9 +187,8 @@ def measure(step, batches: list, options: SpeedRun) -> dict:
     for i in range(options.steps):
         clock.mark()
         step(batches[i % len(batches)])
-    low, middle, high = statistics.quantiles(clock.milliseconds(), n=4)
-    peak = round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else None
-    return {"ms": round(middle, 2), "q1": round(low, 2), "q3": round(high, 2), "peak_gib": peak}
+    times = clock.milliseconds()
+    return times, round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else None
 
 
 class _HostClock:
@@ -196,7 +218,7 @@ class _DeviceClock(_HostClock):
 
 def _record(options: SpeedRun, results: list[dict]) -> dict:
     device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
-    about = {"shape": options.shape, "ranks": options.ranks, "steps": options.steps}
+    about = {name: getattr(options, name) for name in ("shape", "ranks", "steps", "rounds")}
     return {**about, "device": device, "torch": torch.__version__, "results": results}
 
 
