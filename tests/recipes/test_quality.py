@@ -24,6 +24,7 @@ from darts_lora.targets import match_modules
 BENCHMARK = Path(__file__).parents[2] / "recipes" / "benchmark"
 CPU = torch.device("cpu")
 METHODS = {"uniform", "search", "search_nested", "search_gumbel", "search_softmax", "search_order2"}
+METHODS |= {"search_every_2"}
 METHODS |= {"adalora", "eva", "eva_init", "svd", "gradient", "fisher", "attention", "mlp"}
 METHODS |= {f"random_{number}" for number in range(5)}
 
