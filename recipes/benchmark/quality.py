@@ -73,8 +73,13 @@ def main(
 def _check_same_task(folder: Path, everything: Options) -> None:
     """Cells of one folder are made with the same options, but for those that only say which."""
     options, *rest = everything
-    which = ("output_dir", "methods", "budgets", "seeds", "workers", "max_minutes")
-    which += ("eval_batch_size", "data_files", "model_name_or_path")  # this machine's
+    which = ("output_dir", "methods", "budgets", "seeds", "tuning_seeds", "workers")
+    which += (
+        "max_minutes",
+        "eval_batch_size",
+        "data_files",
+        "model_name_or_path",
+    )  # this machine's
     wanted = {name: value for part in (options, *rest) for name, value in asdict(part).items()}
     wanted = {name: value for name, value in wanted.items() if name not in which}
     wanted, path = json.loads(json.dumps(wanted)), folder / "options.json"
@@ -195,7 +200,7 @@ class Task:
         return self._retrain(cell, dict(zip(self.retrainer.shapes, ranks, strict=True)))
 
     def _setting(self, cell: Cell) -> Setting:
-        tuning = cell.seed == TUNING_SEED
+        tuning = cell.seed >= TUNING_SEED
         return Setting(
             self.retrainer,
             self.rows,

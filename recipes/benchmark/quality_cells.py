@@ -17,7 +17,7 @@ from quality_methods import METHODS
 from darts_lora import InputError
 from darts_lora.files import write_json, write_text
 
-TUNING_SEED = 1000
+TUNING_SEED = 1000  # the first seed of the tuning
 
 
 @dataclass
@@ -38,6 +38,9 @@ class QualityRun:
     """Seeds of searches, plans and retrainings."""
     learning_rates: list[float] = field(default_factory=lambda: [5e-4, 1e-3, 2e-3])
     """What each method's learning rates are chosen from: validation loss, on a seed of its own."""
+    tuning_seeds: int = 1
+    """Seeds of the tuning, whose mean loss decides (count): more where two retrainings of one plan
+    differ by as much as two rates."""
     tuning_fraction: float = 0.1
     """Share of the training rows that tuning holds out, in (0, 1)."""
     search_steps: int = 1000
@@ -68,8 +71,10 @@ class QualityRun:
             low = 0 if name == "seeds" else 1 if name == "curve" else 1e-12
             if not values or min(values) < low or len(set(values)) < len(values):
                 raise InputError(f"{name}={values}: must be distinct numbers >= {low}")
-        if TUNING_SEED in self.seeds:
-            raise InputError(f"seeds={self.seeds}: {TUNING_SEED} is the seed of the tuning")
+        if max(self.seeds) >= TUNING_SEED:
+            raise InputError(f"seeds={self.seeds}: from {TUNING_SEED} on they are the tuning's")
+        if self.tuning_seeds < 1:
+            raise InputError(f"tuning_seeds={self.tuning_seeds}: must be an integer >= 1")
         if not 0 < self.tuning_fraction < 1:
             raise InputError(f"tuning_fraction={self.tuning_fraction}: must be between 0 and 1")
         if self.workers < 1:
@@ -80,8 +85,8 @@ class QualityRun:
 class Cell:
     """One piece of work: a file <name>.json once it is done.
 
-    find: choose ranks, on the tuning rows (seed TUNING_SEED) or on all; tune: retrain on the tuning
-    rows, judged on the held-out rows; final: retrain on all rows, judged on the test rows.
+    find: choose ranks, on the tuning rows (seeds from TUNING_SEED) or on all; tune: retrain on the
+    tuning rows, judged on the held-out rows; final: retrain on all rows, judged on the test rows.
     """
 
     stage: str
@@ -155,13 +160,17 @@ class Store:
             else:
                 yield self.get(cell) is None and not self.failed(cell)
 
-    def best(self, cells: list[Cell]) -> Cell | None:
-        """The cell of the lowest validation loss; None while one is missing."""
-        records = [self.get(cell) for cell in cells]
-        if None in records:
+    def best(self, tries: list[list[Cell]]) -> Cell | None:
+        """The first cell of the try (a list of cells) of the lowest mean validation loss; None while
+        a cell is missing."""
+        records = [[self.get(cell) for cell in cells] for cells in tries]
+        if any(None in found for found in records):
             return None
-        losses = [r["loss"] if r["loss"] is not None else math.inf for r in records]
-        return cells[losses.index(min(losses))]
+        losses = [
+            [math.inf if r["loss"] is None else r["loss"] for r in found] for found in records
+        ]
+        means = [sum(found) / len(found) for found in losses]
+        return tries[means.index(min(means))][0]
 
 
 def cells(options: QualityRun, store: Store) -> Iterator[Cell]:
@@ -204,27 +213,31 @@ def _tune(options: QualityRun, method: str, budget: int, store: Store) -> Iterat
         uniform = store.best(_retrainings(options, "uniform", budget, None))
         if uniform is None:
             return None
-        tries = [
-            Cell("tune", method, budget, TUNING_SEED, rate, uniform.rate)
-            for rate in options.learning_rates
-        ]
-        for cell in tries:
-            yield cell.plan
-            yield cell
-        best = store.best(tries)
+        pairs = [(rate, uniform.rate) for rate in options.learning_rates]
+        best = yield from _try(_tries(options, method, budget, pairs), store)
         if best is None:
             return None
         best_find = best.find_rate
-    tries = _retrainings(options, method, budget, best_find)
-    yield tries[0].plan
-    yield from tries
+    return (yield from _try(_retrainings(options, method, budget, best_find), store))
+
+
+def _try(tries: list[list[Cell]], store: Store) -> Iterator[Cell]:
+    """All cells of the tries, each after the one that finds its plan; returns the best if known."""
+    for cell in (cell for cells in tries for cell in cells):
+        yield cell.plan
+        yield cell
     return store.best(tries)
 
 
 def _retrainings(
     options: QualityRun, method: str, budget: int, find_rate: float | None
-) -> list[Cell]:
-    return [
-        Cell("tune", method, budget, TUNING_SEED, find_rate, rate)
-        for rate in options.learning_rates
-    ]
+) -> list[list[Cell]]:
+    return _tries(options, method, budget, [(find_rate, rate) for rate in options.learning_rates])
+
+
+def _tries(
+    options: QualityRun, method: str, budget: int, pairs: list[tuple[float | None, float]]
+) -> list[list[Cell]]:
+    """For each pair of rates (finding, retraining) the cells of all seeds of the tuning."""
+    seeds = range(TUNING_SEED, TUNING_SEED + options.tuning_seeds)
+    return [[Cell("tune", method, budget, seed, *pair) for seed in seeds] for pair in pairs]

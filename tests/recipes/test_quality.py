@@ -436,6 +436,22 @@ def test_a_methods_rates_are_those_of_the_lowest_validation_loss(everything, tmp
         assert cell.stage == "find" or order.index(cell.plan) < order.index(cell)
 
 
+def test_several_seeds_of_the_tuning_decide_by_their_mean(everything, tmp_path):
+    from quality_cells import Store, cells
+
+    options = replace(
+        everything[0], methods=["gradient"], curve=[2], budgets=[2], seeds=[0], tuning_seeds=2
+    )
+    store, done = Store(tmp_path), []
+    losses = {(1000, 0.01): 0.5, (1001, 0.01): 0.9, (1000, 0.03): 0.6, (1001, 0.03): 0.6}
+    while cell := next((c for c in cells(options, store) if not store.get(c)), None):
+        done.append(cell)
+        store.put(cell, {"loss": losses.get((cell.seed, cell.rate), 0.1), "ranks": []})
+    assert [c.rate for c in done if c.stage == "final"] == [0.03, 0.03]  # one seed: 0.01
+    assert sum(c.stage == "tune" for c in done) == 2 * 4
+    assert {c.seed for c in done if c.stage == "find"} == {0, 1000, 1001}
+
+
 def test_a_search_trains_at_the_rate_of_the_largest_uniform_plan(everything, tmp_path):
     from quality_cells import Store, cells
 
