@@ -161,8 +161,8 @@ class Store:
                 yield self.get(cell) is None and not self.failed(cell)
 
     def best(self, tries: list[list[Cell]]) -> Cell | None:
-        """The first cell of the try (a list of cells) of the lowest mean validation loss; None while
-        a cell is missing."""
+        """The first cell of the try (a list of cells) with the lowest mean validation loss; None
+        while a cell is missing."""
         records = [[self.get(cell) for cell in cells] for cells in tries]
         if any(None in found for found in records):
             return None
