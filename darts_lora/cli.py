@@ -235,7 +235,10 @@ def _load_yaml(text: str) -> Any:
             nodes += [value for _, value in node.value]
         elif isinstance(node, yaml.SequenceNode):
             nodes += node.value
-    return get_loader("yaml")(text)  # which reads 1e-4 as a number
+    try:
+        return get_loader("yaml")(text)  # which reads 1e-4 as a number
+    except TypeError as error:  # its own, at a single key without a value
+        raise yaml.YAMLError("the name of an option must be text") from error
 
 
 def save_config(output_dir: str, *configs) -> str:

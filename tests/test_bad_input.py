@@ -118,6 +118,8 @@ CONFIGS = {
     "an alias": ("seed: &a 1\nmax_steps: *a", "(the alias *a: write the value out)"),
     "lists without end": ("ranks: " + 9_999 * "[", "(lists or mappings more than 20 deep)"),
     "a Python object": ("seed: !!python/name:os.system", "not a readable YAML file (could not"),
+    "a name that is nothing": ("?", "the name of an option must be text"),
+    "a name that is a number": ("1e3:", "the name of an option must be text"),
     "another file": ("config: other.yaml", "the option 'config' is not known"),
     "no UTF-8": (b"seed: \xff", "not a readable YAML file ('utf-8' codec can't decode byte 0xff"),
     "a number of 5,000 digits": ("seed: " + 5_000 * "9", "not a readable YAML file (Exceeds the"),
