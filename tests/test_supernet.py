@@ -264,3 +264,20 @@ def test_the_state_holds_the_modules_trained_in_full():
 def test_nothing_left_to_search(options):
     with pytest.raises(InputError, match=r"nothing is left to search, every match is"):
         Supernet(bert(), config(**options))
+
+
+def test_an_architecture_step_wants_no_gradients_of_the_weights():
+    supernet = Supernet(residual(), config())
+    weights = supernet.weight_parameters()
+
+    def found():
+        loss = supernet.model(torch.randn(3, 16)).square().sum()
+        return torch.autograd.grad(loss, [supernet.alpha, *weights], allow_unused=True)
+
+    with supernet.arch_gradients(weights=False):
+        alpha, *others = found()
+    assert alpha.shape == supernet.alpha.shape and others == [None] * len(weights)
+    with supernet.arch_gradients():
+        assert None not in found()
+    alpha, *others = found()
+    assert alpha is None and None not in others
