@@ -7,6 +7,7 @@ python recipes/benchmark/quality_tables.py           # whatever is finished, as 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import math
@@ -23,8 +24,9 @@ import torch
 from quality_allocation import parameters
 from quality_cells import TUNING_SEED, Cell, QualityRun, Store, cells
 from quality_methods import METHODS
+from quality_rows import EncodedRows, mean_loss
 from quality_setting import Found, Setting
-from quality_training import EncodedRows, Retrainer, mean_loss
+from quality_training import Retrainer, Retraining
 
 from darts_lora import InputError, SearchConfig
 from darts_lora.cli import run
@@ -73,7 +75,7 @@ def main(
 def _check_same_task(folder: Path, everything: Options) -> None:
     """Cells of one folder are made with the same options, but for those that only say which."""
     options, *rest = everything
-    which = ("output_dir", "methods", "budgets", "seeds", "tuning_seeds", "workers")
+    which = ("output_dir", "methods", "budgets", "seeds", "tuning_seeds", "workers", "stack")
     which += (
         "max_minutes",
         "eval_batch_size",
@@ -104,7 +106,7 @@ def work(everything: Options, started: float) -> None:
     task = Task(*everything)
     end = math.inf if options.max_minutes is None else started + 60 * options.max_minutes
     while todo := _to_do(options, store, end - time.monotonic()):
-        if not _compute_one(todo, task, store):
+        if not _compute_some(todo, task, store):
             time.sleep(1)  # all are claimed by others; what depends on them comes then
 
 
@@ -114,7 +116,7 @@ def _to_do(options: QualityRun, store: Store, seconds: float) -> list[Cell]:
     for cell, record in store.finished.items():
         kind = cell.stage, cell.method
         longest[kind] = max(longest.get(kind, 0.0), record["cell_seconds"])
-    return [
+    possible = [
         cell
         for cell in cells(options, store)
         if not store.get(cell)
@@ -122,27 +124,43 @@ def _to_do(options: QualityRun, store: Store, seconds: float) -> list[Cell]:
         and (cell.stage == "find" or store.get(cell.plan))
         and longest.get((cell.stage, cell.method), 0.0) < seconds
     ]
+    # plans that cost next to nothing first: there are more retrainings then, to be done at once
+    return sorted(possible, key=lambda cell: cell.stage != "find" or bool(cell.find_rate))
 
 
-def _compute_one(todo: list[Cell], task: Task, store: Store) -> bool:
-    """Compute the first cell that no other worker has claimed; whether there was one."""
-    for cell in todo:
-        with store.claimed(cell) as ours:
-            if ours:
-                begun = time.perf_counter()
-                try:
-                    record = task.compute(cell, store)
-                except Exception:  # a method that cannot run here must not stop the others
-                    store.fail(cell, traceback.format_exc())
-                    if torch.cuda.is_available():
-                        torch.cuda.synchronize()  # raises where the device is lost: no cell can run
-                else:
-                    seconds = round(time.perf_counter() - begun, 3)
-                    times = {"cell_seconds": seconds, "device": task.device_name}
-                    store.put(cell, {**record, **times})
-                print(f"{cell.name}: {time.perf_counter() - begun:.1f} s", file=sys.stderr)
-                return True
-    return False
+def _compute_some(todo: list[Cell], task: Task, store: Store) -> bool:
+    """Compute the first cell that no other worker has claimed, or that and further ones that are
+    retrained with it; whether there was any."""
+    with contextlib.ExitStack() as claims:
+        found: list[Cell] = []
+        for cell in todo:
+            together = cell.stage != "find"
+            if (together or not found) and claims.enter_context(store.claimed(cell)):
+                found.append(cell)
+                if not together or len(found) == task.options.stack:
+                    break
+        found = found[: 2 ** int(math.log2(len(found)))] if found else []  # few sizes to capture
+        if found:
+            _compute(found, task, store)
+        return bool(found)
+
+
+def _compute(cells: list[Cell], task: Task, store: Store) -> None:
+    begun = time.perf_counter()
+    try:
+        records = task.compute(cells, store)
+    except Exception:  # a method that cannot run here must not stop the others
+        for cell in cells:
+            store.fail(cell, traceback.format_exc())
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # raises where the device is lost: no cell can run
+    else:
+        seconds = round(time.perf_counter() - begun, 3)
+        times = {"cell_seconds": seconds, "device": task.device_name}
+        for cell, record in zip(cells, records, strict=True):
+            store.put(cell, {**record, **times})
+    names = ", ".join(cell.name for cell in cells)
+    print(f"{names}: {time.perf_counter() - begun:.1f} s", file=sys.stderr)
 
 
 class Task:
@@ -182,6 +200,7 @@ class Task:
             largest=max(*options.curve, *search.ranks),
             scaling=search.scaling,
             training=training,
+            stack=options.stack,
         )
         smallest = min(self.retrainer.capacity, key=self.retrainer.capacity.get)
         if max(options.curve) > self.retrainer.capacity[smallest]:
@@ -192,12 +211,11 @@ class Task:
             logging_steps=min(50, options.search_steps), save_steps=0,
         )  # fmt: skip
 
-    def compute(self, cell: Cell, store: Store) -> dict[str, Any]:
-        """The record of a cell."""
-        if cell.stage == "find":
-            return self._find(cell)
-        ranks = store.get(cell.plan)["ranks"]
-        return self._retrain(cell, dict(zip(self.retrainer.shapes, ranks, strict=True)))
+    def compute(self, cells: list[Cell], store: Store) -> list[dict[str, Any]]:
+        """The records of cells: one that finds a plan, or several that retrain plans."""
+        if cells[0].stage == "find":
+            return [self._find(cell) for cell in cells]
+        return self._retrain(cells, [store.get(cell.plan)["ranks"] for cell in cells])
 
     def _setting(self, cell: Cell) -> Setting:
         tuning = cell.seed >= TUNING_SEED
@@ -236,26 +254,34 @@ class Task:
         record = {"ranks": list(found.ranks.values()), "parameters": count} | found.notes
         return record | {"seconds": round(seconds, 3), "workers": self.options.workers}
 
-    def _retrain(self, cell: Cell, plan: dict[str, int]) -> dict[str, Any]:
-        tuning, first = cell.stage == "tune", METHODS[cell.method].first
-        record = self.retrainer.retrain(
-            plan,
-            self.rows,
-            self.tuning if tuning else self.all,
-            seed=cell.seed,
-            rate=cell.rate,
-            first=first and first(self._setting(cell)),
+    def _retrain(self, cells: list[Cell], plans: list[list[int]]) -> list[dict[str, Any]]:
+        jobs = [self._job(*pair) for pair in zip(cells, plans, strict=True)]
+        records = self.retrainer.retrain(jobs, self.rows)
+        for number, (cell, job) in enumerate(zip(cells, jobs, strict=True)):
+            count = parameters(job.plan, self.retrainer.shapes)
+            records[number] |= {"parameters": count, "workers": self.options.workers}
+            with self.retrainer.adapters(number) as model:
+                records[number] = self._judged(cell, model) | records[number]
+        return records
+
+    def _job(self, cell: Cell, ranks: list[int]) -> Retraining:
+        first = METHODS[cell.method].first
+        return Retraining(
+            dict(zip(self.retrainer.shapes, ranks, strict=True)),
+            self.tuning if cell.stage == "tune" else self.all,
+            cell.seed,
+            cell.rate,
+            first(self._setting(cell)) if first else {},
         )
-        record["parameters"] = parameters(plan, self.retrainer.shapes)
-        record["workers"] = self.options.workers
+
+    def _judged(self, cell: Cell, model: torch.nn.Module) -> dict[str, Any]:
         size = self.options.eval_batch_size
-        with self.retrainer.adapters() as model:
-            if tuning:
-                return {"loss": mean_loss(model, self.rows, self.validation, size), **record}
-            record = {"loss": self._test_loss(model), **record}
-            if self.options.exact_match:
-                result = score(model, self.test_rows, self.collator, batch_size=size)
-                record["exact_match"] = result["exact_match"]
+        if cell.stage == "tune":
+            return {"loss": mean_loss(model, self.rows, self.validation, size)}
+        record = {"loss": self._test_loss(model)}
+        if self.options.exact_match:
+            result = score(model, self.test_rows, self.collator, batch_size=size)
+            record["exact_match"] = result["exact_match"]
         return record
 
     def _test_loss(self, model: torch.nn.Module) -> float | None:

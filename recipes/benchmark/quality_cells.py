@@ -55,6 +55,9 @@ class QualityRun:
     """Rows of a batch of an evaluation."""
     exact_match: bool = False
     """Generate the answers to the test rows too: share of exact ones."""
+    stack: int = 1
+    """Retrainings of a process at once (count), rounded down to a power of 2: small models are
+    bound by the number of kernels, which they share. Compare seconds of single ones only."""
     workers: int = 1
     """Processes side by side, on one GPU too (count). Compare seconds of single ones only."""
     max_minutes: float | None = None
@@ -77,8 +80,9 @@ class QualityRun:
             raise InputError(f"tuning_seeds={self.tuning_seeds}: must be an integer >= 1")
         if not 0 < self.tuning_fraction < 1:
             raise InputError(f"tuning_fraction={self.tuning_fraction}: must be between 0 and 1")
-        if self.workers < 1:
-            raise InputError(f"workers={self.workers}: must be an integer >= 1")
+        for name in ("stack", "workers"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)}: must be an integer >= 1")
 
 
 @dataclass(frozen=True)

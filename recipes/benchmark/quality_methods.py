@@ -21,8 +21,9 @@ from quality_allocation import (
     uniform_on,
 )
 from quality_peft import adalora, eva, eva_components
+from quality_rows import supervised_loss
 from quality_setting import Found, Setting
-from quality_training import model_loss
+from quality_training import Retraining
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -35,8 +36,10 @@ def uniform(setting: Setting) -> Found:
     return Found(dict.fromkeys(setting.retrainer.shapes, setting.budget_rank))
 
 
-def search(setting: Setting, **options) -> Found:
-    """The library's search under the budget; `options` of SearchConfig beside the task's own."""
+def search(setting: Setting, start: Callable[[Setting], Found] | None = None, **options) -> Found:
+    """The library's search under the budget; `options` of SearchConfig beside the task's own.
+    With `start`, alpha begins at that method's plan, one less for each candidate away from it."""
+    plan = start(setting).ranks if start else None
     held = round(len(setting.indices) * setting.validation_fraction)
     parts = {"train": setting.indices[held:], "validation": setting.indices[:held]}
     config = replace(
@@ -56,11 +59,15 @@ def search(setting: Setting, **options) -> Found:
         for indices in parts.values()
     ]
     supernet = Supernet(setting.retrainer.model, config)
+    if plan is not None:
+        at = torch.tensor([config.ranks.index(plan[name]) for name in supernet.layers])
+        distance = (torch.arange(len(config.ranks)) - at[:, None]).abs()
+        supernet.alpha.data.copy_(-distance)
     on_gpu = setting.retrainer.device.type == "cuda"
     try:
         with open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet):  # one bar is enough
             genotype = RankSearch(
-                supernet, *loaders, training=training, loss_fn=model_loss, cuda_graphs=on_gpu
+                supernet, *loaders, training=training, loss_fn=supervised_loss, cuda_graphs=on_gpu
             ).run()
     finally:
         supernet.remove().requires_grad_(False)
@@ -92,15 +99,12 @@ def svd(setting: Setting) -> Found:
     """A trained LoRA of the largest candidate rank, cut to its largest singular values."""
     retrainer, largest = setting.retrainer, max(setting.search.ranks)
     plan = {name: min(largest, most) for name, most in retrainer.capacity.items()}
-    trained = retrainer.retrain(
-        plan, setting.rows, setting.indices, seed=setting.seed, rate=setting.rate
-    )
-    with torch.no_grad():
-        gains = {
-            name: _filled(product_spectrum(layer.lora_B[:, : plan[name]],
-                                           layer.lora_A[: plan[name]]), largest)
-            for name, layer in retrainer.layers.items()
-        }  # fmt: skip
+    job = Retraining(plan, setting.indices, setting.seed, setting.rate)
+    (trained,) = retrainer.retrain([job], setting.rows)
+    gains = {
+        name: _filled(product_spectrum(b[:, : plan[name]], a[: plan[name]]), largest)
+        for name, (a, b) in retrainer.trained().items()
+    }
     ranks = largest_gain(gains, retrainer.shapes, setting.search.ranks, setting.budget)
     return Found(ranks, {"train_loss": trained["train_loss"]})
 
@@ -138,7 +142,7 @@ def _weight_gradients(setting: Setting) -> tuple[dict[str, Tensor], dict[str, Te
     for weight in weights:
         weight.requires_grad_(True)
     for batch in setting.batches(setting.gradient_batches):
-        found = torch.autograd.grad(model_loss(model, batch), weights, materialize_grads=True)
+        found = torch.autograd.grad(supervised_loss(model, batch), weights, materialize_grads=True)
         for total, square, gradient in zip(sums, squares, found, strict=True):
             total += gradient
             square += gradient.float().square().sum()
@@ -172,6 +176,7 @@ RANDOM_PLANS = 5
 METHODS = {
     "uniform": Method(uniform),
     "search": _searches(),
+    "search_gradient": _searches(start=gradient),
     "random_0": Method(partial(random_ranks, number=0)),
     "adalora": Method(adalora, trains="tuned"),
     "svd": Method(svd, trains="tuned"),

@@ -11,8 +11,8 @@ import torch
 from peft import AdaLoraConfig, EvaConfig, LoraConfig, get_eva_state_dict, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from quality_allocation import parameters, scaled_to_budget
+from quality_rows import batches, model_inputs, supervised_loss
 from quality_setting import Found, Setting
-from quality_training import batches, model_loss
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -58,7 +58,7 @@ def _train_adalora(model: nn.Module, setting: Setting, steps: int) -> None:
 
     def gradients(batch):
         with half_precision(model):  # base_model adds the term of orthogonality, PeftModel does not
-            loss = model_loss(model.base_model, batch)
+            loss = supervised_loss(model.base_model, batch)
         return loss.detach(), list(torch.autograd.grad(loss, weights, materialize_grads=True))
 
     on_gpu = setting.retrainer.device.type == "cuda"
@@ -101,7 +101,7 @@ def eva_components(setting: Setting) -> dict[str, Tensor]:
             setting.retrainer.model,
             loader,
             config,
-            forward_fn=lambda model, batch: model(**batch, use_cache=False),
+            forward_fn=lambda model, batch: model(**model_inputs(batch), use_cache=False),
             prepare_model_inputs_fn=_answer_mask,
             prepare_layer_inputs_fn=_inputs_of_answers,
             show_progress_bar=False,

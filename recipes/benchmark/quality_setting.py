@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quality_allocation import parameters
-from quality_training import EncodedRows, Plan, Retrainer, batches
+from quality_rows import EncodedRows, batches
+from quality_training import Plan, Retrainer
 from torch import Tensor, nn
 
 from darts_lora import SearchConfig

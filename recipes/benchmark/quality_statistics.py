@@ -100,7 +100,8 @@ def _last(loss: float | None) -> float:
 
 def _row(records: list[Record], method: str, budget: int) -> Record:
     runs = finals(records, method, budget)
-    losses, alone = by_seed(runs), [r for r in records if r["workers"] == 1]
+    losses = by_seed(runs)
+    alone = [r for r in records if r["workers"] == 1 and r.get("stack", 1) == 1]
     tried = [r for r in records if (r["stage"], r["method"], r["budget"]) ==
              ("final", method, budget)]  # fmt: skip
     row = {"method": method, "budget": budget, "runs": len(runs), "seeds": len(losses)}

@@ -1,5 +1,6 @@
-"""Rows encoded once, and retrainings of rank plans on one model, launched as CUDA graphs on a GPU.
-Not here: which plans there are (quality_methods.py), which cells are run (quality_cells.py)."""
+"""Retrainings of rank plans on one model, several at once, launched as CUDA graphs on a GPU.
+Not here: rows and losses (quality_rows.py), which plans there are (quality_methods.py), which
+cells are run (quality_cells.py)."""
 
 from __future__ import annotations
 
@@ -7,109 +8,80 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from quality_rows import EncodedRows, batches, supervised_losses
 from torch import Tensor, nn
 from transformers import get_scheduler
 
 from darts_lora import InputError
-from darts_lora.collator import IGNORED, Collator
 from darts_lora.config import TrainingConfig
 from darts_lora.graphs import Graphed
-from darts_lora.mixed_linear import MixedRankLinear, linear_shape
+from darts_lora.mixed_linear import linear_shape
 
 Plan = dict[str, int]
 
 
-class EncodedRows:
-    """All rows of a split as tensors on the device: what a Collator makes of them, made once.
+@dataclass
+class Retraining:
+    """A plan to be trained from scratch."""
 
-    Args:
-        rows: of a data set.
-        collator: gives each row its tensors; its pad_to_multiple_of pads the batches.
-        device: where they stay.
+    plan: Plan
+    """Layer -> rank."""
+    indices: Sequence[int]
+    """Rows that it is trained on."""
+    seed: int
+    """Of A and of the order of the batches, the same for all plans."""
+    rate: float
+    """Peak learning rate."""
+    first: dict[str, Tensor] = field(default_factory=dict)
+    """Layer -> first value of A (rank, in), instead of PEFT's."""
+
+
+class StackedLora(nn.Module):
+    """A frozen linear layer and S LoRAs on it: of S equal parts of the rows each has its own.
+
+    Attributes:
+        a, b: (S, R, in) and (S, out, R), of the dtype of the activations.
+        gates: (S, 1, R), the scaling in the columns that a LoRA has, 0 in all others.
     """
 
-    def __init__(self, rows: Iterable[dict], collator: Collator, device: torch.device):
-        self.multiple, collator.pad_to_multiple_of = collator.pad_to_multiple_of, 1
-        single = [collator([row]) for row in rows]
-        collator.pad_to_multiple_of = self.multiple
-        self.lengths = [row["input_ids"].shape[1] for row in single]
-        fill = {"input_ids": collator.tokenizer.pad_token_id, "labels": IGNORED}
-        fill |= {"attention_mask": 0}
-        longest = self._padded(max(self.lengths))
-        # Beside the tokens, what is aligned with them: masks; the leading dimension is the row.
-        self.aligned = {
-            key
-            for key, value in single[0].items()
-            if value.dim() > 1 and value.shape[1] == self.lengths[0]
-        }
-        self.tensors = {}
-        for key in single[0]:
-            values = [row[key] for row in single]
-            if key in self.aligned:
-                values = [_pad(value, longest, fill.get(key)) for value in values]
-            self.tensors[key] = torch.cat(values).to(device)
+    def __init__(self, base_layer: nn.Module):
+        super().__init__()
+        self.base_layer = base_layer
+        self.a = self.b = self.gates = None
 
-    def __len__(self) -> int:
-        return len(self.lengths)
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out)."""
+        y, parts = self.base_layer(x), len(self.a)
+        h = torch.bmm(x.reshape(parts, -1, x.shape[-1]), self.a.mT) * self.gates
+        return torch.baddbmm(y.view(parts, -1, y.shape[-1]), h, self.b.mT).view(y.shape)
 
-    def length(self, indices: Sequence[int]) -> int:
-        """Tokens that a batch of these rows is padded to."""
-        return self._padded(max(self.lengths[i] for i in indices))
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's: some models ask for its dtype or device."""
+        return self.base_layer.weight
 
-    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """The batch that the collator makes of these rows."""
-        length = self.length(indices)
-        chosen, device = torch.tensor(indices), self.tensors["input_ids"].device
-        if device.type == "cuda":  # a copy from pageable memory would wait for the step before
-            chosen = chosen.pin_memory().to(device, non_blocking=True)
-        return {
-            key: value[chosen, :length] if key in self.aligned else value[chosen]
-            for key, value in self.tensors.items()
-        }
-
-    def _padded(self, length: int) -> int:
-        return math.ceil(length / self.multiple) * self.multiple
-
-
-def _pad(value: Tensor, length: int, fill: int | None) -> Tensor:
-    """Up to `length` in the second dimension; None goes on as at the last token, as processors let
-    masks of images do."""
-    rest = value[:, -1:] if fill is None else torch.full_like(value[:, -1:], fill)
-    return torch.cat([value, rest.expand(-1, length - value.shape[1], *value.shape[2:])], dim=1)
-
-
-def batches(indices: Sequence[int], size: int, seed: int) -> Iterator[list[int]]:
-    """Full batches of shuffled rows, epoch after epoch without end; the seed decides the order.
-
-    Raises:
-        InputError: fewer rows than a batch takes.
-    """
-    if len(indices) < size:
-        raise InputError(f"batch_size={size}: there are {len(indices)} rows to train on")
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        order = torch.randperm(len(indices), generator=generator).tolist()
-        for start in range(0, len(order) - size + 1, size):
-            yield [indices[i] for i in order[start : start + size]]
-
-
-def model_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """The model's own loss; no cache of keys and values is built for it."""
-    return model(**batch, use_cache=False).loss
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's."""
+        return self.base_layer.bias
 
 
 class Retrainer:
-    """Retrains any rank plan on one model with the arithmetic of a PEFT LoRA of these ranks.
+    """Retrains any rank plans on one model with the arithmetic of a PEFT LoRA of these ranks.
 
-    Every target holds one LoRA of the largest rank, and gates (0 or the scaling) switch the columns
-    above the plan's rank off: these neither change the output nor get a gradient, so what is left
+    Every target holds LoRAs of the largest rank, and gates (0 or the scaling) switch the columns
+    above a plan's rank off: these neither change the output nor get a gradient, so what is left
     is the LoRA of the plan's rank, and AdamW and clipping take the same step. One graph for each
-    length of batches thus serves all plans, seeds and learning rates, where PEFT's own modules have
+    shape of batches thus serves all plans, seeds and learning rates, where PEFT's own modules have
     other shapes for each plan and would be captured anew.
+
+    A small model is bound by the number of its kernels, so several plans are trained at once: each
+    has its own rows of a batch, and its own weights in products of batches of matrices.
 
     Args:
         model: frozen from now on; on its device. The adapters are in it inside `adapters()` alone.
@@ -117,6 +89,7 @@ class Retrainer:
         largest: largest rank of a plan; less where a layer is smaller.
         scaling: lora_alpha / r.
         training: steps, batch size, schedule, clipping, decay of every retraining.
+        stack: plans that are trained at once, at most (count).
     """
 
     def __init__(
@@ -127,42 +100,63 @@ class Retrainer:
         largest: int,
         scaling: float,
         training: TrainingConfig,
+        stack: int = 1,
     ):
         self.model, self.scaling, self.training = model.requires_grad_(False), scaling, training
         self.originals = {name: model.get_submodule(name) for name in names}
         self.shapes = {name: linear_shape(module) for name, module in self.originals.items()}
         self.capacity = {name: min(largest, *shape) for name, shape in self.shapes.items()}
-        self.layers: dict[str, MixedRankLinear] = {}
-        for name, module in self.originals.items():
-            layer = MixedRankLinear(module, (self.capacity[name],), scaling=scaling)
-            layer.gates = torch.zeros(len(layer.lora_A), device=layer.lora_A.device)
-            self.layers[name] = layer
-        self.device = layer.lora_A.device
-        self.weights = [w for x in self.layers.values() for w in (x.lora_A, x.lora_B)]
+        self.layers = {name: StackedLora(module) for name, module in self.originals.items()}
+        weight = next(iter(self.originals.values())).weight
+        self.device, self.dtype = weight.device, weight.dtype
+        self.sizes = [
+            rank * side for name, rank in self.capacity.items() for side in self.shapes[name]
+        ]
+        # each plan's A and B of all layers in one tensor: one kernel casts, clips or updates all
+        self.weights = [
+            nn.Parameter(torch.zeros(sum(self.sizes), device=self.device)) for _ in range(stack)
+        ]
+        self.gates = {
+            name: torch.zeros(stack, 1, rank, device=self.device, dtype=self.dtype)
+            for name, rank in self.capacity.items()
+        }
         on_gpu = self.device.type == "cuda"
-        self.rate = torch.zeros((), device=self.device)  # read by the captured step
+        self.rates = [torch.zeros((), device=self.device) for _ in range(stack)]  # of the next step
         self.optimizer = torch.optim.AdamW(
-            self.weights,
-            lr=self.rate,
+            [{"params": [w], "lr": r} for w, r in zip(self.weights, self.rates, strict=True)],
             weight_decay=training.weight_decay,
             fused=True,
             capturable=on_gpu,
         )
         pool = torch.cuda.graph_pool_handle() if on_gpu else None
-        self.step = Graphed(self._step, pool=pool) if on_gpu else self._step
-        self.warm: set[int] = set()
+        self.step = Graphed(self._step, pool=pool, limit=64) if on_gpu else self._step
+        self.warm: set[tuple[int, ...]] = set()
 
     @property
     def graphed(self) -> bool:
         """Whether steps are launched as CUDA graphs."""
         return isinstance(self.step, Graphed) and not self.step.failed
 
+    def trained(self, number: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
+        """Layer -> A (R, in) and B (out, R) of one of the plans that were trained last, R the
+        layer's largest rank: columns that the plan lacks are in it."""
+        return {
+            name: (a[0], b[0]) for name, a, b in self._split(self.weights[number].detach()[None])
+        }
+
     @contextlib.contextmanager
-    def adapters(self):
-        """The adapters are in the model inside, and the model is as it was before outside."""
+    def adapters(self, number: int = 0):
+        """Inside, the model has the adapters of one of the plans that were trained last; outside it
+        is as it was before."""
+        with self._inserted():
+            self._use(self.weights[number].detach()[None], slice(number, number + 1))
+            yield self.model
+
+    @contextlib.contextmanager
+    def _inserted(self):
         self._put(self.layers)
         try:
-            yield self.model
+            yield
         finally:
             self._put(self.originals)
 
@@ -170,88 +164,93 @@ class Retrainer:
         for name, module in modules.items():
             self.model.set_submodule(name, module)
 
-    def retrain(
-        self,
-        plan: Plan,
-        rows: EncodedRows,
-        indices: Sequence[int],
-        *,
-        seed: int,
-        rate: float,
-        first: dict[str, Tensor] | None = None,
-    ) -> dict[str, Any]:
-        """Train a plan from scratch and leave it in the adapters.
+    def _split(self, weights: Tensor):
+        """(S, all weights) -> name, A (S, R, in), B (S, out, R) of each layer."""
+        parts = iter(weights.split(self.sizes, dim=1))
+        for name, rank in self.capacity.items():
+            width_in, width_out = self.shapes[name]
+            a, b = next(parts), next(parts)
+            yield name, a.view(-1, rank, width_in), b.view(-1, width_out, rank)
 
-        Args:
-            plan: layer -> rank.
-            rows, indices: what it is trained on.
-            seed: of A and of the order of the batches, the same for all plans.
-            rate: peak learning rate.
-            first: layer -> first value of A (rank, in), instead of PEFT's.
+    def _use(self, weights: Tensor, numbers: slice) -> None:
+        for name, a, b in self._split(weights.to(self.dtype)):
+            layer = self.layers[name]
+            layer.a, layer.b, layer.gates = a, b, self.gates[name][numbers]
+
+    def retrain(self, jobs: Sequence[Retraining], rows: EncodedRows) -> list[dict[str, Any]]:
+        """Train plans from scratch, all at once, and leave them in `trained` and `adapters`.
 
         Returns:
-            train_loss (mean of the last tenth of the steps; None if it is not finite), seconds,
-            capture_seconds (making graphs, once a process), graphed.
+            For each: train_loss (mean of the last tenth of the steps; None if it is not finite),
+            and of all together seconds, capture_seconds (making graphs, once a process and number
+            of plans), stack (plans), graphed.
         """
-        chosen = list(itertools.islice(batches(indices, self.training.batch_size, seed),
-                                       self.training.max_steps))  # fmt: skip
+        steps, size = self.training.max_steps, self.training.batch_size
+        orders = [itertools.islice(batches(j.indices, size, j.seed), steps) for j in jobs]
+        chosen = list(zip(*orders, strict=True))
         started = time.perf_counter()
-        with self.adapters():
+        with self._inserted():
             self.model.train()
             self._warm_up(rows, chosen)
-            self._reset(plan, seed, first or {})
+            for number, job in enumerate(jobs):
+                self._reset(number, job)
+            for state in self.optimizer.state.values():
+                for value in state.values():
+                    value.zero_()
             captured = self._clock()
-            losses = []
-            for batch, now in zip(chosen, self._rates(rate), strict=True):
-                self.rate.fill_(now)
-                losses.append(self.step(rows.batch(batch))[0])
+            rates, losses = list(zip(*(self._rates(j.rate) for j in jobs), strict=True)), []
+            for parts, now in zip(chosen, rates, strict=True):
+                for rate, value in zip(self.rates, now, strict=False):
+                    rate.fill_(value)
+                losses.append(self.step(rows.batch(*parts))[0])
             seconds = self._clock() - captured
-        loss = float(torch.stack(losses[-max(1, len(losses) // 10) :]).mean())
-        return {
-            "train_loss": loss if math.isfinite(loss) else None,
-            "seconds": round(seconds, 3),
-            "capture_seconds": round(captured - started, 3),
-            "graphed": self.graphed,
-        }
+        means = torch.stack(losses[-max(1, steps // 10) :]).mean(0).tolist()
+        shared = {"seconds": round(seconds, 3), "capture_seconds": round(captured - started, 3)}
+        shared |= {"stack": len(jobs), "graphed": self.graphed}
+        return [{"train_loss": m if math.isfinite(m) else None} | shared for m in means]
 
     def _step(self, batch: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Forward, backward, clipping and AdamW: all of it is in the graph."""
-        loss = model_loss(self.model, batch)
-        # some models have layers that do not take part: the last ones of a vision tower
-        gradients = torch.autograd.grad(loss, self.weights, materialize_grads=True)
-        for weight, gradient in zip(self.weights, gradients, strict=True):
+        """Forward, backward, clipping and AdamW of all plans of the batch: all of it is in the
+        graph. Their losses."""
+        rows = batch["input_ids"].shape[0]
+        weights = self.weights[: rows // self.training.batch_size]
+        self._use(torch.stack(weights), slice(len(weights)))
+        losses = supervised_losses(self.model, batch)
+        # one plan's loss doesn't depend on another's weights
+        for weight, gradient in zip(
+            weights, torch.autograd.grad(losses.sum(), weights), strict=True
+        ):
             weight.grad = gradient
-        if self.training.max_grad_norm:
-            nn.utils.clip_grad_norm_(self.weights, self.training.max_grad_norm)
+            if self.training.max_grad_norm:
+                nn.utils.clip_grad_norm_([weight], self.training.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach(), []
+        return losses.detach(), []
 
-    def _warm_up(self, rows: EncodedRows, chosen: list[list[int]]) -> None:
-        """Capture each new length of batches before the first step: capturing runs steps."""
-        for batch in chosen if self.device.type == "cuda" else ():
-            if rows.length(batch) not in self.warm:
-                self.warm.add(rows.length(batch))
-                self.step(rows.batch(batch))
+    def _warm_up(self, rows: EncodedRows, chosen: list[tuple[list[int], ...]]) -> None:
+        """Capture each new shape of batches before the first step: capturing runs steps."""
+        for parts in chosen if self.device.type == "cuda" else ():
+            if rows.shape(*parts) not in self.warm:
+                self.warm.add(rows.shape(*parts))
+                self.step(rows.batch(*parts))
 
     @torch.no_grad()
-    def _reset(self, plan: Plan, seed: int, first: dict[str, Tensor]) -> None:
-        """Fresh weights of this plan and an optimizer that knows nothing, in place."""
-        generator = torch.Generator().manual_seed(seed)
-        for name, layer in self.layers.items():
-            rank = plan[name]
-            if rank > self.capacity[name]:
-                raise InputError(f"rank {rank} of {name}: at most {self.capacity[name]} here")
-            layer.gates.zero_()[:rank] = self.scaling
-            a = torch.empty(layer.lora_A.shape)
+    def _reset(self, number: int, job: Retraining) -> None:
+        """Fresh weights of this plan, in place."""
+        generator, fresh = torch.Generator().manual_seed(job.seed), []
+        for name, most in self.capacity.items():
+            rank = job.plan[name]
+            if rank > most:
+                raise InputError(f"rank {rank} of {name}: at most {most} here")
+            self.gates[name][number] = 0
+            self.gates[name][number, 0, :rank] = self.scaling
+            width_in, width_out = self.shapes[name]
+            a = torch.empty(most, width_in)
             nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)  # as PEFT
-            layer.lora_A.copy_(a)
-            layer.lora_B.zero_()
-            if name in first:
-                layer.lora_A[:rank] = first[name][:rank].to(layer.lora_A)
-        for state in self.optimizer.state.values():
-            for value in state.values():
-                value.zero_()
+            if name in job.first:
+                a[:rank] = job.first[name][:rank].to(a)
+            fresh += [a.flatten(), torch.zeros(width_out * most)]
+        self.weights[number].copy_(torch.cat(fresh))
 
     def _rates(self, peak: float) -> list[float]:
         """The learning rate of each step, as transformers' Trainer takes it."""
@@ -271,21 +270,3 @@ class Retrainer:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
-
-
-@torch.no_grad()
-def mean_loss(
-    model: nn.Module, rows: EncodedRows, indices: Sequence[int], batch_size: int,
-    loss_fn: Callable[[nn.Module, dict[str, Tensor]], Tensor] = model_loss,
-) -> float | None:  # fmt: skip
-    """Mean loss per supervised token over the rows, natural log; None if it is not finite."""
-    training = model.training
-    model.eval()
-    order = sorted(indices, key=lambda i: rows.lengths[i])  # little padding
-    total, tokens = 0.0, 0
-    for start in range(0, len(order), batch_size):
-        batch = rows.batch(order[start : start + batch_size])
-        count = int((batch["labels"][:, 1:] != IGNORED).sum())
-        total, tokens = total + float(loss_fn(model, batch)) * count, tokens + count
-    model.train(training)
-    return total / tokens if math.isfinite(total) else None

@@ -252,7 +252,8 @@ class _Clones(_Mixed):
         return total
 
 
-def _other(model, ranks, layer_class):
+def _other(model, ranks, layer_class, *, apart=True):
+    """With `apart` each step computes gradients of what it trains alone."""
     head = model.get_output_embeddings()
     targets = {
         name: module
@@ -282,8 +283,8 @@ def _other(model, ranks, layer_class):
     def loss(batch):
         return model_loss(model, batch)
 
-    weight_step = only(weights, _trainer(weights, loss))
-    return _bilevel(weight_step, only(alphas, _trainer(alphas, loss))), close
+    steps = [(weights, _trainer(weights, loss)), (alphas, _trainer(alphas, loss))]
+    return _bilevel(*(only(*step) if apart else step[1] for step in steps)), close
 
 
 def pairs(model, ranks):
@@ -292,7 +293,13 @@ def pairs(model, ranks):
 
 
 def clones(model, ranks):
-    """Masked clones for each branch, as the published search computes them."""
+    """Masked clones for each branch, as the published search computes them: its loop computes the
+    gradients of weights and alphas in both steps."""
+    return _other(model, ranks, _Clones, apart=False)
+
+
+def clones_apart(model, ranks):
+    """Masked clones, each step with the gradients that it needs."""
     return _other(model, ranks, _Clones)
 
 
@@ -302,6 +309,6 @@ METHODS = {
         forward_only, frozen, peft_bf16, peft_float32, peft_autocast, nested_bf16, nested,
         independent, nested_joint, peft_bf16_graph, nested_bf16_graphs, nested_graphs,
         independent_graphs, nested_joint_graphs, peft_bf16_compiled, nested_bf16_compiled, pairs,
-        clones,
+        clones, clones_apart,
     )
 }  # fmt: skip

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from families import TEXT_FAMILIES, make_family
+from families import IMAGE_FAMILIES, TEXT_FAMILIES, make_family
 from peft import get_peft_model
 from torch import nn
 from transformers import get_scheduler
@@ -24,7 +24,7 @@ from darts_lora.targets import match_modules
 BENCHMARK = Path(__file__).parents[2] / "recipes" / "benchmark"
 CPU = torch.device("cpu")
 METHODS = {"uniform", "search", "search_nested", "search_gumbel", "search_softmax", "search_order2"}
-METHODS |= {"search_every_2"}
+METHODS |= {"search_every_2", "search_gradient"}
 METHODS |= {"adalora", "eva", "eva_init", "svd", "gradient", "fisher", "attention", "mlp"}
 METHODS |= {f"random_{number}" for number in range(5)}
 
@@ -122,6 +122,24 @@ def test_a_lost_cell_is_computed_again_and_alike_by_workers_side_by_side(everyth
     assert (after["loss"], after["workers"]) == (pytest.approx(before["loss"], rel=1e-5), 2)
 
 
+def test_cells_that_are_computed_at_once_are_alike(everything, finished):
+    import quality
+
+    def final():
+        records = [json.loads(path.read_text()) for path in finished.glob("*-final-*.json")]
+        return {(r["method"], r["budget"]): r for r in records}
+
+    before = final()
+    for path in finished.glob("*-final-*.json"):
+        path.unlink()
+    quality.main(replace(everything[0], stack=5), *everything[1:])
+    assert before.keys() == final().keys()
+    assert 4 in {record["stack"] for record in final().values()} <= {1, 2, 4}
+    for key, record in final().items():
+        assert record["loss"] == pytest.approx(before[key]["loss"], rel=1e-5), key
+        assert record["exact_match"] == before[key]["exact_match"]
+
+
 def test_time_that_is_up_begins_nothing(everything, tmp_path):
     import quality
 
@@ -155,12 +173,12 @@ def test_tuning_sees_neither_held_out_nor_test_rows(everything, finished):
         if rate:
             setting = task._setting(cell.plan)
             assert setting.indices is task.tuning and setting.judge is None
-            store.put(cell.plan, task.compute(cell.plan, store))
-        task.compute(cell, store)
+            store.put(cell.plan, *task.compute([cell.plan], store))
+        task.compute([cell], store)
     final = Cell("final", "uniform", 2, 0, None, 0.01)
     assert store.get(final.plan)
     with pytest.raises(TypeError):
-        task.compute(final, store)
+        task.compute([final], store)
 
 
 def test_tables_show_what_is_finished(finished, capsys):
@@ -177,7 +195,7 @@ def test_tables_show_what_is_finished(finished, capsys):
 
 
 def test_rows_encoded_once_are_the_collators_batches(everything, base_config, data):
-    from quality_training import EncodedRows
+    from quality_rows import LABELS, POSITIONS, EncodedRows
 
     for model, source in ((everything[2], everything[3]), (base_config, data)):
         source = replace(source, pad_to_multiple_of=4)
@@ -186,13 +204,41 @@ def test_rows_encoded_once_are_the_collators_batches(everything, base_config, da
         for chosen in ([0, 1, 2, 3], [5, 2], [7]):
             wanted = collator([rows[i] for i in chosen])
             batch = encoded.batch(chosen)
-            assert batch.keys() == wanted.keys()
+            assert batch.keys() == wanted.keys() | {LABELS, POSITIONS}
             for key, value in wanted.items():
                 torch.testing.assert_close(batch[key], value, msg=key)
 
 
-def test_retraining_is_that_of_a_peft_lora(everything):
-    from quality_training import EncodedRows, Retrainer, batches, mean_loss
+@pytest.mark.parametrize("kind", ["llama", "mllama", "llava"])
+def test_the_loss_of_supervised_tokens_is_the_models_own(
+    everything, base_config, data, kind, tmp_path
+):
+    from quality_rows import EncodedRows, model_inputs, supervised_loss, supervised_losses
+
+    model_config, source = {"llama": everything[2:4], "mllama": (base_config, data)}.get(
+        kind, (None, data)
+    )
+    if kind == "llava":
+        model_config = ModelConfig(make_family(IMAGE_FAMILIES["llava"], str(tmp_path)))
+    model = load_model(model_config)
+    encoded = EncodedRows(load_splits(source)["train"], make_collator(model_config, source), CPU)
+    seen = []
+    model.get_output_embeddings().register_forward_hook(lambda m, x, y: seen.append(y.shape))
+    for chosen in ([0, 1, 2], [5]):
+        batch = encoded.batch(chosen)
+        own, ours = model(**model_inputs(batch)).loss, supervised_loss(model, batch)
+        torch.testing.assert_close(ours, own)
+        assert seen.pop()[:2] == (1, 16 * len(chosen)), "logits of few tokens"
+        assert model(**model_inputs(batch)).logits.shape[:2] == batch["input_ids"].shape
+    pair = [model(**model_inputs(encoded.batch(part))).loss for part in ([0, 1], [2, 4])]
+    losses = supervised_losses(model, encoded.batch([0, 1], [2, 4]))
+    torch.testing.assert_close(losses, torch.stack(pair))
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_retraining_is_that_of_a_peft_lora(everything, beside):
+    from quality_rows import EncodedRows, batches, mean_loss, model_inputs
+    from quality_training import Retrainer, Retraining
 
     _, _, model_config, data, _ = everything
     training = TrainingConfig(
@@ -202,16 +248,18 @@ def test_retraining_is_that_of_a_peft_lora(everything):
     rows = EncodedRows(load_splits(data)["train"], collator, CPU)
     model, indices = load_model(model_config), list(range(len(rows)))
     names = match_modules(model, "all-linear")
-    retrainer = Retrainer(model, names, largest=4, scaling=2.0, training=training)
+    retrainer = Retrainer(model, names, largest=4, scaling=2.0, training=training, stack=2)
     plan = {name: (0, 1, 2, 4)[i % 4] for i, name in enumerate(names)}
     other = {name: (4, 2)[i % 2] for i, name in enumerate(names)}
-    for earlier in (other, plan):  # the second starts afresh
-        result = retrainer.retrain(earlier, rows, indices, seed=3, rate=0.05)
-    with retrainer.adapters():
+    job, another = Retraining(plan, indices, 3, 0.05), Retraining(other, indices[:20], 5, 0.2)
+    retrainer.retrain([another], rows)  # the next one starts afresh
+    result = retrainer.retrain([another, job] if beside else [job], rows)[beside]
+    assert result["stack"] == 1 + beside
+    with retrainer.adapters(beside):
         loss = mean_loss(model, rows, indices, 7)
-        ours = {n: x.lora_B[:, : plan[n]].clone() for n, x in retrainer.layers.items()}
-        retrainer._reset(plan, 3, {})
-        first = {n: x.lora_A[: plan[n]].detach().clone() for n, x in retrainer.layers.items()}
+    ours = {n: b[:, : plan[n]].clone() for n, (_, b) in retrainer.trained(beside).items()}
+    retrainer._reset(0, job)
+    first = {n: a[: plan[n]].clone() for n, (a, _) in retrainer.trained().items()}
     assert model.get_submodule(names[0]) is retrainer.originals[names[0]]
 
     peft_model = get_peft_model(model, Genotype(plan).to_lora_config(model))
@@ -223,7 +271,7 @@ def test_retraining_is_that_of_a_peft_lora(everything):
     optimizer = torch.optim.AdamW(weights, lr=0.05, weight_decay=0.1)
     scheduler, order = get_scheduler("cosine", optimizer, 2, 6), batches(indices, 8, 3)
     for _ in range(6):
-        step_loss = peft_model(**rows.batch(next(order))).loss
+        step_loss = peft_model(**model_inputs(rows.batch(next(order)))).loss
         step_loss.backward()
         nn.utils.clip_grad_norm_(weights, 0.5)
         optimizer.step()
@@ -263,7 +311,19 @@ def made_up(gradients, ranks=(0, 1, 2)):
     )  # fmt: skip
 
 
-def test_gradients_spectrum_chooses_ranks():
+@pytest.fixture
+def own_loss(monkeypatch):
+    """The loss that a made-up model returns."""
+    import quality_methods
+
+    monkeypatch.setattr(
+        quality_methods,
+        "supervised_loss",
+        lambda model, batch: model(**batch, use_cache=False).loss,
+    )
+
+
+def test_gradients_spectrum_chooses_ranks(own_loss):
     import quality_methods
 
     q, _ = torch.linalg.qr(torch.randn(6, 6))
@@ -281,7 +341,7 @@ def test_gradients_spectrum_chooses_ranks():
     assert quality_methods.gradient(setting).ranks == {"a": 1, "b": 0, "c": 0}
 
 
-def test_fisher_gives_ranks_in_proportion():
+def test_fisher_gives_ranks_in_proportion(own_loss):
     import quality_methods
 
     gradients = {name: torch.full((6, 6), size) for name, size in (("a", 2.0), ("b", 1.0))}

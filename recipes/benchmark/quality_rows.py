@@ -1,0 +1,175 @@
+"""Rows encoded once, batches of one or several trainings, and losses of their supervised tokens.
+Not here: what is trained on them (quality_training.py)."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from darts_lora import InputError
+from darts_lora.collator import IGNORED, Collator
+
+POSITIONS, LABELS = "supervised_positions", "supervised_labels"
+MULTIPLE = 16  # of supervised tokens a row, that a batch's are filled up to: few shapes of batches
+
+
+class EncodedRows:
+    """All rows of a split as tensors on the device: what a Collator makes of them, made once.
+
+    Args:
+        rows: of a data set.
+        collator: gives each row its tensors; its pad_to_multiple_of pads the batches.
+        device: where they stay.
+    """
+
+    def __init__(self, rows: Iterable[dict], collator: Collator, device: torch.device):
+        self.multiple, collator.pad_to_multiple_of = collator.pad_to_multiple_of, 1
+        single = [collator([row]) for row in rows]
+        collator.pad_to_multiple_of = self.multiple
+        self.lengths = [row["input_ids"].shape[1] for row in single]
+        next_tokens = [row["labels"][0, 1:] for row in single]
+        self.positions = [(tokens != IGNORED).nonzero()[:, 0] for tokens in next_tokens]
+        self.targets = [
+            tokens[where] for tokens, where in zip(next_tokens, self.positions, strict=True)
+        ]
+        fill = {"input_ids": collator.tokenizer.pad_token_id, "labels": IGNORED}
+        fill |= {"attention_mask": 0}
+        longest = self._padded(max(self.lengths))
+        # Beside the tokens, what is aligned with them: masks; the leading dimension is the row.
+        self.aligned = {
+            key
+            for key, value in single[0].items()
+            if value.dim() > 1 and value.shape[1] == self.lengths[0]
+        }
+        self.tensors = {}
+        for key in single[0]:
+            values = [row[key] for row in single]
+            if key in self.aligned:
+                values = [_pad(value, longest, fill.get(key)) for value in values]
+            self.tensors[key] = torch.cat(values).to(device)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def shape(self, *parts: Sequence[int]) -> tuple[int, ...]:
+        """Parts, tokens that each row of their batch is padded to, and positions of a part for
+        supervised_loss: more than there are supervised tokens, for its labels begin with none."""
+        tokens = max(self.lengths[i] for part in parts for i in part)
+        supervised = max(sum(len(self.targets[i]) for i in part) for part in parts)
+        multiple = MULTIPLE * len(parts[0])
+        return len(parts), self._padded(tokens), multiple * (supervised // multiple + 1)
+
+    def batch(self, *parts: Sequence[int]) -> dict[str, Tensor]:
+        """The batch that the collator makes of these rows; several parts of equal size are those of
+        as many trainings, one after the other.
+
+        For supervised_loss it has, for each part, the positions (among all tokens of the batch)
+        that predict a supervised token, and their labels, each behind the position that predicts
+        it, as in any sequence.
+        """
+        _, length, count = self.shape(*parts)
+        chosen = self._sent(torch.tensor([i for part in parts for i in part]))
+        batch = {
+            key: value[chosen, :length] if key in self.aligned else value[chosen]
+            for key, value in self.tensors.items()
+        }
+        positions, labels, row = [], [], 0
+        for part in parts:
+            targets = torch.cat([self.targets[i] for i in part])
+            missing = count - len(targets)
+            places = [(row + n) * length + self.positions[i] for n, i in enumerate(part)]
+            positions.append(nn.functional.pad(torch.cat(places), (0, missing)))
+            labels.append(nn.functional.pad(targets, (1, missing - 1), value=IGNORED))
+            row += len(part)
+        extra = {POSITIONS: torch.stack(positions), LABELS: torch.stack(labels)}
+        return batch | {key: self._sent(value) for key, value in extra.items()}
+
+    def _sent(self, values: Tensor) -> Tensor:
+        device = self.tensors["input_ids"].device
+        if device.type == "cuda":  # a copy from pageable memory would wait for the step before
+            return values.pin_memory().to(device, non_blocking=True)
+        return values
+
+    def _padded(self, length: int) -> int:
+        return math.ceil(length / self.multiple) * self.multiple
+
+
+def _pad(value: Tensor, length: int, fill: int | None) -> Tensor:
+    """Up to `length` in the second dimension; None goes on as at the last token, as processors let
+    masks of images do."""
+    rest = value[:, -1:] if fill is None else torch.full_like(value[:, -1:], fill)
+    return torch.cat([value, rest.expand(-1, length - value.shape[1], *value.shape[2:])], dim=1)
+
+
+def batches(indices: Sequence[int], size: int, seed: int) -> Iterator[list[int]]:
+    """Full batches of shuffled rows, epoch after epoch without end; the seed decides the order.
+
+    Raises:
+        InputError: fewer rows than a batch takes.
+    """
+    if len(indices) < size:
+        raise InputError(f"batch_size={size}: there are {len(indices)} rows to train on")
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(len(indices), generator=generator).tolist()
+        for start in range(0, len(order) - size + 1, size):
+            yield [indices[i] for i in order[start : start + size]]
+
+
+def model_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the collator made: all but what supervised_loss needs."""
+    return {key: value for key, value in batch.items() if key not in (POSITIONS, LABELS)}
+
+
+def supervised_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The model's own loss, but of logits of the supervised tokens alone: with a vocabulary of
+    49,152 and a model of 135M those of all tokens take much of the time and most of the memory."""
+    with _supervised_logits(model, batch):
+        return model(**model_inputs(batch) | {"labels": batch[LABELS]}, use_cache=False).loss
+
+
+def supervised_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The same for each part of the batch, (parts,)."""
+    inputs, labels = model_inputs(batch), batch[LABELS][:, 1:]
+    del inputs["labels"]
+    with _supervised_logits(model, batch):
+        logits = model(**inputs, use_cache=False).logits[:, :-1]
+    losses = nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return losses.view(labels.shape).sum(1) / (labels != IGNORED).sum(1)
+
+
+@contextlib.contextmanager
+def _supervised_logits(model: nn.Module, batch: dict[str, Tensor]) -> Iterator[None]:
+    """The head sees the supervised positions alone, a sequence for each part."""
+
+    def keep(head: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        return (args[0].flatten(0, 1)[batch[POSITIONS]],)
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(keep)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@torch.no_grad()
+def mean_loss(
+    model: nn.Module, rows: EncodedRows, indices: Sequence[int], batch_size: int
+) -> float | None:
+    """Mean loss per supervised token over the rows, natural log; None if it is not finite."""
+    training = model.training
+    model.eval()
+    order = sorted(indices, key=lambda i: rows.lengths[i])  # little padding
+    total, tokens = 0.0, 0
+    for start in range(0, len(order), batch_size):
+        batch = rows.batch(order[start : start + batch_size])
+        count = int((batch["labels"][:, 1:] != IGNORED).sum())
+        total, tokens = total + float(supervised_loss(model, batch)) * count, tokens + count
+    model.train(training)
+    return total / tokens if math.isfinite(total) else None
