@@ -112,9 +112,10 @@ def _plot(points: list[dict], path: str, options: GrowthRun) -> None:
                 chosen = [p for p in points if (p["axis"], p["branches"]) == (axis, branches)]
                 heights = [p[key] or 0 for p in chosen]
                 panel.plot([p["value"] for p in chosen], heights, "o-", label=branches)
-            panel.set_ylim(bottom=0)
             panel.set_xlabel(label if row else "")
             panel.set_ylabel(unit if not column else "")
+    for first, *_ in panels:
+        first.set_ylim(bottom=0)  # of the whole row; after all lines, or it would cut them off
     panels[0][0].legend()
     figure.suptitle(f"{options.shape}, {options.device}: cost of a bilevel step")
     figure.tight_layout()
