@@ -254,6 +254,9 @@ class DataConfig:
     """Longest sequence (tokens); a longer row is an error that names it."""
     pad_to_multiple_of: int = 1
     """Pad the sequences of a batch to a multiple of this many tokens: fewer shapes of batches."""
+    split_by: Literal["prompt", "row"] = "prompt"
+    """What stays on one side of a split: all rows of a prompt (with its images), unless all rows
+    have the same; or each row by itself. Alpha must not learn on prompts that the weights know."""
     split_seed: int = 0
     """Seed of the split into training and validation rows."""
 
@@ -263,6 +266,7 @@ class DataConfig:
             at_least={"split_seed": 0},
             above={"max_train_samples": 0, "max_test_samples": 0, "max_length": 0}
             | {"pad_to_multiple_of": 0},
+            choices={"split_by": ("prompt", "row")},
         )
         for name in ("validation_fraction", "test_fraction"):
             value = getattr(self, name)

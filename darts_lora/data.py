@@ -4,12 +4,13 @@ Not here: where rows come from (sources.py), what they mean (rows.py), batches (
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
 from darts_lora.collator import Collator, LabelCollator
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
@@ -21,7 +22,7 @@ from darts_lora.models import (
     load_model_config,
     load_processor,
 )
-from darts_lora.rows import ROW
+from darts_lora.rows import ROW, row_prompt
 from darts_lora.sources import Rows, is_empty, load_source, source_split
 
 SHUFFLE_BUFFER = 1000  # rows of a stream that are shuffled among each other
@@ -50,8 +51,9 @@ def load_splits(
     """The data sets of these names, out of train, validation and test; disjoint, always the same.
 
     Validation rows are drawn from the training split, and so are test rows where test_split is
-    None. Columns `row_index` and `row_source` hold each row's number in its source split, and what
-    that is. Images stay encoded. In a stream each row's number and split_seed decide.
+    None; rows of one prompt go together, unless split_by says otherwise. Columns `row_index` and
+    `row_source` hold each row's number in its source split, and what that is. Images stay encoded.
+    In a stream each row's prompt, or number, and split_seed decide.
 
     Raises:
         InputError: data that cannot be loaded, a missing split, a split with no rows.
@@ -84,9 +86,10 @@ def split_record(splits: dict[str, Rows], config: DataConfig) -> dict[str, Any]:
     """How a run's rows were split, for its folder: row numbers of each split in the source; for
     streams the rule."""
     if config.streaming:
-        rule = "row i: u = random.Random(f'{split_seed} {i}').random(); test below test_fraction "
-        rule += "(0 with a test_split), then validation below validation_fraction of the rest"
-        options = ("split_seed", "test_split", "test_fraction", "validation_fraction")
+        rule = "u = random.Random(f'{split_seed} {i}').random(), i the row's number or (split_by "
+        rule += "prompt) the digest of its prompt; test below test_fraction (0 with a test_split), "
+        rule += "then validation below validation_fraction of the rest"
+        options = ("split_by", "split_seed", "test_split", "test_fraction", "validation_fraction")
         options += ("max_train_samples",)
         return {"rule": rule} | {name: getattr(config, name) for name in options}
     return {name: list(split[ROW]) for name, split in splits.items()}
@@ -95,10 +98,38 @@ def split_record(splits: dict[str, Rows], config: DataConfig) -> dict[str, Any]:
 def _drawn_parts(train: Dataset, config: DataConfig) -> dict[str, Dataset]:
     """Train, validation (and, where there is no test split, test) rows, drawn at random."""
     rows, parts = _shuffled(len(train), config)[: config.max_train_samples], {}
+    prompts = None
+    if config.split_by == "prompt":
+        prompts = dict(zip(rows, row_prompts(train.select(rows)), strict=True))
+        rows = side_by_side(rows, prompts)
+        if len(set(prompts.values())) == 1:  # it cannot stay on one side
+            prompts = None
     if config.test_split is None:
-        rows, parts["test"] = _cut(rows, config, "test_fraction")
-    parts["train"], parts["validation"] = _cut(rows, config, "validation_fraction")
+        rows, parts["test"] = _cut(rows, prompts, config, "test_fraction")
+    parts["train"], parts["validation"] = _cut(rows, prompts, config, "validation_fraction")
     return {name: train.select(sorted(rows)) for name, rows in parts.items()}
+
+
+def row_prompts(rows: Rows) -> list[bytes]:
+    """The digest of each row's prompt (rows.py); a bar where it takes more than seconds."""
+    bar = tqdm(rows, desc="prompts", unit="row", delay=3, mininterval=1, leave=False)
+    return [row_prompt(row) for row in bar]
+
+
+def side_by_side(rows: list[int], prompts: Mapping[int, bytes]) -> list[int]:
+    """The rows with those of one prompt side by side, the prompts in a random order if the rows'
+    is; rows of as many prompts stay as they are."""
+    place, first = {row: i for i, row in enumerate(rows)}, {}
+    for row in sorted(rows):
+        first.setdefault(prompts[row], place[row])
+    return sorted(rows, key=lambda row: (first[prompts[row]], place[row]))
+
+
+def between_prompts(rows: list[int], prompts: Mapping[int, bytes], count: int) -> int:
+    """How many of the first rows of side_by_side to take for about `count`, and no prompt in part;
+    0 where there is one prompt."""
+    ends = (i for i in range(1, len(rows)) if prompts[rows[i]] != prompts[rows[i - 1]])
+    return min(ends, key=lambda end: abs(end - count), default=0)
 
 
 def _stream_parts(train: IterableDataset, config: DataConfig) -> dict[str, IterableDataset]:
@@ -111,21 +142,23 @@ def _stream_parts(train: IterableDataset, config: DataConfig) -> dict[str, Itera
             option = "test_fraction" if name == "test" else "validation_fraction"
             raise InputError(
                 f"{option}={getattr(config, option)}: leaves no sample in the {name} split of the "
-                "stream; it has too few rows"
+                "stream; it has too few rows, or too few prompts (split_by=row)"
             )
     return parts
 
 
 class _StreamPart:
-    """Whether a row of a stream belongs to one of these parts, by its number alone."""
+    """Whether a row of a stream belongs to one of these parts, by its prompt or number alone."""
 
     def __init__(self, config: DataConfig, parts: tuple[str, ...]):
         self.parts, self.seed = parts, config.split_seed
+        self.by_prompt = config.split_by == "prompt"
         self.test = 0.0 if config.test_split else config.test_fraction
         self.validation = self.test + (1 - self.test) * config.validation_fraction
 
     def __call__(self, row: dict) -> bool:
-        u = random.Random(f"{self.seed} {row[ROW]}").random()
+        own = row_prompt(row).hex() if self.by_prompt else row[ROW]
+        u = random.Random(f"{self.seed} {own}").random()
         part = "test" if u < self.test else "validation" if u < self.validation else "train"
         return part in self.parts
 
@@ -145,13 +178,22 @@ def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _cut(rows: list[int], config: DataConfig, option: str) -> tuple[list[int], list[int]]:
+def _cut(
+    rows: list[int], prompts: Mapping[int, bytes] | None, config: DataConfig, option: str
+) -> tuple[list[int], list[int]]:
     """Rows kept and rows held back (the share that `option` names); neither may be empty."""
     share, name = getattr(config, option), option.removesuffix("_fraction")
     held = round(len(rows) * share)
     if held == 0 or held == len(rows):
         empty = f"the {name} split" if held == 0 else "the training split"
         raise InputError(f"{option}={share}: leaves no sample in {empty} ({len(rows)} rows in all)")
+    if prompts is not None:
+        wanted, held = held, between_prompts(rows, prompts, held)
+        if abs(held - wanted) > min(wanted, len(rows) - wanted) / 2:
+            raise InputError(
+                f"split_by='prompt': the {len(rows)} rows have {len({prompts[r] for r in rows})} "
+                f"prompts, which cannot be split by {option}={share}; use split_by=row"
+            )
     return rows[held:], rows[:held]
 
 

@@ -3,6 +3,7 @@ Not here: tokens and tensors (collator.py), nor where rows come from (data.py)."
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import re
@@ -67,6 +68,25 @@ def row_messages(row: dict) -> list[dict[str, Any]]:
             f"{row_name(row, layout[-1])}: the last message is not the assistant's answer"
         )
     return messages
+
+
+def row_prompt(row: dict) -> bytes:
+    """A digest (16 bytes) of what the model is given before the answer: messages and images, these
+    as they are stored; of a row of plain `text` the text. A row that has none of them is alone."""
+    try:
+        messages = row_messages(row)
+        given = messages if row_layout(row) == ("text",) else messages[:-1]
+    except InputError:  # whoever uses the row says so
+        given = row.get(ROW)
+    digest = hashlib.blake2b(repr(given).encode("utf-8", "surrogatepass"), digest_size=16)
+    for column in IMAGE_COLUMNS:
+        images = row.get(column) or ()
+        for image in images if isinstance(images, list) else [images]:
+            stored = image.get("bytes") or image.get("path") if isinstance(image, dict) else image
+            if isinstance(stored, Image.Image):
+                stored = stored.tobytes()
+            digest.update(stored if isinstance(stored, bytes) else repr(stored).encode())
+    return digest.digest()
 
 
 def row_images(row: dict) -> list[Image.Image]:

@@ -3,7 +3,9 @@ Not here: what a row is (test_rows.py), and becomes (test_collator.py)."""
 
 import json
 import random
-from itertools import chain, islice
+from dataclasses import replace
+from functools import partial
+from itertools import chain, combinations, islice
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ from darts_lora.data import (
 )
 from darts_lora.errors import InputError
 from darts_lora.models import load_processor
-from darts_lora.rows import ROW, SOURCE, row_images
+from darts_lora.rows import ROW, SOURCE, row_images, row_prompt
 from darts_lora.stream import BatchStream
 from small_models import residual
 
@@ -82,8 +84,62 @@ def test_only_what_is_asked_for_must_be_there(source):
         load_splits(DataConfig("json", source), ["test"])
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_of_a_prompt_stay_on_one_side(tmp_path, streaming):
+    rows = [{"prompt": f"q{i % 50}", "completion": f"a{i}"} for i in range(400)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    config = DataConfig("json", path, test_split=None, streaming=streaming)
+    parts = {
+        name: [r["prompt"] for r in split] for name, split in load_splits(config, NAMES).items()
+    }
+    prompts = [set(part) for part in parts.values()]
+    assert sum(map(len, prompts)) == len(set.union(*prompts)) == 50
+    assert sum(map(len, parts.values())) == 400
+    if not streaming:  # whole prompts of eight rows that are nearest to 10 % and 30 % of the rest
+        assert [len(part) for part in parts.values()] == [256, 104, 40]
+    alone = load_splits(replace(config, split_by="row"), NAMES)
+    assert set(row["prompt"] for row in alone["validation"]) & prompts[0]
+
+
+def test_different_prompts_are_split_as_rows_are(source):
+    config = DataConfig("json", source, test_split=None)
+    by_row = load_splits(replace(config, split_by="row"), NAMES)
+    assert row_numbers(load_splits(config, NAMES)) == row_numbers(by_row)
+
+
+def test_another_image_is_another_prompt(data_folder):
+    rows = load_splits(DataConfig(data_folder, split_by="row"))["train"].select(range(12))
+    prompts = [row_prompt(row) for row in rows]
+    stored = [(str(row["messages"][:-1]), row["image"]["bytes"]) for row in rows]
+    for i, j in combinations(range(12), 2):
+        assert (prompts[i] == prompts[j]) == (stored[i] == stored[j])
+    row = rows[0]
+    other = {**row, "image": {"bytes": b"other", "path": None}}
+    assert row_prompt(other) != row_prompt(row)
+    answered = {**row, "messages": [row["messages"][0], {"role": "assistant", "content": "other"}]}
+    assert row_prompt(answered) == row_prompt(row)
+    texts = [row_prompt({"text": text}) for text in ("a", "b", "a")]
+    assert texts[0] == texts[2] != texts[1], "of a text without a prompt all counts"
+
+
+def test_prompts_that_cannot_be_split_are_refused(tmp_path):
+    def config(*prompts):
+        rows = [{"prompt": prompt, "completion": f"a{i}"} for i, prompt in enumerate(prompts)]
+        return DataConfig("json", write(tmp_path / "rows.jsonl", rows))
+
+    few = config(*["p"] * 19, "q")
+    with pytest.raises(InputError, match=r"split_by='prompt': the 20 rows have 2 prompts, .*"
+                       r"validation_fraction=0\.3; use split_by=row"):  # fmt: skip
+        load_splits(few)
+    for possible in (
+        replace(few, split_by="row"),
+        config(*["p"] * 20),
+    ):  # one for all tells nothing
+        assert len(load_splits(possible)["validation"]) == 6
+
+
 def test_the_splits_of_a_folder_with_images(data_folder):
-    splits = load_splits(DataConfig(data_folder), NAMES)
+    splits = load_splits(DataConfig(data_folder, split_by="row"), NAMES)
     assert {name: len(split) for name, split in splits.items()} == {
         "train": 28, "validation": 12, "test": 12
     }  # fmt: skip
@@ -93,8 +149,9 @@ def test_the_splits_of_a_folder_with_images(data_folder):
     row = splits["test"][4]
     assert row_images(row)[0].size == (32, 16)
     assert row["messages"][1] == {"role": "assistant", "content": "green"}
-    assert row_numbers(load_splits(DataConfig(data_folder), NAMES)) == indices
-    other = row_numbers(load_splits(DataConfig(data_folder, split_seed=1)))
+    again = load_splits(DataConfig(data_folder, split_by="row"), NAMES)
+    assert row_numbers(again) == indices
+    other = row_numbers(load_splits(DataConfig(data_folder, split_by="row", split_seed=1)))
     assert other["validation"] != indices["validation"]
 
 
@@ -240,9 +297,11 @@ def test_only_the_wanted_parts_of_a_stream(stream):
     assert numbers(test["test"]) == numbers(everything["test"])
 
 
+@pytest.mark.parametrize("split_by", ["prompt", "row"])
 @pytest.mark.parametrize("test_split", ["test", None])
-def test_the_record_of_a_streams_split_gives_it_again(stream, test_split):
-    config = stream(test_split=test_split, max_train_samples=150, split_seed=3)
+def test_the_record_of_a_streams_split_gives_it_again(stream, test_split, split_by):
+    options = {"max_train_samples": 150, "split_seed": 3, "split_by": split_by}
+    config = stream(test_split=test_split, **options)
     names = NAMES if test_split is None else NAMES[:2]
     splits = load_splits(config, names)
     record = json.loads(json.dumps(split_record(splits, config)))
@@ -250,7 +309,12 @@ def test_the_record_of_a_streams_split_gives_it_again(stream, test_split):
     found = {name: [] for name in names}
     test = 0 if record["test_split"] else record["test_fraction"]
     for i in range(record["max_train_samples"]):
-        u = random.Random(f"{record['split_seed']} {i}").random()
+        own = (
+            i
+            if record["split_by"] == "row"
+            else row_prompt({"prompt": f"q{i}", "completion": ""}).hex()
+        )
+        u = random.Random(f"{record['split_seed']} {own}").random()
         validation = test + (1 - test) * record["validation_fraction"]
         found["test" if u < test else "validation" if u < validation else "train"].append(i)
     assert {name: numbers(rows) for name, rows in splits.items()} == found
@@ -380,11 +444,12 @@ def test_a_saved_data_set_as_a_stream(tmp_path):
 
 def test_a_stream_with_too_few_rows(tmp_path):
     path = write(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}] * 3)
+    stream = partial(DataConfig, "json", path, streaming=True, split_by="row")
     for fraction, name in ((0.001, "validation"), (0.999, "train")):
-        config = DataConfig("json", path, streaming=True, validation_fraction=fraction)
+        config = stream(validation_fraction=fraction)
         with pytest.raises(InputError, match=rf"={fraction}: leaves no sample in the {name} split"):
             load_splits(config)
-    config = DataConfig("json", path, streaming=True, test_split=None, test_fraction=0.001)
+    config = stream(test_split=None, test_fraction=0.001)
     with pytest.raises(InputError, match=r"test_fraction=0\.001: leaves no sample in the test"):
         load_splits(config, NAMES)
 

@@ -277,7 +277,7 @@ def test_a_run_shorter_than_the_log_interval_has_a_loss_all_the_same(
 def test_training_and_validation_rows_are_all_used_and_test_rows_never(
     monkeypatch, genotype, base_config, data, tmp_path, test_split
 ):
-    data, seen = replace(data, test_split=test_split), []
+    data, seen = replace(data, test_split=test_split, split_by="row"), []
 
     def spy(model, dataset, *args, **options):
         seen.extend(dataset[ROW])

@@ -231,7 +231,7 @@ def test_what_mixes_rows_is_refused():
 
 def test_rows_stay_apart_in_a_vision_language_model(vision_folder, data_folder):
     """Tiles, cross-attention and text of one row only: seen by what the weights learn."""
-    data = DataConfig(data_folder, max_length=32)
+    data = DataConfig(data_folder, max_length=32, split_by="row")
     collator, split = make_collator(ModelConfig(vision_folder), data), load_splits(data)["train"]
     found = []
     for others in ((3, 4, 5), (6, 7, 8)):

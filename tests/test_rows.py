@@ -87,7 +87,7 @@ CASES = [(w, name) for w in WRITERS for name in (TABLES if w is write_csv else L
 def rows_and_collator(source, model, **options):
     """All rows of a source, in order, and what makes batches of them for a model."""
     dataset, files = source
-    config = DataConfig(dataset, files, **options)
+    config = DataConfig(dataset, files, **{"split_by": "row"} | options)
     rows = [row for split in load_splits(config).values() for row in split]
     return sorted(rows, key=lambda row: row[ROW]), make_collator(model, config)
 

@@ -188,11 +188,10 @@ class Task:
         self.test_rows = load_splits(data, ["test"])["test"]
         self.rows = EncodedRows(training_rows(data), self.collator, device)
         self.test = EncodedRows(self.test_rows, self.collator, device)
-        order = torch.randperm(
+        self.all = torch.randperm(
             len(self.rows), generator=torch.Generator().manual_seed(data.split_seed)
         ).tolist()
-        held = round(options.tuning_fraction * len(order))
-        self.validation, self.tuning, self.all = order[:held], order[held:], order
+        self.validation, self.tuning = self.rows.split(self.all, options.tuning_fraction)
         base = load_model(model).to(device)
         self.retrainer = Retrainer(
             base,

@@ -40,8 +40,7 @@ def search(setting: Setting, start: Callable[[Setting], Found] | None = None, **
     """The library's search under the budget; `options` of SearchConfig beside the task's own.
     With `start`, alpha begins at that method's plan, one less for each candidate away from it."""
     plan = start(setting).ranks if start else None
-    held = round(len(setting.indices) * setting.validation_fraction)
-    parts = {"train": setting.indices[held:], "validation": setting.indices[:held]}
+    validation, train = setting.rows.split(setting.indices, setting.validation_fraction)
     config = replace(
         setting.search, budget_rank=None, budget_parameters=setting.budget, seed=setting.seed,
         **options,
@@ -56,7 +55,7 @@ def search(setting: Setting, start: Callable[[Setting], Found] | None = None, **
             collate_fn=setting.rows.batch,
             generator=torch.Generator().manual_seed(setting.seed),
         )
-        for indices in parts.values()
+        for indices in (train, validation)
     ]
     supernet = Supernet(setting.retrainer.model, config)
     if plan is not None:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from darts_lora import InputError
 from darts_lora.collator import IGNORED, Collator
+from darts_lora.data import between_prompts, side_by_side
+from darts_lora.rows import row_prompt
 
 POSITIONS, LABELS = "supervised_positions", "supervised_labels"
 MULTIPLE = 16  # of supervised tokens a row, that a batch's are filled up to: few shapes of batches
@@ -28,6 +30,8 @@ class EncodedRows:
 
     def __init__(self, rows: Iterable[dict], collator: Collator, device: torch.device):
         self.multiple, collator.pad_to_multiple_of = collator.pad_to_multiple_of, 1
+        rows = list(rows)
+        self.prompts = dict(enumerate(map(row_prompt, rows)))
         single = [collator([row]) for row in rows]
         collator.pad_to_multiple_of = self.multiple
         self.lengths = [row["input_ids"].shape[1] for row in single]
@@ -54,6 +58,14 @@ class EncodedRows:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def split(self, indices: Sequence[int], share: float) -> tuple[list[int], list[int]]:
+        """About this share of the rows, by whole prompts, and the others."""
+        ordered = side_by_side(list(indices), self.prompts)
+        held = between_prompts(ordered, self.prompts, round(share * len(ordered)))
+        if not held:
+            raise InputError("all rows have the same prompt: they cannot be split by it")
+        return ordered[:held], ordered[held:]
 
     def shape(self, *parts: Sequence[int]) -> tuple[int, ...]:
         """Parts, tokens that each row of their batch is padded to, and positions of a part for

@@ -165,7 +165,9 @@ def test_tuning_sees_neither_held_out_nor_test_rows(everything, finished):
 
     task, store = quality.Task(*everything), Store(finished)
     assert sorted(task.tuning + task.validation) == sorted(task.all) == list(range(48))
-    assert len(task.validation) == 5
+    assert len(task.validation) == 8, "a whole prompt's rows; 4.8 were wanted"
+    prompts = [{task.rows.prompts[i] for i in part} for part in (task.tuning, task.validation)]
+    assert list(map(len, prompts)) == [5, 1] and not set.intersection(*prompts)
     task.test = None
     for method in ("search", "adalora", "eva_init"):
         rate = None if method == "eva_init" else 0.01
