@@ -251,4 +251,4 @@ def test_rows_stay_apart_in_a_vision_language_model(vision_folder, data_folder):
     (alpha, gradients), (other_alpha, other_gradients) = found
     assert (alpha - other_alpha).abs().max() > 1e-4
     for name, own, other in zip(supernet.state_dict(), gradients, other_gradients, strict=False):
-        assert torch.allclose(own, other, atol=1e-6), name
+        assert torch.allclose(own, other, atol=2e-5), name  # in float64 they differ by 4e-15
