@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from planted_methods import TEMPERATURES
@@ -23,11 +23,11 @@ from quality_allocation import (
 from quality_peft import adalora, eva, eva_components
 from quality_rows import supervised_loss
 from quality_setting import Found, Setting
-from quality_training import Retraining
+from quality_training import Plan, Retraining
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from darts_lora import RankSearch, Supernet
+from darts_lora import Genotype, RankSearch, Supernet, discretize
 from darts_lora.cost import rank_costs
 
 
@@ -39,7 +39,33 @@ def uniform(setting: Setting) -> Found:
 def search(setting: Setting, start: Callable[[Setting], Found] | None = None, **options) -> Found:
     """The library's search under the budget; `options` of SearchConfig beside the task's own.
     With `start`, alpha begins at that method's plan, one less for each candidate away from it."""
-    plan = start(setting).ranks if start else None
+    genotype = _run_search(setting, start(setting).ranks if start else None, options)
+    return Found(genotype.ranks, _notes(genotype))
+
+
+def search_with_gradient(setting: Setting) -> Found:
+    """The search's probabilities in the share in which two halves of its architecture steps agree,
+    the gradient's plan in the rest; the ranks are chosen from both as a search's are."""
+    genotype, plan = _run_search(setting, None, {}), gradient(setting).ranks
+    share = max(genotype.found_by["verdict"]["agreement"], 0.0)
+    genotype.probabilities = {
+        name: [share * p + (1 - share) * (rank == plan[name]) for p, rank in
+               zip(row, genotype.candidates, strict=True)]
+        for name, row in genotype.probabilities.items()
+    }  # fmt: skip
+    return Found(discretize(genotype).ranks, _notes(genotype))
+
+
+def _notes(genotype: Genotype) -> dict[str, Any]:
+    expected = [
+        sum(p * rank for p, rank in zip(row, genotype.candidates, strict=True))
+        for row in genotype.probabilities.values()
+    ]
+    verdict = genotype.found_by["verdict"]
+    return {"expected_ranks": [round(rank, 4) for rank in expected], "verdict": verdict}
+
+
+def _run_search(setting: Setting, start: Plan | None, options: dict[str, Any]) -> Genotype:
     validation, train = setting.rows.split(setting.indices, setting.validation_fraction)
     config = replace(
         setting.search, budget_rank=None, budget_parameters=setting.budget, seed=setting.seed,
@@ -58,24 +84,18 @@ def search(setting: Setting, start: Callable[[Setting], Found] | None = None, **
         for indices in (train, validation)
     ]
     supernet = Supernet(setting.retrainer.model, config)
-    if plan is not None:
-        at = torch.tensor([config.ranks.index(plan[name]) for name in supernet.layers])
+    if start is not None:
+        at = torch.tensor([config.ranks.index(start[name]) for name in supernet.layers])
         distance = (torch.arange(len(config.ranks)) - at[:, None]).abs()
         supernet.alpha.data.copy_(-distance)
     on_gpu = setting.retrainer.device.type == "cuda"
     try:
         with open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet):  # one bar is enough
-            genotype = RankSearch(
+            return RankSearch(
                 supernet, *loaders, training=training, loss_fn=supervised_loss, cuda_graphs=on_gpu
             ).run()
     finally:
         supernet.remove().requires_grad_(False)
-    expected = {
-        name: sum(p * rank for p, rank in zip(row, genotype.candidates, strict=True))
-        for name, row in genotype.probabilities.items()
-    }
-    notes = {"expected_ranks": [round(rank, 4) for rank in expected.values()]}
-    return Found(genotype.ranks, notes | {"verdict": genotype.found_by["verdict"]})
 
 
 def random_ranks(setting: Setting, number: int) -> Found:
@@ -176,6 +196,7 @@ METHODS = {
     "uniform": Method(uniform),
     "search": _searches(),
     "search_gradient": _searches(start=gradient),
+    "search_with_gradient": Method(search_with_gradient, trains="as largest"),
     "random_0": Method(partial(random_ranks, number=0)),
     "adalora": Method(adalora, trains="tuned"),
     "svd": Method(svd, trains="tuned"),

@@ -24,7 +24,7 @@ from darts_lora.targets import match_modules
 BENCHMARK = Path(__file__).parents[2] / "recipes" / "benchmark"
 CPU = torch.device("cpu")
 METHODS = {"uniform", "search", "search_nested", "search_gumbel", "search_softmax", "search_order2"}
-METHODS |= {"search_every_2", "search_gradient"}
+METHODS |= {"search_every_2", "search_gradient", "search_with_gradient"}
 METHODS |= {"adalora", "eva", "eva_init", "svd", "gradient", "fisher", "attention", "mlp"}
 METHODS |= {f"random_{number}" for number in range(5)}
 
@@ -341,6 +341,30 @@ def test_gradients_spectrum_chooses_ranks(own_loss):
     assert quality_methods.gradient(setting).ranks == {"a": 2, "b": 1, "c": 0}
     setting.budget = 12
     assert quality_methods.gradient(setting).ranks == {"a": 1, "b": 0, "c": 0}
+
+
+def test_the_gradient_decides_what_a_search_cannot_tell(monkeypatch):
+    import quality_methods
+
+    one_hot = {"a": [0.0, 1.0, 0.0], "b": [0.0, 0.0, 1.0], "c": [1.0, 0.0, 0.0]}
+    found_by = {"budget_parameters": 3 * 12}
+    for agreement, wanted in (
+        (-0.1, (2, 0, 1)),
+        (0.2, (2, 0, 1)),
+        (0.8, (1, 2, 0)),
+        (1, (1, 2, 0)),
+    ):
+        genotype = Genotype(
+            dict.fromkeys("abc", 0), shapes=dict.fromkeys("abc", (6, 6)), candidates=[0, 1, 2],
+            probabilities=one_hot, found_by=found_by | {"verdict": {"agreement": agreement}},
+        )  # fmt: skip
+        monkeypatch.setattr(quality_methods, "_run_search", lambda *_, found=genotype: found)
+        plan = quality_methods.Found({"a": 2, "b": 0, "c": 1})
+        monkeypatch.setattr(quality_methods, "gradient", lambda _, plan=plan: plan)
+        found = quality_methods.search_with_gradient(None)
+        assert tuple(found.ranks.values()) == wanted, agreement
+        share = max(agreement, 0)
+        assert found.notes["expected_ranks"] == pytest.approx([2 - share, 2 * share, 1 - share])
 
 
 def test_fisher_gives_ranks_in_proportion(own_loss):
