@@ -100,7 +100,8 @@ def _drawn_parts(train: Dataset, config: DataConfig) -> dict[str, Dataset]:
     rows, parts = _shuffled(len(train), config)[: config.max_train_samples], {}
     prompts = None
     if config.split_by == "prompt":
-        prompts = dict(zip(rows, row_prompts(train.select(rows)), strict=True))
+        in_order = sorted(rows)  # files are read fastest in their order
+        prompts = dict(zip(in_order, row_prompts(train.select(in_order)), strict=True))
         rows = side_by_side(rows, prompts)
         if len(set(prompts.values())) == 1:  # it cannot stay on one side
             prompts = None
