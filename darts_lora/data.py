@@ -4,7 +4,7 @@ Not here: where rows come from (sources.py), what they mean (rows.py), batches (
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -98,39 +98,43 @@ def split_record(splits: dict[str, Rows], config: DataConfig) -> dict[str, Any]:
 def _drawn_parts(train: Dataset, config: DataConfig) -> dict[str, Dataset]:
     """Train, validation (and, where there is no test split, test) rows, drawn at random."""
     rows, parts = _shuffled(len(train), config)[: config.max_train_samples], {}
-    prompts = None
+    prompts: Mapping[int, Hashable] = dict(zip(rows, rows, strict=True))
     if config.split_by == "prompt":
         in_order = sorted(rows)  # files are read fastest in their order
         prompts = dict(zip(in_order, row_prompts(train.select(in_order)), strict=True))
-        rows = side_by_side(rows, prompts)
-        if len(set(prompts.values())) == 1:  # it cannot stay on one side
-            prompts = None
     if config.test_split is None:
         rows, parts["test"] = _cut(rows, prompts, config, "test_fraction")
     parts["train"], parts["validation"] = _cut(rows, prompts, config, "validation_fraction")
     return {name: train.select(sorted(rows)) for name, rows in parts.items()}
 
 
-def row_prompts(rows: Rows) -> list[bytes]:
+def row_prompts(rows: Iterable[dict]) -> list[bytes]:
     """The digest of each row's prompt (rows.py); a bar where it takes more than seconds."""
     bar = tqdm(rows, desc="prompts", unit="row", delay=3, mininterval=1, leave=False)
     return [row_prompt(row) for row in bar]
 
 
-def side_by_side(rows: list[int], prompts: Mapping[int, bytes]) -> list[int]:
-    """The rows with those of one prompt side by side, the prompts in a random order if the rows'
-    is; rows of as many prompts stay as they are."""
+def hold_back(
+    rows: Sequence[int], prompts: Mapping[int, Hashable], share: float
+) -> tuple[list[int], list[int]]:
+    """Rows kept, and rows held back: the first ones, as near to `share` of all as whole prompts
+    allow. Rows of which each has a prompt of its own, or all have the same, are cut where they are.
+    """
+    count = round(share * len(rows))
+    if len({prompts[row] for row in rows}) > 1:
+        rows = _side_by_side(rows, prompts)
+        ends = (i for i in range(1, len(rows)) if prompts[rows[i]] != prompts[rows[i - 1]])
+        count = min(ends, key=lambda end: abs(end - count))
+    return list(rows[count:]), list(rows[:count])
+
+
+def _side_by_side(rows: Sequence[int], prompts: Mapping[int, Hashable]) -> list[int]:
+    """Rows of one prompt one after the other; the prompts in the order of each one's first row in
+    the source, which is random where that of the rows is."""
     place, first = {row: i for i, row in enumerate(rows)}, {}
     for row in sorted(rows):
         first.setdefault(prompts[row], place[row])
     return sorted(rows, key=lambda row: (first[prompts[row]], place[row]))
-
-
-def between_prompts(rows: list[int], prompts: Mapping[int, bytes], count: int) -> int:
-    """How many of the first rows of side_by_side to take for about `count`, and no prompt in part;
-    0 where there is one prompt."""
-    ends = (i for i in range(1, len(rows)) if prompts[rows[i]] != prompts[rows[i - 1]])
-    return min(ends, key=lambda end: abs(end - count), default=0)
 
 
 def _stream_parts(train: IterableDataset, config: DataConfig) -> dict[str, IterableDataset]:
@@ -180,22 +184,21 @@ def _generator(seed: int) -> torch.Generator:
 
 
 def _cut(
-    rows: list[int], prompts: Mapping[int, bytes] | None, config: DataConfig, option: str
+    rows: list[int], prompts: Mapping[int, Hashable], config: DataConfig, option: str
 ) -> tuple[list[int], list[int]]:
     """Rows kept and rows held back (the share that `option` names); neither may be empty."""
     share, name = getattr(config, option), option.removesuffix("_fraction")
-    held = round(len(rows) * share)
-    if held == 0 or held == len(rows):
-        empty = f"the {name} split" if held == 0 else "the training split"
+    wanted = round(len(rows) * share)
+    if wanted == 0 or wanted == len(rows):
+        empty = f"the {name} split" if wanted == 0 else "the training split"
         raise InputError(f"{option}={share}: leaves no sample in {empty} ({len(rows)} rows in all)")
-    if prompts is not None:
-        wanted, held = held, between_prompts(rows, prompts, held)
-        if abs(held - wanted) > min(wanted, len(rows) - wanted) / 2:
-            raise InputError(
-                f"split_by='prompt': the {len(rows)} rows have {len({prompts[r] for r in rows})} "
-                f"prompts, which cannot be split by {option}={share}; use split_by=row"
-            )
-    return rows[held:], rows[:held]
+    kept, held = hold_back(rows, prompts, share)
+    if abs(len(held) - wanted) > min(wanted, len(rows) - wanted) / 2:
+        raise InputError(
+            f"split_by='prompt': the {len(rows)} rows have {len({prompts[r] for r in rows})} "
+            f"prompts, which cannot be split by {option}={share}; use split_by=row"
+        )
+    return kept, held
 
 
 def make_dataloader(

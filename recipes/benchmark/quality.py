@@ -32,7 +32,7 @@ from darts_lora import InputError, SearchConfig
 from darts_lora.cli import run
 from darts_lora.collator import Collator
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig, check_writable
-from darts_lora.data import load_splits, make_collator, training_rows
+from darts_lora.data import hold_back, load_splits, make_collator, training_rows
 from darts_lora.evaluate import score
 from darts_lora.files import write_json
 from darts_lora.models import load_model
@@ -191,7 +191,9 @@ class Task:
         self.all = torch.randperm(
             len(self.rows), generator=torch.Generator().manual_seed(data.split_seed)
         ).tolist()
-        self.validation, self.tuning = self.rows.split(self.all, options.tuning_fraction)
+        self.tuning, self.validation = hold_back(
+            self.all, self.rows.prompts, options.tuning_fraction
+        )
         base = load_model(model).to(device)
         self.retrainer = Retrainer(
             base,

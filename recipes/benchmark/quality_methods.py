@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader
 
 from darts_lora import Genotype, RankSearch, Supernet, discretize
 from darts_lora.cost import rank_costs
+from darts_lora.data import hold_back
 
 
 def uniform(setting: Setting) -> Found:
@@ -66,7 +67,7 @@ def _notes(genotype: Genotype) -> dict[str, Any]:
 
 
 def _run_search(setting: Setting, start: Plan | None, options: dict[str, Any]) -> Genotype:
-    validation, train = setting.rows.split(setting.indices, setting.validation_fraction)
+    parts = hold_back(setting.indices, setting.rows.prompts, setting.validation_fraction)
     config = replace(
         setting.search, budget_rank=None, budget_parameters=setting.budget, seed=setting.seed,
         **options,
@@ -81,7 +82,7 @@ def _run_search(setting: Setting, start: Plan | None, options: dict[str, Any]) -
             collate_fn=setting.rows.batch,
             generator=torch.Generator().manual_seed(setting.seed),
         )
-        for indices in (train, validation)
+        for indices in parts
     ]
     supernet = Supernet(setting.retrainer.model, config)
     if start is not None:
