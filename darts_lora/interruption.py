@@ -141,7 +141,10 @@ def told_as_input_errors(where: Callable[[], str] | None = None) -> Iterator[Non
                 "gradient_accumulation_steps), max_length or the largest of ranks; or set "
                 f"gradient_checkpointing, dtype=bfloat16 or quantization{left}"
             ) from error
-        if "DataLoader worker (pid" in text or _broke_off_between_processes(error):
+        broke_off = _broke_off_between_processes(error)
+        if broke_off:
+            text = _workers_end() or text
+        if broke_off or "DataLoader worker (pid" in text:
             raise InputError(
                 f"num_workers: a data worker died ({text[:150] or 'no answer'}): lower num_workers "
                 f"if memory was short, 0 loads in the main process{left}"
@@ -152,6 +155,16 @@ def told_as_input_errors(where: Callable[[], str] | None = None) -> Iterator[Non
 def lacks_memory(error: Exception) -> bool:
     """Whether it says that no memory is left, of a GPU or of the machine."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate" in str(error)
+
+
+def _workers_end(seconds: float = 1.0) -> str:
+    """What PyTorch's signal handler says of a worker's end, which may come after the connection
+    broke and would be raised anywhere then, even out of the handling of that; "" if nothing."""
+    try:
+        time.sleep(seconds)  # a signal's handler runs, and raises, in here
+    except RuntimeError as error:
+        return " ".join(str(error).split())
+    return ""
 
 
 def _broke_off_between_processes(error: Exception) -> bool:

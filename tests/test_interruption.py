@@ -227,3 +227,19 @@ def test_a_data_worker_ends_when_its_parent_ends_it(processes):
         ended, status = not worker.is_alive(), stop.status
     worker.kill()
     assert ended and status == 0
+
+
+def test_a_dead_workers_signal_after_its_connection_broke_is_no_error_of_its_own():
+    def handler(*_):  # as PyTorch's, of SIGCHLD
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        text = r"^num_workers: a data worker died \(DataLoader .*pid 7"
+        with pytest.raises(InputError, match=text), told_as_input_errors():
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            raise ConnectionResetError("Caught ConnectionResetError in pin memory thread")
+        time.sleep(0.3)  # nothing is left to come
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
