@@ -1,5 +1,5 @@
 """CUDA graphs: a function of a batch, captured once for each shape of the batch, then replayed.
-Not here: what is computed (search.py, architect.py), how batches get few shapes."""
+Not here: what is computed (search.py, architect.py), nor what in a model may wait (static.py)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
+from darts_lora.static import Static
+
 
 class Graphed:
     """A function of a batch whose work on the GPU is launched as one graph.
 
     Small kernels cost more to launch than to compute; a graph launches them all at once. Random
-    numbers drawn inside are fresh in each replay. The function must not wait for the device, and
-    must read everything else that changes between its calls from the same tensors, or be told apart
-    by `key`.
+    numbers drawn inside are fresh in each replay. The function must not wait for the device (but
+    see static.py), and must read everything else that changes between its calls from the same
+    tensors, or be told apart by `key`.
 
     Args:
         function: batch (tensors in dicts, lists, tuples) -> (scalar loss, list of tensors).
@@ -35,7 +37,7 @@ class Graphed:
         function: Callable[[Any], tuple[Tensor, list[Tensor]]],
         *,
         key: Callable[[], Hashable] = lambda: None,
-        limit: int = 16,
+        limit: int = 32,
         pool: Any = None,
     ):
         self.function, self.key, self.limit, self.pool = function, key, limit, pool
@@ -70,13 +72,14 @@ class Graphed:
                 warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream")
                 stream = self._warm_up(static)
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=self.pool, stream=stream):
+                with torch.cuda.graph(graph, pool=self.pool, stream=stream), Static():
                     result = self.function(static)
         except RuntimeError as error:
             self.failed = True
             reason = str(error).strip().split("\n")[0][:200]
             warnings.warn(f"no CUDA graph, steps are launched one by one: {reason}", stacklevel=2)
             torch.cuda.synchronize()
+            _draw_outside_again()
             return False
         self.captured[shape] = graph, static, result
         return True
@@ -90,6 +93,12 @@ class Graphed:
                 self.function(static)
         torch.cuda.current_stream().wait_stream(stream)
         return stream
+
+
+def _draw_outside_again() -> None:
+    """After a failed capture the generator thinks that it goes on, and refuses random numbers."""
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    generator.graphsafe_set_state(generator.clone_state())
 
 
 @functools.cache

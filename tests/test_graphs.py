@@ -46,6 +46,7 @@ def test_what_cannot_be_captured_runs_all_the_same_after_one_warning(monkeypatch
 
     monkeypatch.setattr(Graphed, "_warm_up", refuse)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr("darts_lora.graphs._draw_outside_again", lambda: None)
     graphed = Graphed(lambda batch: (batch["x"].sum(), [batch["x"] * 2]))
     with pytest.warns(UserWarning, match=r"no CUDA graph.*: operation not permitted .* capturing$"):
         loss, (double,) = graphed({"x": torch.ones(3)})
@@ -53,6 +54,18 @@ def test_what_cannot_be_captured_runs_all_the_same_after_one_warning(monkeypatch
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert graphed({"x": torch.ones(2)})[0] == 2
+
+
+@needs_gpu
+def test_random_numbers_are_drawn_after_a_failed_capture():
+    def waits(batch):
+        return batch["x"].sum(), [torch.randn_like(batch["x"]) * batch["x"].sum().item()]
+
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="no CUDA graph"):
+        first = Graphed(waits)({"x": torch.ones(8, device="cuda")})[1][0]
+    second = torch.randn(8, device="cuda")
+    assert not torch.equal(first / 8, second) and second.std() > 0
 
 
 @needs_gpu

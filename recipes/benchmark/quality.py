@@ -116,7 +116,7 @@ def _to_do(options: QualityRun, store: Store, seconds: float) -> list[Cell]:
     for cell, record in store.finished.items():
         kind = cell.stage, cell.method
         longest[kind] = max(longest.get(kind, 0.0), record["cell_seconds"])
-    possible = [
+    return [
         cell
         for cell in cells(options, store)
         if not store.get(cell)
@@ -124,25 +124,27 @@ def _to_do(options: QualityRun, store: Store, seconds: float) -> list[Cell]:
         and (cell.stage == "find" or store.get(cell.plan))
         and longest.get((cell.stage, cell.method), 0.0) < seconds
     ]
-    # plans that cost next to nothing first: there are more retrainings then, to be done at once
-    return sorted(possible, key=lambda cell: cell.stage != "find" or bool(cell.find_rate))
 
 
 def _compute_some(todo: list[Cell], task: Task, store: Store) -> bool:
-    """Compute the first cell that no other worker has claimed, or that and further ones that are
-    retrained with it; whether there was any."""
-    with contextlib.ExitStack() as claims:
-        found: list[Cell] = []
-        for cell in todo:
-            together = cell.stage != "find"
-            if (together or not found) and claims.enter_context(store.claimed(cell)):
-                found.append(cell)
-                if not together or len(found) == task.options.stack:
-                    break
-        found = found[: 2 ** int(math.log2(len(found)))] if found else []  # few sizes to capture
-        if found:
-            _compute(found, task, store)
-        return bool(found)
+    """Compute cells that no other worker has claimed, retrainings as many at once as may be or else
+    a plan to be found; whether there were any."""
+    finds = [cell for cell in todo if cell.stage == "find"]
+    retrainings = [cell for cell in todo if cell.stage != "find"]
+    full = task.options.stack
+    cheap = [cell for cell in finds if not cell.find_rate]
+    for choices, least, most in (
+        (cheap, 1, 1), (retrainings, full, full), (finds, 1, 1), (retrainings, 1, full)
+    ):  # fmt: skip
+        with contextlib.ExitStack() as claims:
+            found: list[Cell] = []
+            for cell in choices:
+                if len(found) < most and claims.enter_context(store.claimed(cell)):
+                    found.append(cell)
+            if len(found) >= least:
+                _compute(found[: 2 ** int(math.log2(len(found)))], task, store)  # few sizes
+                return True
+    return False
 
 
 def _compute(cells: list[Cell], task: Task, store: Store) -> None:
@@ -186,7 +188,7 @@ class Task:
         if not isinstance(self.collator, Collator):
             raise InputError(f"task={model.task!r}: only models that generate text are compared")
         self.test_rows = load_splits(data, ["test"])["test"]
-        self.rows = EncodedRows(training_rows(data), self.collator, device)
+        self.rows = EncodedRows(training_rows(data), self.collator, device, options.group_by_length)
         self.test = EncodedRows(self.test_rows, self.collator, device)
         self.all = torch.randperm(
             len(self.rows), generator=torch.Generator().manual_seed(data.split_seed)

@@ -51,6 +51,8 @@ class QualityRun:
     """Weight steps of AdaLoRA."""
     gradient_batches: int = 64
     """Batches whose gradients are summed (gradient, fisher)."""
+    group_by_length: bool = False
+    """Train on batches of rows of similar length, where lengths differ: little is padded."""
     eval_batch_size: int = 64
     """Rows of a batch of an evaluation."""
     exact_match: bool = False

@@ -23,11 +23,11 @@ from quality_allocation import (
 from quality_peft import adalora, eva, eva_components
 from quality_rows import supervised_loss
 from quality_setting import Found, Setting
-from quality_training import Plan, Retraining
+from quality_training import Retraining
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from darts_lora import Genotype, RankSearch, Supernet, discretize
+from darts_lora import Genotype, RankSearch, Supernet
 from darts_lora.cost import rank_costs
 from darts_lora.data import hold_back
 
@@ -37,24 +37,11 @@ def uniform(setting: Setting) -> Found:
     return Found(dict.fromkeys(setting.retrainer.shapes, setting.budget_rank))
 
 
-def search(setting: Setting, start: Callable[[Setting], Found] | None = None, **options) -> Found:
-    """The library's search under the budget; `options` of SearchConfig beside the task's own.
-    With `start`, alpha begins at that method's plan, one less for each candidate away from it."""
-    genotype = _run_search(setting, start(setting).ranks if start else None, options)
+def search(setting: Setting, slower: float = 3.0, **options) -> Found:
+    """The library's search under the budget; `options` of SearchConfig beside the task's own. The
+    weights' rate is the setting's over `slower`."""
+    genotype = _run_search(replace(setting, rate=setting.rate / slower), options)
     return Found(genotype.ranks, _notes(genotype))
-
-
-def search_with_gradient(setting: Setting) -> Found:
-    """The search's probabilities in the share in which two halves of its architecture steps agree,
-    the gradient's plan in the rest; the ranks are chosen from both as a search's are."""
-    genotype, plan = _run_search(setting, None, {}), gradient(setting).ranks
-    share = max(genotype.found_by["verdict"]["agreement"], 0.0)
-    genotype.probabilities = {
-        name: [share * p + (1 - share) * (rank == plan[name]) for p, rank in
-               zip(row, genotype.candidates, strict=True)]
-        for name, row in genotype.probabilities.items()
-    }  # fmt: skip
-    return Found(discretize(genotype).ranks, _notes(genotype))
 
 
 def _notes(genotype: Genotype) -> dict[str, Any]:
@@ -66,7 +53,7 @@ def _notes(genotype: Genotype) -> dict[str, Any]:
     return {"expected_ranks": [round(rank, 4) for rank in expected], "verdict": verdict}
 
 
-def _run_search(setting: Setting, start: Plan | None, options: dict[str, Any]) -> Genotype:
+def _run_search(setting: Setting, options: dict[str, Any]) -> Genotype:
     parts = hold_back(setting.indices, setting.rows.prompts, setting.validation_fraction)
     config = replace(
         setting.search, budget_rank=None, budget_parameters=setting.budget, seed=setting.seed,
@@ -75,20 +62,13 @@ def _run_search(setting: Setting, start: Plan | None, options: dict[str, Any]) -
     training = replace(setting.search_training, learning_rate=setting.rate)
     loaders = [
         DataLoader(
-            indices,
-            training.batch_size,
-            shuffle=True,
-            drop_last=True,
+            range(len(setting.rows)),
+            batch_sampler=setting.rows.batches(indices, training.batch_size, setting.seed),
             collate_fn=setting.rows.batch,
-            generator=torch.Generator().manual_seed(setting.seed),
         )
         for indices in parts
     ]
     supernet = Supernet(setting.retrainer.model, config)
-    if start is not None:
-        at = torch.tensor([config.ranks.index(start[name]) for name in supernet.layers])
-        distance = (torch.arange(len(config.ranks)) - at[:, None]).abs()
-        supernet.alpha.data.copy_(-distance)
     on_gpu = setting.retrainer.device.type == "cuda"
     try:
         with open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet):  # one bar is enough
@@ -177,7 +157,7 @@ class Method:
 
     find: Callable[[Setting], Found]
     trains: Literal["", "tuned", "as largest"] = ""
-    """It trains something to find ranks: at a rate that is tuned as well, or at that of the largest
+    """It trains something to find ranks: at a rate that is tuned as well, or by that of the largest
     uniform plan, whose size a search trains."""
     plan_of: str | None = None
     """The method whose plans are retrained; default: its own."""
@@ -196,8 +176,7 @@ RANDOM_PLANS = 5
 METHODS = {
     "uniform": Method(uniform),
     "search": _searches(),
-    "search_gradient": _searches(start=gradient),
-    "search_with_gradient": Method(search_with_gradient, trains="as largest"),
+    "search_independent": _searches(branches="independent"),
     "random_0": Method(partial(random_ranks, number=0)),
     "adalora": Method(adalora, trains="tuned"),
     "svd": Method(svd, trains="tuned"),
@@ -205,7 +184,6 @@ METHODS = {
     "fisher": Method(fisher),
     "eva": Method(eva),
     "eva_init": Method(eva, plan_of="eva", first=eva_components),
-    "search_nested": _searches(branches="nested"),
     "attention": Method(partial(some_layers, kinds=("attn", "attention"))),
     "mlp": Method(partial(some_layers, kinds=("mlp", "feed_forward"))),
     **{
@@ -215,5 +193,7 @@ METHODS = {
     "search_gumbel": _searches(relaxation="gumbel", temperature=TEMPERATURES["gumbel"]),
     "search_softmax": _searches(relaxation="softmax", temperature=TEMPERATURES["softmax"]),
     "search_order2": _searches(order=2),
-    "search_every_2": _searches(arch_every=2),
+    "search_slow": _searches(slower=6.0),
+    "search_fast": _searches(slower=1.0),
+    "search_fast_independent": _searches(slower=1.0, branches="independent"),
 }

@@ -4,14 +4,13 @@ Not here: all others (quality_methods.py)."""
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 
 import torch
 from peft import AdaLoraConfig, EvaConfig, LoraConfig, get_eva_state_dict, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from quality_allocation import parameters, scaled_to_budget
-from quality_rows import batches, model_inputs, supervised_loss
+from quality_rows import model_inputs, supervised_loss
 from quality_setting import Found, Setting
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -89,9 +88,7 @@ def eva_components(setting: Setting) -> dict[str, Tensor]:
     """Layer -> right singular vectors (rank, in) of its inputs by PEFT's EVA, its rank raised until
     the redistributed ranks reach the budget: EVA counts singular values and not parameters."""
     shapes = setting.retrainer.shapes
-    order = batches(setting.indices, setting.batch_size, setting.seed)
-    count = max(1, len(setting.indices) // setting.batch_size)
-    chosen = list(itertools.islice(order, count))
+    chosen = list(setting.rows.batches(setting.indices, setting.batch_size, setting.seed))
     loader = DataLoader(chosen, batch_size=None, collate_fn=setting.rows.batch)
     most = min(min(shape) for shape in shapes.values()) // 2  # EVA looks at twice the rank
     for rank in range(min(setting.budget_rank, most), most + 1):

@@ -9,13 +9,14 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 
 from darts_lora import InputError
 from darts_lora.collator import IGNORED, Collator
 from darts_lora.data import row_prompts
 
 POSITIONS, LABELS = "supervised_positions", "supervised_labels"
-MULTIPLE = 16  # of supervised tokens a row, that a batch's are filled up to: few shapes of batches
+GROUP = 25  # batches whose rows are sorted by length
 
 
 class EncodedRows:
@@ -25,9 +26,17 @@ class EncodedRows:
         rows: of a data set.
         collator: gives each row its tensors; its pad_to_multiple_of pads the batches.
         device: where they stay.
+        grouped: whether batches have rows of similar length (Batches).
     """
 
-    def __init__(self, rows: Iterable[dict], collator: Collator, device: torch.device):
+    def __init__(
+        self,
+        rows: Iterable[dict],
+        collator: Collator,
+        device: torch.device,
+        grouped: bool = False,
+    ):
+        self.grouped = grouped
         self.multiple, collator.pad_to_multiple_of = collator.pad_to_multiple_of, 1
         rows = list(rows)
         self.prompts = dict(enumerate(row_prompts(rows)))
@@ -58,13 +67,18 @@ class EncodedRows:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def batches(self, indices: Sequence[int], size: int, seed: int) -> Batches:
+        """Full batches of some of the rows in an order that the seed decides."""
+        return Batches(indices, size, seed, self.lengths if self.grouped else None)
+
     def shape(self, *parts: Sequence[int]) -> tuple[int, ...]:
         """Parts, tokens that each row of their batch is padded to, and positions of a part for
         supervised_loss: more than there are supervised tokens, for its labels begin with none."""
         tokens = max(self.lengths[i] for part in parts for i in part)
         supervised = max(sum(len(self.targets[i]) for i in part) for part in parts)
-        multiple = MULTIPLE * len(parts[0])
-        return len(parts), self._padded(tokens), multiple * (supervised // multiple + 1)
+        power = 2 ** int(math.log2(supervised))  # few shapes: powers of 2, and 1.5 times these
+        count = next(size for size in (power * 3 // 2, 2 * power) if size > supervised)
+        return len(parts), self._padded(tokens), count
 
     def batch(self, *parts: Sequence[int]) -> dict[str, Tensor]:
         """The batch that the collator makes of these rows; several parts of equal size are those of
@@ -108,19 +122,52 @@ def _pad(value: Tensor, length: int, fill: int | None) -> Tensor:
     return torch.cat([value, rest.expand(-1, length - value.shape[1], *value.shape[2:])], dim=1)
 
 
-def batches(indices: Sequence[int], size: int, seed: int) -> Iterator[list[int]]:
-    """Full batches of shuffled rows, epoch after epoch without end; the seed decides the order.
+class Batches(Sampler[list[int]]):
+    """Full batches of shuffled rows; an iteration is an epoch, and the next one goes on from it.
+
+    Args:
+        indices: rows.
+        size: rows of a batch.
+        seed: decides the order.
+        lengths: of all rows, where those of a batch are to be of similar length, so that little is
+            padded: among GROUP batches. Whether a batch is of long or short rows doesn't depend on
+            the seed, so that batches of several trainings fit together.
 
     Raises:
         InputError: fewer rows than a batch takes.
     """
-    if len(indices) < size:
-        raise InputError(f"batch_size={size}: there are {len(indices)} rows to train on")
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        order = torch.randperm(len(indices), generator=generator).tolist()
-        for start in range(0, len(order) - size + 1, size):
-            yield [indices[i] for i in order[start : start + size]]
+
+    def __init__(
+        self, indices: Sequence[int], size: int, seed: int, lengths: Sequence[int] | None = None
+    ):
+        if len(indices) < size:
+            raise InputError(f"batch_size={size}: there are {len(indices)} rows to train on")
+        self.indices, self.size, self.lengths = indices, size, lengths
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        return len(self.indices) // self.size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = torch.randperm(len(self.indices), generator=self.generator).tolist()
+        rows = [self.indices[i] for i in order[: len(self) * self.size]]
+        if self.lengths is None:
+            yield from self._cut(rows)
+            return
+        for start in range(0, len(rows), GROUP * self.size):
+            group = rows[start : start + GROUP * self.size]
+            parts = self._cut(sorted(group, key=lambda row: self.lengths[row]))
+            same = torch.Generator().manual_seed(start)
+            for place in torch.randperm(len(parts), generator=same):
+                yield parts[place]
+
+    def _cut(self, rows: list[int]) -> list[list[int]]:
+        return [rows[start : start + self.size] for start in range(0, len(rows), self.size)]
+
+    def endless(self) -> Iterator[list[int]]:
+        """Epoch after epoch."""
+        while True:
+            yield from self
 
 
 def model_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quality_allocation import parameters
-from quality_rows import EncodedRows, batches
+from quality_rows import EncodedRows
 from quality_training import Plan, Retrainer
 from torch import Tensor, nn
 
@@ -51,7 +51,7 @@ class Setting:
 
     def batches(self, count: int) -> Iterator[dict[str, Tensor]]:
         """The first training batches of this seed."""
-        order = batches(self.indices, self.batch_size, self.seed)
+        order = self.rows.batches(self.indices, self.batch_size, self.seed).endless()
         return map(self.rows.batch, itertools.islice(order, count))
 
 

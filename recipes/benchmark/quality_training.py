@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from quality_rows import EncodedRows, batches, supervised_losses
+from quality_rows import EncodedRows, supervised_losses
 from torch import Tensor, nn
 from transformers import get_scheduler
 
@@ -186,8 +186,8 @@ class Retrainer:
             of plans), stack (plans), graphed.
         """
         steps, size = self.training.max_steps, self.training.batch_size
-        orders = [itertools.islice(batches(j.indices, size, j.seed), steps) for j in jobs]
-        chosen = list(zip(*orders, strict=True))
+        orders = [rows.batches(job.indices, size, job.seed).endless() for job in jobs]
+        chosen = list(itertools.islice(zip(*orders, strict=True), steps))
         started = time.perf_counter()
         with self._inserted():
             self.model.train()
