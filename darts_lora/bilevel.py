@@ -4,6 +4,7 @@ one by one or as graphs. Not here: what the steps compute (weights.py, architect
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -30,7 +31,7 @@ class BilevelStep:
     Args:
         supernet: its config says whether the passes are joint.
         accelerator: prepares the model, averages gradients over processes.
-        training: learning rate, accumulation and clipping of the weights.
+        training: learning rate (of a finetune), accumulation and clipping of the weights.
         loss_fn: (model, batch) -> scalar loss.
         joint_loss_fn: (model, joint batch) -> losses of both halves of its rows.
 
@@ -48,6 +49,8 @@ class BilevelStep:
         joint_loss_fn: Callable[[nn.Module, Any], tuple[Tensor, Tensor]],
     ):
         self.supernet, self.accelerator = supernet, accelerator
+        rate = training.learning_rate * supernet.config.learning_rate_scale
+        training = replace(training, learning_rate=rate)
         self.weights = WeightStep(supernet, accelerator, training, loss_fn)
         several = accelerator.num_processes > 1
         self.architect = Architect(

@@ -4,12 +4,14 @@ Not here: the step of alpha (architect.py), the loop around both (search.py)."""
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import get_scheduler
 
 from darts_lora.config import TrainingConfig
@@ -39,7 +41,7 @@ class WeightStep:
         supernet: Supernet,
         accelerator: Accelerator,
         training: TrainingConfig,
-        loss_fn: Callable[[torch.nn.Module, Any], Tensor],
+        loss_fn: Callable[[nn.Module, Any], Tensor],
     ):
         self.accelerator, self.training, self.loss_fn = accelerator, training, loss_fn
         self.parts = training.gradient_accumulation_steps
@@ -50,6 +52,7 @@ class WeightStep:
             fused=accelerator.device.type == "cuda" or None,  # few launches
         )
         self.model, self.optimizer = accelerator.prepare(supernet.model, optimizer)
+        gather_ahead(self.model)
         self.parameters = supernet.weight_parameters()  # FSDP2 has put sharded ones in their place
         # not prepared: accelerate would step it once for every process
         self.scheduler = get_scheduler(
@@ -109,3 +112,11 @@ def add_gradients(parameters: list[Tensor], gradients: list[Tensor], parts: int)
             parameter.grad = gradient
     else:
         torch._foreach_add_([parameter.grad for parameter in parameters], gradients)
+
+
+def gather_ahead(model: nn.Module) -> None:
+    """Let each unit that FSDP2 shards gather the next one's weights before it computes: a host that
+    is busy launching kernels would ask for them too late. Nothing where FSDP2 has no units."""
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)][1:]
+    for unit, following in itertools.pairwise(units):
+        unit.set_modules_to_forward_prefetch([following])

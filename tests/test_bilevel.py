@@ -25,6 +25,13 @@ def make(**options):
     return BilevelStep(supernet, Accelerator(cpu=True), training, loss_fn, halves), passes
 
 
+def test_weights_train_at_a_part_of_a_finetunes_rate():
+    for options, rate in (({}, 1e-3 / 3), ({"learning_rate_scale": 0.5, "order": 2}, 5e-4)):
+        steps, _ = make(**options)
+        (group,) = steps.weights.optimizer.param_groups
+        assert group["lr"] == steps.architect.inner_learning_rate == pytest.approx(rate)
+
+
 @pytest.mark.parametrize(
     ("options", "passes"),
     [({}, [4, 4, 4]), ({"joint": True}, [4, 8]), ({"order": 2}, [4, 4, 4, 4, 4, 4])],

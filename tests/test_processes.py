@@ -66,6 +66,7 @@ def test_a_resumed_search_ends_as_one_in_one_go(seen, kind):
 def test_sharded_weights_train_as_whole_ones(seen):
     ddp, fsdp2 = seen[0]["ddp"], seen[0]["fsdp2"]
     assert ddp["sharded"] == 0 and fsdp2["sharded"] == 8, "A and B of four layers"
+    assert ddp["gathered_ahead"] == [] and fsdp2["gathered_ahead"] == [0, 1, 1, 1, 0]
     for part in ("alpha", "weights"):
         one, other = (torch.tensor(found["whole"][part]) for found in (ddp, fsdp2))
         assert one.abs().max() > 1e-2

@@ -16,6 +16,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from test_search import WIDTH, loss_fn, make, split
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from darts_lora import Architect, InputError, Supernet
@@ -129,7 +130,9 @@ def whole_and_resumed(folder: Path) -> dict:
     search = make(folder, **options)
     sharded = sum(isinstance(w, DTensor) for w in search.supernet.weight_parameters())
     search.run()
-    found = {"whole": result(search), "sharded": sharded}
+    units = [module for module in search.model.modules() if isinstance(module, FSDPModule)]
+    ahead = [len(unit._get_fsdp_state()._states_to_forward_prefetch) for unit in units]
+    found = {"whole": result(search), "sharded": sharded, "gathered_ahead": ahead}
     if search.accelerator.is_main_process:
         found["metrics"] = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
         shutil.rmtree(folder / "checkpoints" / "step-0000006")

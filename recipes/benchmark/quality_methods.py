@@ -37,23 +37,8 @@ def uniform(setting: Setting) -> Found:
     return Found(dict.fromkeys(setting.retrainer.shapes, setting.budget_rank))
 
 
-def search(setting: Setting, slower: float = 3.0, **options) -> Found:
-    """The library's search under the budget; `options` of SearchConfig beside the task's own. The
-    weights' rate is the setting's over `slower`."""
-    genotype = _run_search(replace(setting, rate=setting.rate / slower), options)
-    return Found(genotype.ranks, _notes(genotype))
-
-
-def _notes(genotype: Genotype) -> dict[str, Any]:
-    expected = [
-        sum(p * rank for p, rank in zip(row, genotype.candidates, strict=True))
-        for row in genotype.probabilities.values()
-    ]
-    verdict = genotype.found_by["verdict"]
-    return {"expected_ranks": [round(rank, 4) for rank in expected], "verdict": verdict}
-
-
-def _run_search(setting: Setting, options: dict[str, Any]) -> Genotype:
+def search(setting: Setting, **options) -> Found:
+    """The library's search under the budget; `options` of SearchConfig beside the task's own."""
     parts = hold_back(setting.indices, setting.rows.prompts, setting.validation_fraction)
     config = replace(
         setting.search, budget_rank=None, budget_parameters=setting.budget, seed=setting.seed,
@@ -72,11 +57,21 @@ def _run_search(setting: Setting, options: dict[str, Any]) -> Genotype:
     on_gpu = setting.retrainer.device.type == "cuda"
     try:
         with open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet):  # one bar is enough
-            return RankSearch(
+            genotype = RankSearch(
                 supernet, *loaders, training=training, loss_fn=supervised_loss, cuda_graphs=on_gpu
             ).run()
     finally:
         supernet.remove().requires_grad_(False)
+    return Found(genotype.ranks, _notes(genotype))
+
+
+def _notes(genotype: Genotype) -> dict[str, Any]:
+    expected = [
+        sum(p * rank for p, rank in zip(row, genotype.candidates, strict=True))
+        for row in genotype.probabilities.values()
+    ]
+    verdict = genotype.found_by["verdict"]
+    return {"expected_ranks": [round(rank, 4) for rank in expected], "verdict": verdict}
 
 
 def random_ranks(setting: Setting, number: int) -> Found:
@@ -193,7 +188,7 @@ METHODS = {
     "search_gumbel": _searches(relaxation="gumbel", temperature=TEMPERATURES["gumbel"]),
     "search_softmax": _searches(relaxation="softmax", temperature=TEMPERATURES["softmax"]),
     "search_order2": _searches(order=2),
-    "search_slow": _searches(slower=6.0),
-    "search_fast": _searches(slower=1.0),
-    "search_fast_independent": _searches(slower=1.0, branches="independent"),
+    "search_slow": _searches(learning_rate_scale=1 / 6),
+    "search_fast": _searches(learning_rate_scale=1.0),
+    "search_fast_independent": _searches(learning_rate_scale=1.0, branches="independent"),
 }
