@@ -18,7 +18,8 @@ Record = dict[str, Any]
 
 
 def load_cells(folder: Path) -> list[Record]:
-    """The records of a task's finished cells; those of random_0 ... are all of method random."""
+    """The records of a task's finished cells; those of random_0 ... are all of method random. Final
+    ones of rates that were chosen by fewer seeds of the tuning, and no longer are, are left out."""
     records = [
         json.loads(path.read_text())
         for path in sorted(folder.glob("*.json"))
@@ -27,7 +28,29 @@ def load_cells(folder: Path) -> list[Record]:
     for record in records:
         if record["method"].startswith("random_"):
             record["method"] = "random"
-    return records
+    chosen = _chosen_rates(records)
+    return [
+        r for r in records if r["stage"] != "final" or _rates(r) == chosen.get(_plans(r), _rates(r))
+    ]
+
+
+def _plans(record: Record) -> tuple[str, int]:
+    return record["method"], record["budget"]
+
+
+def _rates(record: Record) -> tuple[float | None, float | None]:
+    return record["find_rate"], record["rate"]
+
+
+def _chosen_rates(records: Iterable[Record]) -> dict[tuple, tuple]:
+    """(method, budget) -> its rates of the lowest mean loss over the seeds of the tuning."""
+    tries: dict[tuple, dict[tuple, list[float]]] = {}
+    for r in records:
+        if r["stage"] == "tune":
+            loss = math.inf if r["loss"] is None else r["loss"]
+            tries.setdefault(_plans(r), {}).setdefault(_rates(r), []).append(loss)
+    return {plans: min(by_rate, key=lambda rates: mean(by_rate[rates]))
+            for plans, by_rate in tries.items()}  # fmt: skip
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

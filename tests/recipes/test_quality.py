@@ -191,9 +191,21 @@ def test_tables_show_what_is_finished(finished, capsys):
     rows = {line.split(" | ")[1]: line.split(" | ") for line in text.splitlines() if " | " in line}
     mlp = json.loads(next(finished.glob("mlp-r2-final-*.json")).read_text())
     assert rows["mlp"][4] == f"{mlp['loss']:.4f}" and rows["random"][2] == "5"
-    assert {"search", "search_nested", "adalora", "eva_init", "svd"} <= set(rows)
+    assert {"search", "search_independent", "adalora", "eva_init", "svd"} <= set(rows)
     assert (finished.parent / "tiny.png").stat().st_size > 10_000
     assert "tiny: the search" in capsys.readouterr().out
+
+
+def test_a_rate_that_is_no_longer_the_best_does_not_count(finished, tmp_path):
+    from quality_statistics import finals, load_cells
+
+    for path in finished.glob("uniform-r2-*.json"):
+        (tmp_path / path.name).write_text(path.read_text())
+    (final,) = finals(load_cells(tmp_path), "uniform", 2)
+    best = next(tmp_path.glob(f"uniform-r2-tune-s1000-lr{final['rate']:g}.json"))
+    again = {**json.loads(best.read_text()), "seed": 1001, "loss": 1e3}
+    (tmp_path / "again.json").write_text(json.dumps(again))  # one more seed of the tuning
+    assert finals(load_cells(tmp_path), "uniform", 2) == []
 
 
 def test_rows_encoded_once_are_the_collators_batches(everything, base_config, data):
