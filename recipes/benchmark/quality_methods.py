@@ -189,7 +189,6 @@ METHODS = {
     "search_softmax": _searches(relaxation="softmax", temperature=TEMPERATURES["softmax"]),
     "search_order2": _searches(order=2),
     "search_slow": _searches(learning_rate_scale=1 / 6),
-    "search_slower": _searches(learning_rate_scale=1 / 12),
     "search_fast": _searches(learning_rate_scale=1.0),
     "search_fast_independent": _searches(learning_rate_scale=1.0, branches="independent"),
 }
