@@ -118,6 +118,27 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     write_whole(path, write)
 
 
+def check_writable(output_dir: str, option: str = "output_dir") -> str:
+    """Create `output_dir` and check that files can be written there; returns it.
+
+    Raises:
+        InputError: it is a file, or nothing can be written.
+    """
+    probe = os.path.join(output_dir, f".write-test-{os.getpid()}")
+    try:
+        os.makedirs(output_dir, exist_ok=True)
+        with open(probe, "w"):
+            pass
+        os.remove(probe)
+    except (OSError, ValueError) as error:  # ValueError: a path with a null character
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"{option}={output_dir!r}: cannot be written ({reason}); "
+            "name a folder that you may write to"
+        ) from error
+    return output_dir
+
+
 def write_json(path: str | os.PathLike, record: Any) -> None:
     """Write a JSON file; raises InputError where it cannot be written."""
     write_text(path, json.dumps(record, indent=1, allow_nan=False) + "\n")

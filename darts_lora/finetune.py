@@ -28,16 +28,10 @@ from transformers import (
 )
 
 from darts_lora.collator import Collator, LabelCollator
-from darts_lora.config import (
-    DataConfig,
-    ModelConfig,
-    TrainingConfig,
-    check_bounds,
-    check_writable,
-)
+from darts_lora.config import DataConfig, ModelConfig, TrainingConfig, check_bounds
 from darts_lora.data import Rows, make_collator, training_rows
 from darts_lora.errors import InputError
-from darts_lora.files import locked, remove, write_into, write_json, write_whole
+from darts_lora.files import check_writable, locked, remove, write_into, write_json, write_whole
 from darts_lora.genotype import Genotype, pad_to_max_rank
 from darts_lora.interruption import Stopped, StopRequest, told_as_input_errors, worker_context
 from darts_lora.models import load_model

@@ -15,8 +15,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from darts_lora.config import check_writable
-from darts_lora.files import write_text, write_whole
+from darts_lora.files import check_writable, write_text, write_whole
 from darts_lora.genotype import Genotype
 from darts_lora.images import rank_image
 from darts_lora.runs import Search

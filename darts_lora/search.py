@@ -23,9 +23,9 @@ from tqdm.auto import tqdm
 
 from darts_lora.bilevel import DDP_OPTIONS, BilevelStep
 from darts_lora.checkpoint import checkpoints, load_checkpoint, remove_checkpoints, save_checkpoint
-from darts_lora.config import TrainingConfig, check_writable
+from darts_lora.config import TrainingConfig
 from darts_lora.errors import InputError
-from darts_lora.files import locked, remove, write_whole
+from darts_lora.files import check_writable, locked, remove, write_whole
 from darts_lora.genotype import Genotype
 from darts_lora.interruption import Stopped, StopRequest, told_as_input_errors
 from darts_lora.joint import halves_loss

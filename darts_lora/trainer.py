@@ -23,7 +23,8 @@ from darts_lora.verdict import normalised_entropy
 class RankSearchCallback(TrainerCallback):
     """Turns a training of a supernet's model by a Trainer into a search; it adds itself.
 
-    The trainer trains the LoRA weights on train_dataset, with its optimizer, schedule, precision;
+    The trainer trains the LoRA weights on train_dataset, with its optimizer, schedule, precision
+    and learning rate as it is: give a part of a finetune's (SearchConfig.learning_rate_scale);
     after each of its steps (from the end of the warm-up on) this trains alpha on eval_dataset,
     which must hold other rows. The trainer's log also gets validation_loss, alpha_entropy and
     expected_parameters. A search that is cut off starts anew: RankSearch resumes.

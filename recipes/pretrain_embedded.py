@@ -36,9 +36,9 @@ from transformers.models.mllama.image_processing_pil_mllama import MllamaImagePr
 
 from darts_lora.cli import run
 from darts_lora.collator import Collator
-from darts_lora.config import check_bounds, check_writable
+from darts_lora.config import check_bounds
 from darts_lora.evaluate import score
-from darts_lora.files import write_text, write_whole
+from darts_lora.files import check_writable, write_text, write_whole
 from darts_lora.models import EMBEDDED
 
 SPECIAL = ("<|pad|>", "<|begin_of_text|>", "<|end_of_text|>", "<|user|>", "<|assistant|>")

@@ -34,8 +34,9 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from darts_lora import InputError
 from darts_lora.cli import run
 from darts_lora.collator import Collator
-from darts_lora.config import ModelConfig, check_bounds, check_writable
+from darts_lora.config import ModelConfig, check_bounds
 from darts_lora.evaluate import score
+from darts_lora.files import check_writable
 from darts_lora.models import load_model, load_processor
 
 IMAGE_TOKEN = "<image>"

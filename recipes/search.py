@@ -12,9 +12,9 @@ from transformers import set_seed
 
 from darts_lora import RankSearch, SearchConfig, Supernet
 from darts_lora.cli import is_main_process, run, save_config
-from darts_lora.config import DataConfig, ModelConfig, TrainingConfig, check_writable
+from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
 from darts_lora.data import load_splits, make_collator, search_dataloaders, split_record
-from darts_lora.files import locked, write_json
+from darts_lora.files import check_writable, locked, write_json
 from darts_lora.models import load_model
 from darts_lora.resume import check_start
 from darts_lora.tables import show, show_batch, show_supernet

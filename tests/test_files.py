@@ -11,7 +11,7 @@ import time
 import pytest
 
 from darts_lora import InputError
-from darts_lora.files import locked, write_into, write_json, write_text, write_whole
+from darts_lora.files import check_writable, locked, write_into, write_json, write_text, write_whole
 
 
 def test_what_is_written_is_read_back_and_nothing_else_is_left(tmp_path):
@@ -197,3 +197,12 @@ def test_only_the_first_process_of_a_run_locks(monkeypatch, tmp_path):
     monkeypatch.setenv("RANK", "1")
     with locked(str(tmp_path)), locked(None):
         assert os.listdir(tmp_path) == []
+
+
+def test_output_dir_that_cannot_be_written(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(InputError, match=r"output_dir='.*file/run': cannot be written"):
+        check_writable(str(file / "run"))
+    check_writable(str(tmp_path / "new"))
+    assert os.listdir(tmp_path / "new") == []

@@ -129,7 +129,7 @@ def test_warm_up_draws_every_rank_alike_whatever_the_relaxation():
         loss=recording, relaxation="softmax", max_steps=301, warmup_steps=300, budget_rank=None
     )
     search.run()
-    counts = torch.stack(drawn[:300]).flatten()  # independent branches: gates on = the rank
+    counts = torch.stack(drawn[:300]).flatten()  # as many gates on as the rank
     shares = torch.stack([(counts == rank).float().mean() for rank in (0, 1, 2, 4)])
     assert (shares - 0.25).abs().max() < 0.05
 

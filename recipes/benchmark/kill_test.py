@@ -22,8 +22,7 @@ import torch
 from darts_lora import InputError
 from darts_lora.checkpoint import checkpoints
 from darts_lora.cli import run
-from darts_lora.config import check_writable
-from darts_lora.files import write_json
+from darts_lora.files import check_writable, write_json
 from darts_lora.tensorboard import SearchViews  # noqa: F401 - not in each process
 
 RECIPE = Path(__file__).parents[1] / "search.py"

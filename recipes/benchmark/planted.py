@@ -21,8 +21,7 @@ from tqdm import tqdm
 
 from darts_lora import InputError
 from darts_lora.cli import run, save_config
-from darts_lora.config import check_writable
-from darts_lora.files import write_json
+from darts_lora.files import check_writable, write_json
 
 QUICK_METHODS = ["gumbel_hard, independent", "gumbel_hard, nested", "uniform", "random"]
 QUICK_STEPS = {"search_steps": 1200, "adalora_steps": 500, "retrain_steps": 300}

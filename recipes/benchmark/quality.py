@@ -31,10 +31,10 @@ from quality_training import Retrainer, Retraining
 from darts_lora import InputError, SearchConfig
 from darts_lora.cli import run
 from darts_lora.collator import Collator
-from darts_lora.config import DataConfig, ModelConfig, TrainingConfig, check_writable
+from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
 from darts_lora.data import hold_back, load_splits, make_collator, training_rows
 from darts_lora.evaluate import score
-from darts_lora.files import write_json
+from darts_lora.files import check_writable, write_json
 from darts_lora.models import load_model
 from darts_lora.targets import match_modules
 

@@ -20,7 +20,8 @@ from transformers.models.mllama.image_processing_pil_mllama import MllamaImagePr
 
 from darts_lora.cli import run
 from darts_lora.collator import Collator
-from darts_lora.config import ModelConfig, check_writable
+from darts_lora.config import ModelConfig
+from darts_lora.files import check_writable
 from darts_lora.models import load_processor
 
 
