@@ -183,6 +183,29 @@ def test_tuning_sees_neither_held_out_nor_test_rows(everything, finished):
         task.compute([final], store)
 
 
+def test_plans_are_found_while_a_stack_is_not_full(tmp_path, monkeypatch):
+    import quality
+    from quality_cells import Cell, Store
+
+    computed = []
+    monkeypatch.setattr(quality, "_compute", lambda cells, *_: computed.append(cells))
+    store, task = Store(tmp_path), SimpleNamespace(options=SimpleNamespace(stack=4))
+    trained = [Cell("final", "search", 2, seed, 0.1, 0.1) for seed in range(6)]
+    costly, cheap = Cell("find", "search", 2, 7, 0.1), Cell("find", "gradient", 2, 7)
+    for todo, wanted in (
+        ([*trained, costly, cheap], [cheap]),
+        ([*trained, costly], trained[:4]),
+        ([*trained[:3], costly], [costly]),
+        (trained[:3], trained[:2]),  # a power of 2
+    ):
+        assert quality._compute_some(todo, task, store)
+        assert computed.pop() == wanted and not computed
+    with store.claimed(costly), store.claimed(trained[0]):  # by others
+        assert not quality._compute_some([costly, trained[0]], task, store)
+        assert quality._compute_some([costly, *trained[:2]], task, store)
+    assert computed == [[trained[1]]]
+
+
 def test_tables_show_what_is_finished(finished, capsys):
     import quality_tables
 
