@@ -1,5 +1,5 @@
 """Static: the same numbers as without it, and models of images whose steps read no device value.
-Not here: the capture itself (test_graphs.py)."""
+Not here: captures of other models (test_graphs.py)."""
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from darts_lora import SearchConfig, Supernet
 from darts_lora.collator import Collator
 from darts_lora.config import ModelConfig
+from darts_lora.graphs import Graphed
 from darts_lora.models import load_model, load_processor
 from darts_lora.static import Static, masked_scatter
 
@@ -72,3 +73,24 @@ def test_a_step_of_llava_reads_no_value_from_the_device(made):
             step(made[0], batch)
         with Static():
             step(made[0], batch)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_step_of_llava_is_captured(made):
+    supernet = made[0].to("cuda")
+
+    def function(batch):
+        loss, *gradients = step(supernet, batch)
+        return loss.detach(), gradients
+
+    try:
+        batch = {name: value.to("cuda") for name, value in made[1].items()}
+        graphed = Graphed(function)
+        loss, gradients = graphed(batch)
+        expected, wanted = function(batch)
+    finally:
+        supernet.to("cpu")
+    assert not graphed.failed
+    torch.testing.assert_close(loss, expected)
+    for one, other in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(one, other)
