@@ -77,7 +77,8 @@ def test_a_step_of_llava_reads_no_value_from_the_device(made):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_step_of_llava_is_captured(made):
-    supernet = made[0].to("cuda")
+    supernet = made[0]
+    supernet.model.to("cuda")
 
     def function(batch):
         loss, *gradients = step(supernet, batch)
@@ -89,7 +90,7 @@ def test_a_step_of_llava_is_captured(made):
         loss, gradients = graphed(batch)
         expected, wanted = function(batch)
     finally:
-        supernet.to("cpu")
+        supernet.model.to("cpu")
     assert not graphed.failed
     torch.testing.assert_close(loss, expected)
     for one, other in zip(gradients, wanted, strict=True):
