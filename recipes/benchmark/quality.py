@@ -128,13 +128,15 @@ def _to_do(options: QualityRun, store: Store, seconds: float) -> list[Cell]:
 
 def _compute_some(todo: list[Cell], task: Task, store: Store) -> bool:
     """Compute cells that no other worker has claimed, retrainings as many at once as may be or else
-    a plan to be found; whether there were any."""
+    a plan to be found; whether there were any. Plans come first that others wait for: cheap ones,
+    and those before the retrainings that are to be next."""
     finds = [cell for cell in todo if cell.stage == "find"]
     retrainings = [cell for cell in todo if cell.stage != "find"]
     full = task.options.stack
-    cheap = [cell for cell in finds if not cell.find_rate]
+    last = todo.index(retrainings[:full][-1]) if retrainings else 0
+    first = [cell for cell in finds if not cell.find_rate or cell in todo[:last]]
     for choices, least, most in (
-        (cheap, 1, 1), (retrainings, full, full), (finds, 1, 1), (retrainings, 1, full)
+        (first, 1, 1), (retrainings, full, full), (finds, 1, 1), (retrainings, 1, full)
     ):  # fmt: skip
         with contextlib.ExitStack() as claims:
             found: list[Cell] = []

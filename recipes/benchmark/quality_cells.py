@@ -206,25 +206,19 @@ def _cells_of(options: QualityRun, method: str, budget: int, store: Store) -> It
 
 
 def _tune(options: QualityRun, method: str, budget: int, store: Store) -> Iterator[Cell]:
-    """Tuning cells; returns the best one, None while it is not known. The rate of finding is
-    chosen by retrainings at the uniform plan's rate, or is that of the largest uniform plan; then
-    the rate of the retraining."""
-    best_find, trains = None, METHODS[METHODS[method].plan_of or method].trains
-    if trains == "as largest":
-        largest = store.best(_retrainings(options, "uniform", max(options.curve), None))
-        if largest is None:
-            return None
-        best_find = largest.rate
-    elif trains:
-        uniform = store.best(_retrainings(options, "uniform", budget, None))
-        if uniform is None:
-            return None
-        pairs = [(rate, uniform.rate) for rate in options.learning_rates]
-        best = yield from _try(_tries(options, method, budget, pairs), store)
+    """Tuning cells; returns the best one, None while it is not known. The rate of finding is that
+    of the budget's uniform plan, or chosen by retrainings at that rate; then the rate of the
+    retraining."""
+    best, trains = None, METHODS[METHODS[method].plan_of or method].trains
+    if trains:
+        best = uniform = store.best(_retrainings(options, "uniform", budget, None))
+        if best and trains == "tuned":
+            pairs = [(rate, uniform.rate) for rate in options.learning_rates]
+            best = yield from _try(_tries(options, method, budget, pairs), store)
         if best is None:
             return None
-        best_find = best.find_rate
-    return (yield from _try(_retrainings(options, method, budget, best_find), store))
+    find_rate = best and (best.rate if trains == "as uniform" else best.find_rate)
+    return (yield from _try(_retrainings(options, method, budget, find_rate), store))
 
 
 def _try(tries: list[list[Cell]], store: Store) -> Iterator[Cell]:

@@ -151,9 +151,9 @@ class Method:
     """How ranks are chosen, and what of it is tuned."""
 
     find: Callable[[Setting], Found]
-    trains: Literal["", "tuned", "as largest"] = ""
-    """It trains something to find ranks: at a rate that is tuned as well, or by that of the largest
-    uniform plan, whose size a search trains."""
+    trains: Literal["", "tuned", "as uniform"] = ""
+    """It trains something to find ranks: at a rate that is tuned as well, or at that which is best
+    for the budget's uniform plan."""
     plan_of: str | None = None
     """The method whose plans are retrained; default: its own."""
     rates_of: str | None = None
@@ -163,7 +163,7 @@ class Method:
 
 
 def _searches(**options) -> Method:
-    return Method(partial(search, **options), trains="as largest")
+    return Method(partial(search, **options), trains="as uniform")
 
 
 RANDOM_PLANS = 5
