@@ -69,19 +69,18 @@ def parameters_at_loss(
 
     Returns:
         The parameters, and whether the loss lies on the curve. Of a better one those of the largest
-        point (more would be needed); of a worse one the first piece of the curve goes on.
+        point (more would be needed), of a worse one those of the smallest (fewer would do).
     """
     order = np.argsort(parameters)
     logs = np.log(np.asarray(parameters, float)[order])
     falling = np.minimum.accumulate(np.asarray(losses, float)[order])
-    if loss < falling[-1]:
-        return float(np.exp(logs[-1])), False
+    if not falling[-1] <= loss <= falling[0]:
+        return float(np.exp(logs[-1 if loss < falling[-1] else 0])), False
     # the first point that is as good and, of a flat piece, its first
     after = max(int(np.argmax(falling <= loss)), 1)
     fall = falling[after - 1] - falling[after]
     share = (falling[after - 1] - loss) / fall if fall else 0.0
-    found = logs[after - 1] + share * (logs[after] - logs[after - 1])
-    return float(np.exp(found)), bool(loss <= falling[0])
+    return float(np.exp(logs[after - 1] + share * (logs[after] - logs[after - 1]))), True
 
 
 def finals(records: Iterable[Record], method: str, budget: int | None = None) -> list[Record]:

@@ -479,7 +479,7 @@ def test_parameters_at_equal_loss():
     assert parameters_at_loss(*curve, 0.8) == (pytest.approx(200), True)
     assert parameters_at_loss(*curve, 0.6) == (pytest.approx(400 * 2**0.5), True)
     assert parameters_at_loss(*curve, 0.3) == (pytest.approx(800), False)
-    assert parameters_at_loss(*curve, 1.2) == (pytest.approx(50), False)
+    assert parameters_at_loss(*curve, 1.2) == (pytest.approx(100), False)
     shuffled = [curve[i][::-1] for i in (0, 1)]
     assert parameters_at_loss(*shuffled, 0.9)[0] == pytest.approx(100 * 2**0.5)
 
