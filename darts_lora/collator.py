@@ -5,20 +5,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from contextlib import contextmanager
 from difflib import SequenceMatcher
-from itertools import islice
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 
-from darts_lora.errors import InputError, one_line
+from darts_lora.errors import InputError
 from darts_lora.rows import (
     IMAGE_COLUMNS,
-    ROW,
-    SOURCE,
+    check_length,
+    first_rows,
+    naming,
     row_images,
     row_layout,
     row_messages,
@@ -103,9 +101,9 @@ class Collator:
             InputError: as for a batch.
         """
         learnt = tokens = 0
-        for row in _first(rows, limit):
+        for row in first_rows(rows, limit):
             plain, mask = self._plain_mask(row, self._conversation(row))
-            _check_length(self, row, row_layout(row)[-1], len(plain))
+            check_length(row, row_layout(row)[-1], len(plain), self.max_length, self.context)
             _check_learnt(row, any(mask))
             learnt, tokens = learnt + sum(mask), tokens + len(plain)
         if not tokens:
@@ -149,7 +147,7 @@ class Collator:
     def _encode(self, rows, conversations, *, padding_side, add_generation_prompt=False) -> dict:
         texts = []
         for row, conversation in zip(rows, conversations, strict=True):
-            with _naming([row], "the chat template cannot take it"):
+            with naming([row], "the chat template cannot take it"):
                 text = self.processor.apply_chat_template(
                     conversation,
                     **self._template(conversation),
@@ -160,7 +158,7 @@ class Collator:
         images = [row_images(row) for row in rows] if self.multimodal else []
         mixed = "; some have no image" if any(images) and not all(images) else ""
         bos = self.tokenizer.bos_token
-        with _naming(rows, "the processor cannot take them", mixed):
+        with naming(rows, "the processor cannot take them", mixed):
             batch = self.processor(
                 text=texts,
                 **({"images": images} if any(images) else {}),
@@ -173,7 +171,7 @@ class Collator:
                 return_tensors="pt",
             )
         for row, length in zip(rows, batch["attention_mask"].sum(1).tolist(), strict=True):
-            _check_length(self, row, row_layout(row)[-1], length)
+            check_length(row, row_layout(row)[-1], length, self.max_length, self.context)
         batch.pop("token_type_ids", None)
         return dict(batch)
 
@@ -215,7 +213,7 @@ class Collator:
         return ids, mask
 
     def _tokens(self, row: dict, conversation: list[dict], **options) -> dict:
-        with _naming([row], "the chat template cannot take it"):
+        with naming([row], "the chat template cannot take it"):
             return self.tokenizer.apply_chat_template(
                 conversation,
                 **self._template(conversation),
@@ -229,106 +227,6 @@ class Collator:
         if _is_plain(conversation) or self.chat_template == PLAIN_TEMPLATE:
             return {"chat_template": PLAIN_TEMPLATE, "image_token": self.image_token}
         return {"chat_template": self.chat_template}
-
-
-class LabelCollator:
-    """Rows with `text` (and `text_pair`) and `label` -> batches for a classification model.
-
-    Args:
-        tokenizer: the model's.
-        max_length: longest sequence in tokens.
-        label_ids: name -> number of the model's classes; a label is one or the other.
-        context: longest sequence that the model takes, if it says.
-    """
-
-    def __init__(
-        self, tokenizer, max_length: int, label_ids: dict[str, int], context: int | None = None
-    ):
-        self.tokenizer, self.max_length, self.context = tokenizer, max_length, context
-        self.label_ids = label_ids
-
-    def __call__(self, rows: list[dict]) -> dict[str, Tensor]:
-        """A training batch, padded on the right.
-
-        Returns:
-            input_ids, attention_mask (and token_type_ids, for a tokenizer that has them): int64
-            (rows, tokens); labels: int64 (rows,).
-
-        Raises:
-            InputError: a row that is too long, or has no text or no such label.
-        """
-        labels = torch.tensor([self._label(row) for row in rows])
-        texts = self._texts(rows)
-        with _naming(rows, "the tokenizer cannot take them"):
-            batch = self.tokenizer(*texts, padding=True, padding_side="right", return_tensors="pt")
-        for row, length in zip(rows, batch["attention_mask"].sum(1).tolist(), strict=True):
-            _check_length(self, row, "text", length)
-        return {**batch, "labels": labels}
-
-    def check(self, rows: Iterable[dict], limit: int = 10_000) -> None:
-        """Read the first `limit` rows and raise what a batch of them would."""
-        for row in _first(rows, limit):
-            self._label(row)
-            length = len(self.tokenizer(*self._texts([row]))["input_ids"][0])
-            _check_length(self, row, "text", length)
-
-    def evaluation(self, rows: list[dict]) -> dict[str, Any]:
-        """A batch for evaluation: {"whole": as for training}."""
-        return {"whole": self(rows)}
-
-    def _texts(self, rows: list[dict]) -> list[list[str]]:
-        columns = ["text"] + ["text_pair"] * ("text_pair" in rows[0])
-        for row in rows:
-            for column in columns:
-                if not isinstance(row.get(column), str):
-                    kind = type(row.get(column)).__name__
-                    raise InputError(f"{row_name(row, column)}: must be text, not {kind}")
-        return [[row[column] for row in rows] for column in columns]
-
-    def _label(self, row: dict) -> int:
-        if not {"text", "label"} <= set(row):
-            found = ", ".join(column for column in row if column not in (ROW, SOURCE))
-            raise InputError(f"{row_name(row)}: needs the columns text and label; found: {found}")
-        label = row["label"]
-        if isinstance(label, str):
-            label = self.label_ids.get(label)
-        elif isinstance(label, float) and label.is_integer():  # a csv column with gaps
-            label = int(label)
-        if type(label) is not int or label not in self.label_ids.values():
-            names = ", ".join(list(self.label_ids)[:20])
-            raise InputError(
-                f"{row_name(row, 'label')}: {row['label']!r} is none of the model's "
-                f"{len(self.label_ids)} classes ({names}); num_labels sets their number"
-            )
-        return label
-
-
-@contextmanager
-def _naming(rows: list[dict], what: str, note: str = ""):
-    """What a chat template or a processor raises as an InputError that names the rows."""
-    try:
-        yield
-    except (TemplateError, ValueError, IndexError, TypeError) as error:
-        names = ", ".join(map(row_name, rows))
-        raise InputError(f"{names}: {what} ({one_line(error)}{note})") from error
-
-
-def _first(rows: Iterable[dict], limit: int) -> Iterable[dict]:
-    """The first rows, without their images."""
-    if getattr(rows, "column_names", None):  # a data set: do not read images for nothing
-        rows = rows.remove_columns([c for c in IMAGE_COLUMNS if c in rows.column_names])
-    return islice(rows, limit if hasattr(rows, "__len__") else max(limit // 40, 1))
-
-
-def _check_length(collator: Collator | LabelCollator, row: dict, column: str, length: int) -> None:
-    limit, advice = f"max_length={collator.max_length}", ", or raise max_length"
-    if collator.context is not None and collator.context <= collator.max_length:
-        limit, advice = f"the model takes {collator.context}", ""
-    if length > min(collator.max_length, collator.context or length):
-        raise InputError(
-            f"{row_name(row, column)}: {length} tokens, {limit}; shorten or leave out the row"
-            + advice
-        )
 
 
 def _check_learnt(row: dict, learnt: bool) -> None:

@@ -12,10 +12,11 @@ from datasets import Dataset, IterableDataset, concatenate_datasets
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from darts_lora.collator import Collator, LabelCollator
+from darts_lora.collator import Collator
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
 from darts_lora.errors import InputError
 from darts_lora.interruption import worker_context
+from darts_lora.label_collator import LabelCollator
 from darts_lora.models import (
     context_length,
     is_classifier,

@@ -3,7 +3,6 @@ Not here: the search itself (search.py), nor how good the adapter is (evaluate.p
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import time
@@ -15,9 +14,9 @@ import peft
 import torch
 import transformers
 from accelerate import PartialState
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.helpers import disable_input_dtype_casting
-from safetensors.torch import load_file, save_file
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from transformers import (
     ProgressCallback,
@@ -27,19 +26,20 @@ from transformers import (
     set_seed,
 )
 
-from darts_lora.collator import Collator, LabelCollator
+from darts_lora.collator import Collator
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig, check_bounds
 from darts_lora.data import Rows, make_collator, training_rows
 from darts_lora.errors import InputError
 from darts_lora.files import check_writable, locked, remove, write_into, write_json, write_whole
-from darts_lora.genotype import Genotype, pad_to_max_rank
+from darts_lora.genotype import Genotype
 from darts_lora.interruption import Stopped, StopRequest, told_as_input_errors, worker_context
+from darts_lora.label_collator import LabelCollator
 from darts_lora.models import load_model
+from darts_lora.padded import save_padded
 from darts_lora.targets import match_modules, match_saved_modules, task_type
 
 SUPERNET_NAME = "supernet.safetensors"
-ADAPTER_NAME = "adapter_model.safetensors"
-RESULTS = ("finetune.json", "evaluation.json", ADAPTER_NAME, "adapter_config.json")
+RESULTS = ("finetune.json", "evaluation.json", SAFETENSORS_WEIGHTS_NAME, "adapter_config.json")
 RESULTS += ("checkpoint", "padded")
 
 
@@ -161,32 +161,6 @@ def add_adapter(base: nn.Module, config: FinetuneConfig, genotype: Genotype | No
     return model
 
 
-def save_padded(adapter: str, output_dir: str) -> None:
-    """A saved adapter with zeros up to its largest rank, and one rank for all modules: the same
-    outputs for engines that read r and lora_alpha alone.
-
-    Args:
-        adapter, output_dir: folders, in PEFT's format.
-    """
-    config = LoraConfig.from_pretrained(adapter)
-    state = pad_to_max_rank(load_file(os.path.join(adapter, ADAPTER_NAME)))
-    divisor = math.sqrt if config.use_rslora else float
-    scaling = config.lora_alpha / divisor(config.r)
-    # the largest rank of what is there; the scaling is the same for all
-    config.r = max(value.shape[0] for key, value in state.items() if ".lora_A." in key)
-    config.lora_alpha, config.rank_pattern, config.alpha_pattern = (
-        scaling * divisor(config.r),
-        {},
-        {},
-    )
-
-    def write(folder: str) -> None:
-        config.save_pretrained(folder)
-        save_file(state, os.path.join(folder, ADAPTER_NAME), {"format": "pt"})
-
-    write_into(output_dir, write, ADAPTER_NAME)
-
-
 def _inherit(model: PeftModel, genotype: Genotype, path: str) -> None:
     """Copy the chosen branches in the supernet's file into the adapter: all, or an error."""
     state = genotype.inherited_state(path)
@@ -247,7 +221,7 @@ def train(
         trainer.train()
     seconds = time.perf_counter() - start
     if trainer.is_world_process_zero():
-        write_into(output_dir, model.save_pretrained, ADAPTER_NAME)
+        write_into(output_dir, model.save_pretrained, SAFETENSORS_WEIGHTS_NAME)
     return _record(trainer, seconds)
 
 

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -24,6 +23,7 @@ from darts_lora.config import check_ranks
 from darts_lora.errors import InputError, one_line
 from darts_lora.files import read_json, write_json
 from darts_lora.mixed_linear import branch_columns, linear_shape
+from darts_lora.targets import check_matches
 
 if TYPE_CHECKING:
     from darts_lora.supernet import Supernet
@@ -214,9 +214,7 @@ class Genotype:
             **options,
         )
         if model is not None:
-            names = [name for name, _ in model.named_modules()]
-            _check_keys(lora_config, ranks, names)
-            _check_saved(genotype.modules_to_save, names)
+            check_matches(model, lora_config, ranks, genotype.modules_to_save)
         return lora_config
 
     def inherited_state(self, source: Supernet | str | os.PathLike) -> dict[str, Tensor]:
@@ -294,23 +292,6 @@ class Genotype:
         return cls(**{"ranks": None, **content})
 
 
-def pad_to_max_rank(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An adapter's weights with zeros up to its largest rank: the same outputs, one rank for all.
-
-    Args:
-        state: keys and tensors of an adapter_model.safetensors.
-    """
-    largest = max(value.shape[0] for key, value in state.items() if ".lora_A." in key)
-    padded = {}
-    for key, value in state.items():
-        if ".lora_A." in key:
-            value = F.pad(value, (0, 0, 0, largest - value.shape[0]))
-        elif ".lora_B." in key:
-            value = F.pad(value, (0, largest - value.shape[1]))
-        padded[key] = value
-    return padded
-
-
 def _read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
     try:
         return load_file(path)
@@ -350,31 +331,3 @@ def _current_names(names: Iterable[str], modules: dict, model: nn.Module) -> lis
             name, _ = renaming.rename_source_key(name)
         current.append(name)
     return current
-
-
-def _check_keys(lora_config: LoraConfig, ranks: dict[str, int], names: list[str]) -> None:
-    """Every key of the patterns matches exactly one module, as PEFT matches them."""
-    for key in lora_config.rank_pattern:
-        compiled = re.compile(rf"(.*\.)?({key})$")
-        hits = [name for name in names if compiled.match(name)]
-        if len(hits) != 1:
-            raise InputError(f"genotype: the pattern {key!r} matches {len(hits)} modules, not one")
-    compiled = re.compile(lora_config.target_modules)
-    targets = [name for name in names if compiled.fullmatch(name)]
-    if set(targets) != set(ranks):
-        raise InputError(
-            f"genotype: target_modules matches {len(targets)} modules, not {len(ranks)}"
-        )
-
-
-def _check_saved(saved: list[str], names: list[str]) -> None:
-    """PEFT, which matches by the end of names, trains these modules and no others."""
-    for name in saved:
-        if name not in names:
-            raise InputError(f"genotype: modules_to_save={saved!r}: {name!r} is not in the model")
-        more = [n for n in names if n.endswith(name) and n not in saved]
-        if more:
-            raise InputError(
-                f"genotype: modules_to_save={saved!r}: PEFT would train {more[0]!r} as well, whose "
-                f"name ends like {name!r}"
-            )

@@ -7,11 +7,15 @@ import hashlib
 import io
 import os
 import re
+from collections.abc import Iterable
+from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
+from jinja2 import TemplateError
 from PIL import Image
 
-from darts_lora.errors import InputError
+from darts_lora.errors import InputError, one_line
 
 ROW = "row_index"  # columns we add: a row's number in the split of the source,
 SOURCE = "row_source"  # and what that source is: its file, or data set and split
@@ -182,3 +186,33 @@ def _pairs(row: dict) -> list[list[dict]]:
                 f"found {pair or found!r:.100}"
             )
     return [[{"role": role, "content": pair[role]} for role in roles] for pair in found]
+
+
+@contextmanager
+def naming(rows: list[dict], what: str, note: str = ""):
+    """What a chat template or a processor raises as an InputError that names the rows."""
+    try:
+        yield
+    except (TemplateError, ValueError, IndexError, TypeError) as error:
+        names = ", ".join(map(row_name, rows))
+        raise InputError(f"{names}: {what} ({one_line(error)}{note})") from error
+
+
+def first_rows(rows: Iterable[dict], limit: int) -> Iterable[dict]:
+    """The first rows, without their images."""
+    if getattr(rows, "column_names", None):  # a data set: do not read images for nothing
+        rows = rows.remove_columns([c for c in IMAGE_COLUMNS if c in rows.column_names])
+    return islice(rows, limit if hasattr(rows, "__len__") else max(limit // 40, 1))
+
+
+def check_length(row: dict, column: str, length: int, max_length: int, context: int | None) -> None:
+    """InputError where a row has more tokens (`length`) than max_length or than the model takes
+    (context, if it says)."""
+    limit, advice = f"max_length={max_length}", ", or raise max_length"
+    if context is not None and context <= max_length:
+        limit, advice = f"the model takes {context}", ""
+    if length > min(max_length, context or length):
+        raise InputError(
+            f"{row_name(row, column)}: {length} tokens, {limit}; shorten or leave out the row"
+            + advice
+        )

@@ -4,6 +4,8 @@ Not here: what is put into their place (supernet.py, finetune.py)."""
 from __future__ import annotations
 
 import difflib
+import re
+from collections.abc import Collection
 
 from peft import LoraConfig, TaskType
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
@@ -120,6 +122,48 @@ def match_saved_modules(model: nn.Module, modules_to_save: list[str] | None) -> 
     keys = [*(modules_to_save or ()), *(SEQ_CLS_HEAD_NAMES if task_type(model) else ())]
     matched = [name for name in names if name.endswith(tuple(keys))]
     return [name for name in matched if not any(_is_inside(name, outer) for outer in matched)]
+
+
+def check_matches(
+    model: nn.Module, lora_config: LoraConfig, wanted: Collection[str], saved: list[str]
+) -> None:
+    """A genotype's LoraConfig gives LoRA to the modules in `wanted` and trains those in `saved`, as
+    PEFT matches them, and no others; every key of its patterns is of one module.
+
+    Raises:
+        InputError: it does not.
+    """
+    names = [name for name, _ in model.named_modules()]
+    _check_keys(lora_config, wanted, names)
+    _check_saved(saved, names)
+
+
+def _check_keys(lora_config: LoraConfig, wanted: Collection[str], names: list[str]) -> None:
+    """Every key of the patterns matches exactly one module, as PEFT matches them."""
+    for key in lora_config.rank_pattern:
+        compiled = re.compile(rf"(.*\.)?({key})$")
+        hits = [name for name in names if compiled.match(name)]
+        if len(hits) != 1:
+            raise InputError(f"genotype: the pattern {key!r} matches {len(hits)} modules, not one")
+    compiled = re.compile(lora_config.target_modules)
+    targets = [name for name in names if compiled.fullmatch(name)]
+    if set(targets) != set(wanted):
+        raise InputError(
+            f"genotype: target_modules matches {len(targets)} modules, not {len(wanted)}"
+        )
+
+
+def _check_saved(saved: list[str], names: list[str]) -> None:
+    """PEFT, which matches by the end of names, trains these modules and no others."""
+    for name in saved:
+        if name not in names:
+            raise InputError(f"genotype: modules_to_save={saved!r}: {name!r} is not in the model")
+        more = [n for n in names if n.endswith(name) and n not in saved]
+        if more:
+            raise InputError(
+                f"genotype: modules_to_save={saved!r}: PEFT would train {more[0]!r} as well, whose "
+                f"name ends like {name!r}"
+            )
 
 
 def _raise_no_match(model: nn.Module, names: list[str], target_modules, exclude_modules) -> None:

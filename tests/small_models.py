@@ -107,3 +107,17 @@ def vision_rows(count: int) -> Dataset:
         rows.append({"messages": turns, "image": image})
     turn = {"role": Value("string"), "content": Value("string")}
     return Dataset.from_list(rows, Features({"messages": [turn], "image": Image()}))
+
+
+def make_tokenizer(template: str | None, words: str = "a b c d e f") -> PreTrainedTokenizerFast:
+    """A tokenizer of these words, numbered from 6 on behind its own, with a chat template."""
+    special = ["<pad>", "<s>", "</s>", "<image>", "[U]", "[A]"]
+    vocabulary = {word: i for i, word in enumerate(special + words.split())}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+        additional_special_tokens=special[3:],
+    )  # fmt: skip
+    made.chat_template = template
+    return made

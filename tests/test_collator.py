@@ -6,18 +6,17 @@ import re
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
+from transformers import CLIPImageProcessorPil, LlavaProcessor
 
-from darts_lora.collator import IGNORED, Collator, LabelCollator
+from darts_lora.collator import IGNORED, Collator
 from darts_lora.config import DataConfig, ModelConfig
 from darts_lora.data import load_splits
 from darts_lora.errors import InputError
+from darts_lora.label_collator import LabelCollator
 from darts_lora.models import load_processor
 from darts_lora.rows import ROW
-from small_models import vision_model, vision_processor, vision_rows
+from small_models import make_tokenizer, vision_model, vision_processor, vision_rows
 
-SPECIAL = ["<pad>", "<s>", "</s>", "<image>", "[U]", "[A]"]
 CONTENT = (
     "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
     "{{ '<image>' if part.type == 'image' else part.text }}{% endfor %}{% endif %}"
@@ -30,18 +29,6 @@ TEMPLATE = (
     + "{% endif %}{% endfor %}{% if add_generation_prompt %}[A]{% endif %}"
 )
 UNMARKED = TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-
-
-def make_tokenizer(template, words="a b c d e f"):
-    vocabulary = {word: i for i, word in enumerate(SPECIAL + words.split())}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-        additional_special_tokens=["<image>", "[U]", "[A]"],
-    )  # fmt: skip
-    made.chat_template = template
-    return made
 
 
 def turns(*texts):
@@ -304,55 +291,3 @@ def test_a_check_of_nothing_and_of_the_first_rows():
     with pytest.raises(InputError, match="10 tokens, max_length=8"):
         collator.check(iter([good] * 249 + [bad]))
     assert collator.check(iter([good, bad]), limit=10) == pytest.approx(2 / 6)
-
-
-# Classification.
-
-LABELS = {"no": 0, "maybe": 1, "yes": 2}
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_labels_against_a_hand_made_expectation(side):
-    tokenizer = make_tokenizer(None)
-    tokenizer.padding_side = side
-    collator = LabelCollator(tokenizer, 8, LABELS)
-    rows = [
-        {"text": "a b c", "label": "yes"},
-        {"text": "d", "label": 1},
-        {"text": "e", "label": 0.0},
-    ]
-    batch = collator(rows)
-    assert batch["input_ids"].tolist() == [[6, 7, 8], [9, 0, 0], [10, 0, 0]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0], [1, 0, 0]]
-    assert batch["labels"].tolist() == [2, 1, 0] and batch["labels"].dtype == torch.int64
-    assert collator.check(rows) is None
-    whole = collator.evaluation(rows)
-    assert set(whole) == {"whole"}
-    assert all(torch.equal(whole["whole"][name], batch[name]) for name in batch)
-
-
-def test_pairs_of_texts_are_one_sequence():
-    rows = [
-        {"text": "a b", "text_pair": "c", "label": 0},
-        {"text": "d", "text_pair": "e", "label": 1},
-    ]
-    batch = LabelCollator(make_tokenizer(None), 3, LABELS)(rows)
-    assert batch["input_ids"].tolist() == [[6, 7, 8], [9, 10, 0]]
-    with pytest.raises(InputError, match="column 'text': 3 tokens, max_length=2"):
-        LabelCollator(make_tokenizer(None), 2, LABELS)(rows)
-
-
-@pytest.mark.parametrize(
-    ("label", "text"),
-    [(3, "3 is none of the model's 3 classes"), (-1, "-1 is none"), ("other", "'other' is none"),
-     (1.5, "1.5 is none"), (float("nan"), "nan is none"), (True, "True is none"),
-     (None, "None is none"), ([1], r"\[1\] is none")],
-)  # fmt: skip
-def test_labels_that_the_model_does_not_have(label, text):
-    collator = LabelCollator(make_tokenizer(None), 8, LABELS)
-    rows = [{"text": "a", "label": 0, ROW: 3}, {"text": "a", "label": label, ROW: 4}]
-    for read in (collator, collator.check):
-        with pytest.raises(
-            InputError, match=rf"^row 4, column 'label': {text}.*\(no, maybe, yes\)"
-        ):
-            read(rows)

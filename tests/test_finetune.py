@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers as t
 from families import bert, make_family
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -22,7 +22,7 @@ from darts_lora import finetune as finetune_module
 from darts_lora.collator import Collator
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
 from darts_lora.data import load_splits, split_record
-from darts_lora.finetune import FinetuneConfig, add_adapter, finetune, save_padded
+from darts_lora.finetune import FinetuneConfig, add_adapter, finetune
 from darts_lora.interruption import Stopped
 from darts_lora.models import load_model, load_processor
 from darts_lora.rows import ROW
@@ -94,46 +94,6 @@ def test_the_padded_folder_gives_the_same_logits_by_one_rank(
     assert own.keys() == wide.keys()
     assert {min(value.shape) for value in own.values()} == {2, 4}
     assert {min(value.shape) for value in wide.values()} == {4}
-
-
-@pytest.mark.parametrize("use_rslora", [False, True])
-def test_padding_a_saved_adapter_leaves_its_scaling_and_its_other_weights(tmp_path, use_rslora):
-    folder = make_family(bert, str(tmp_path / "bert"))
-    base, ids = load_model(ModelConfig(folder)), torch.randint(0, 11, (4, 7))
-    names = [n for n, m in base.named_modules() if isinstance(m, nn.Linear) and ".layer." in n]
-    found = Genotype({n: (1, 3, 5)[i % 3] for i, n in enumerate(names)}, scaling=0.7)
-    adapted = get_peft_model(
-        base, found.to_lora_config(base, task_type="SEQ_CLS", use_rslora=use_rslora)
-    )
-    for name, parameter in adapted.named_parameters():
-        if parameter.requires_grad and "lora_A" not in name:
-            nn.init.normal_(parameter)
-    expected = adapted.eval()(ids).logits
-    adapted.save_pretrained(tmp_path / "adapter")
-    save_padded(str(tmp_path / "adapter"), str(tmp_path / "padded"))
-    padded = PeftModel.from_pretrained(load_model(ModelConfig(folder)), tmp_path / "padded").eval()
-    assert (padded(ids).logits - expected).abs().max() <= 1e-6 * expected.abs().max()
-    for name in names:
-        layer = padded.base_model.model.get_submodule(name)
-        assert layer.r["default"] == 5
-        assert layer.scaling["default"] == pytest.approx(0.7, rel=1e-12)
-    assert LoraConfig.from_pretrained(tmp_path / "padded").use_rslora == use_rslora
-
-
-def test_padding_an_adapter_whose_largest_rank_is_in_its_patterns(base_config, batch, tmp_path):
-    """As others write them: r is the smallest rank."""
-    wide = {"alpha_pattern": {"q_proj": 6}, "rank_pattern": {"q_proj": 4}}
-    config = LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj", "v_proj"], **wide)
-    adapted = get_peft_model(load_model(base_config), config)
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter)
-    expected = logits(adapted, batch)
-    adapted.save_pretrained(tmp_path / "adapter")
-    save_padded(str(tmp_path / "adapter"), str(tmp_path / "padded"))
-    padded = PeftModel.from_pretrained(load_model(base_config), tmp_path / "padded")
-    assert (padded.peft_config["default"].r, padded.peft_config["default"].lora_alpha) == (4, 6)
-    assert (logits(padded, batch) - expected).abs().max() <= 1e-5
 
 
 def test_a_classifiers_head_is_trained_and_saved_with_the_adapter(tmp_path):

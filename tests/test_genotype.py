@@ -1,5 +1,5 @@
 """Genotype: JSON, PEFT's view of it, padding, names of older releases, warm start.
-Not here: how ranks are chosen (test_discretize.py), nor the padded folder (test_finetune.py)."""
+Not here: how ranks are chosen (test_discretize.py), nor a padded folder (test_padded.py)."""
 
 import json
 import re
@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from darts_lora import Genotype, InputError, SearchConfig, Supernet, discretize
-from darts_lora.genotype import pad_to_max_rank
+from darts_lora.padded import pad_to_max_rank
 from darts_lora.targets import match_modules
 from small_models import randomise, residual
 

@@ -12,10 +12,11 @@ from families import TEXT_FAMILIES, bert, llava, make_family, tokenizer
 from PIL import Image as PILImage
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
-from darts_lora.collator import IGNORED, LabelCollator
+from darts_lora.collator import IGNORED
 from darts_lora.config import DataConfig, ModelConfig
 from darts_lora.data import load_splits, make_collator
 from darts_lora.errors import InputError
+from darts_lora.label_collator import LabelCollator
 from darts_lora.rows import ROW, SOURCE, row_images
 from small_models import COLOURS
 

@@ -1,0 +1,59 @@
+"""Texts and their classes to batches; labels that the model lacks. Not here: chats and images
+(test_collator.py), what limits a row (there too), rows out of files (test_rows.py)."""
+
+import pytest
+import torch
+
+from darts_lora.errors import InputError
+from darts_lora.label_collator import LabelCollator
+from darts_lora.rows import ROW
+from small_models import make_tokenizer
+
+LABELS = {"no": 0, "maybe": 1, "yes": 2}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_labels_against_a_hand_made_expectation(side):
+    tokenizer = make_tokenizer(None)
+    tokenizer.padding_side = side
+    collator = LabelCollator(tokenizer, 8, LABELS)
+    rows = [
+        {"text": "a b c", "label": "yes"},
+        {"text": "d", "label": 1},
+        {"text": "e", "label": 0.0},
+    ]
+    batch = collator(rows)
+    assert batch["input_ids"].tolist() == [[6, 7, 8], [9, 0, 0], [10, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0], [1, 0, 0]]
+    assert batch["labels"].tolist() == [2, 1, 0] and batch["labels"].dtype == torch.int64
+    assert collator.check(rows) is None
+    whole = collator.evaluation(rows)
+    assert set(whole) == {"whole"}
+    assert all(torch.equal(whole["whole"][name], batch[name]) for name in batch)
+
+
+def test_pairs_of_texts_are_one_sequence():
+    rows = [
+        {"text": "a b", "text_pair": "c", "label": 0},
+        {"text": "d", "text_pair": "e", "label": 1},
+    ]
+    batch = LabelCollator(make_tokenizer(None), 3, LABELS)(rows)
+    assert batch["input_ids"].tolist() == [[6, 7, 8], [9, 10, 0]]
+    with pytest.raises(InputError, match="column 'text': 3 tokens, max_length=2"):
+        LabelCollator(make_tokenizer(None), 2, LABELS)(rows)
+
+
+@pytest.mark.parametrize(
+    ("label", "text"),
+    [(3, "3 is none of the model's 3 classes"), (-1, "-1 is none"), ("other", "'other' is none"),
+     (1.5, "1.5 is none"), (float("nan"), "nan is none"), (True, "True is none"),
+     (None, "None is none"), ([1], r"\[1\] is none")],
+)  # fmt: skip
+def test_labels_that_the_model_does_not_have(label, text):
+    collator = LabelCollator(make_tokenizer(None), 8, LABELS)
+    rows = [{"text": "a", "label": 0, ROW: 3}, {"text": "a", "label": label, ROW: 4}]
+    for read in (collator, collator.check):
+        with pytest.raises(
+            InputError, match=rf"^row 4, column 'label': {text}.*\(no, maybe, yes\)"
+        ):
+            read(rows)
