@@ -79,9 +79,19 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
                 delattr(owner, mark)
     if config.gradient_checkpointing:
         # The re-entrant kind gives no gradients where, as here, the model's input needs none.
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model, use_reentrant=False)
         model.config.get_text_config().use_cache = False
     return model
+
+
+def checkpoint_activations(model: PreTrainedModel, **options) -> None:
+    """Gradient checkpointing, by the name that this release of transformers has for it.
+
+    Args:
+        options: of torch.utils.checkpoint.checkpoint.
+    """
+    current = getattr(model, "activation_checkpointing_enable", None)
+    (current or model.gradient_checkpointing_enable)(options)
 
 
 def load_model_config(config: ModelConfig) -> PretrainedConfig:

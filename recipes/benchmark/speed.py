@@ -21,6 +21,7 @@ from darts_lora import InputError
 from darts_lora.cli import run
 from darts_lora.config import check_bounds
 from darts_lora.files import write_json
+from darts_lora.models import checkpoint_activations
 
 SMOLLM2 = {
     "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
@@ -136,8 +137,7 @@ def make_model(shape: Shape, device: str) -> torch.nn.Module:
     model.requires_grad_(False).train()
     if shape.checkpointing:
         # preserve_rng_state: nothing random is computed again, and a capture forbids it
-        options = {"use_reentrant": False, "preserve_rng_state": False}
-        model.gradient_checkpointing_enable(options)
+        checkpoint_activations(model, use_reentrant=False, preserve_rng_state=False)
     model.config.get_text_config().use_cache = False
     return model
 
