@@ -181,11 +181,10 @@ class Store:
 
 def cells(options: QualityRun, store: Store) -> Iterator[Cell]:
     """All cells in the order in which they should be done, what depends on unfinished ones left
-    out: the uniform plans of the budgets and the largest one, then the methods, the rest of the
-    curve after the search."""
-    first = [*options.budgets, max(options.curve)]
-    rest = [rank for rank in options.curve if rank not in first]
-    pairs = [("uniform", rank) for rank in dict.fromkeys(first)]
+    out: the uniform plans of the budgets, then the methods, the rest of the curve after the
+    search."""
+    rest = [rank for rank in options.curve if rank not in options.budgets]
+    pairs = [("uniform", rank) for rank in options.budgets]
     for method in METHODS:
         if method in options.methods and method != "uniform":
             pairs += [(method, budget) for budget in options.budgets]
