@@ -55,15 +55,28 @@ TEMPLATE = (
 )
 
 
+def word_tokenizer(words: list[str], special: list[str]) -> PreTrainedTokenizerFast:
+    """A word is a token, numbered by its place; `special` are those beside <pad>, <s> and </s>."""
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+        additional_special_tokens=special,
+    )  # fmt: skip
+
+
+def make_tokenizer(template: str | None, words: str = "a b c d e f") -> PreTrainedTokenizerFast:
+    """A tokenizer of these words, numbered from 6 on behind its own, with a chat template."""
+    special = ["<image>", "[U]", "[A]"]
+    made = word_tokenizer(["<pad>", "<s>", "</s>", *special, *words.split()], special)
+    made.chat_template = template
+    return made
+
+
 def vision_processor() -> MllamaProcessor:
     """Word-level tokenizer; images of 16 x 16 pixels in one or two tiles."""
-    words = {word: i for i, word in enumerate([*WORDS, *SPECIAL])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-        additional_special_tokens=SPECIAL[3:],
-    )  # fmt: skip
+    wrapped = word_tokenizer([*WORDS, *SPECIAL], SPECIAL[3:])
     images = MllamaImageProcessorPil(size={"height": 16, "width": 16}, max_image_tiles=2)
     return MllamaProcessor(images, wrapped, chat_template=TEMPLATE)
 
@@ -107,17 +120,3 @@ def vision_rows(count: int) -> Dataset:
         rows.append({"messages": turns, "image": image})
     turn = {"role": Value("string"), "content": Value("string")}
     return Dataset.from_list(rows, Features({"messages": [turn], "image": Image()}))
-
-
-def make_tokenizer(template: str | None, words: str = "a b c d e f") -> PreTrainedTokenizerFast:
-    """A tokenizer of these words, numbered from 6 on behind its own, with a chat template."""
-    special = ["<pad>", "<s>", "</s>", "<image>", "[U]", "[A]"]
-    vocabulary = {word: i for i, word in enumerate(special + words.split())}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-        additional_special_tokens=special[3:],
-    )  # fmt: skip
-    made.chat_template = template
-    return made
