@@ -11,6 +11,7 @@ from torch import Tensor
 
 from darts_lora.cost import BudgetMultiplier
 from darts_lora.errors import InputError
+from darts_lora.prior import smoother
 from darts_lora.supernet import Supernet
 
 
@@ -28,6 +29,7 @@ class Architect:
 
     Attributes:
         graphed: batch -> loss and gradients, in place of loss_fn in first-order steps (graphs.py).
+        smoother: (N, N), times which every gradient of alpha is taken (prior.py).
         gradient_sums: (2, N, K), the loss's gradients of alpha summed over even and odd steps.
     """
 
@@ -48,6 +50,7 @@ class Architect:
         )
         self.multiplier = BudgetMultiplier(supernet.budget) if supernet.budget else None
         self.graphed: Callable[[Any], tuple[Tensor, list[Tensor]]] | None = None
+        self.smoother = smoother(list(supernet.layers), config.arch_noise)
         self.steps = 0
         self.gradient_sums = torch.zeros(2, *supernet.alpha.shape)
 
@@ -83,9 +86,11 @@ class Architect:
         if self.reduce is not None:
             gradient = self.reduce(gradient)
         self.gradient_sums = self.gradient_sums.to(gradient.device)
+        self.smoother = self.smoother.to(gradient)
         self.gradient_sums[self.steps % 2] += gradient
         self.steps += 1
         metrics = {"loss": loss, "gradient_norm": gradient.norm()}
+        gradient = self.smoother @ gradient
         self.supernet.alpha.grad = gradient + self._budget_gradient(gradient, metrics)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -134,6 +139,7 @@ class Architect:
         if self.multiplier is None:
             return torch.zeros_like(gradient)
         (cost,) = torch.autograd.grad(expected / self.multiplier.budget, self.supernet.alpha)
+        cost = self.smoother @ cost  # one metric for both, or the budget would be met elsewhere
         factor = self.multiplier.step(expected.detach(), gradient, cost)
         metrics["multiplier"] = factor
         return factor * cost

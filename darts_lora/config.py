@@ -138,6 +138,9 @@ class SearchConfig:
     """Betas of alpha's optimizer, as in DARTS."""
     arch_weight_decay: float = 0.0
     """Weight decay of alpha."""
+    arch_noise: float = 0.0
+    """Assumed variance of the noise in alpha's gradient, in units of what layers of one type, and
+    layers of near blocks, have in common: it draws each layer towards its like; 0: to none."""
     arch_lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
     """Course of alpha's learning rate over the architecture steps of a RankSearch."""
     arch_every: int = 1
@@ -164,8 +167,8 @@ class SearchConfig:
                 _check_modules(name, value, regex=name != "modules_to_save")
         check_bounds(
             self,
-            at_least={"dropout": 0.0, "arch_weight_decay": 0.0, "arch_every": 1, "warmup_steps": 0}
-            | {"seed": 0},
+            at_least={"dropout": 0.0, "arch_weight_decay": 0.0, "arch_noise": 0.0}
+            | {"arch_every": 1, "warmup_steps": 0, "seed": 0},
             above={"scaling": 0.0, "budget_rank": 0.0, "budget_parameters": 0}
             | {"arch_learning_rate": 0.0, "learning_rate_scale": 0.0},
             choices={

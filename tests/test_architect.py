@@ -11,6 +11,7 @@ from torch.func import functional_call
 
 from darts_lora import Architect, InputError, SearchConfig, Supernet, mixed_linear
 from darts_lora.architect import SharedAdam
+from darts_lora.prior import smoother
 from small_models import randomise, residual
 
 
@@ -83,6 +84,22 @@ def test_equals_the_first_order_at_inner_rate_zero(order):
     exact = exact_unrolled(supernet, val, train, 0.0)
     found = alpha_gradient(architect, loss_of(supernet), val, train)
     assert (found - exact).norm() / exact.norm() < 1e-12
+
+
+def test_gradients_of_loss_and_cost_are_smoothed_alike():
+    supernet, architect = make(arch_noise=3.0, budget_rank=1.0)
+    train, val = batches()
+    gradient = exact_unrolled(supernet, val, train, 0.0)
+    expected = supernet.expected_parameters() / supernet.budget
+    (cost,) = torch.autograd.grad(expected, supernet.alpha)
+    found = alpha_gradient(architect, loss_of(supernet), val, train)
+    wanted = smoother(list(supernet.layers), 3.0).double() @ (
+        gradient + architect.multiplier.factor * cost
+    )
+    assert architect.multiplier.factor > 0
+    torch.testing.assert_close(found, wanted)
+    raw = architect.gradient_sums[0]  # the verdict is about what was seen
+    torch.testing.assert_close(raw, gradient.to(raw))
 
 
 def test_unrolled_passes_draw_the_same_samples():

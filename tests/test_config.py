@@ -27,6 +27,7 @@ from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
         *[(SearchConfig, "learning_rate_scale", v) for v in (0.0, -1.0, "a third")],
         *[(SearchConfig, "arch_betas", v) for v in ((0.5,), (0.5, 1.0), (-0.1, 0.9))],
         (SearchConfig, "arch_weight_decay", -1.0),
+        *[(SearchConfig, "arch_noise", v) for v in (-0.1, "much")],
         (SearchConfig, "arch_lr_scheduler", "step"),
         *[(SearchConfig, "arch_every", v) for v in (0, 1.5)],
         *[(SearchConfig, "order", v) for v in (0, 3)],

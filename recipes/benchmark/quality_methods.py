@@ -188,6 +188,7 @@ METHODS = {
     "search_gumbel": _searches(relaxation="gumbel", temperature=TEMPERATURES["gumbel"]),
     "search_softmax": _searches(relaxation="softmax", temperature=TEMPERATURES["softmax"]),
     "search_order2": _searches(order=2),
+    "search_smooth": _searches(arch_noise=3.0),
     "search_slow": _searches(learning_rate_scale=1 / 6),
     "search_fast": _searches(learning_rate_scale=1.0),
     "search_fast_independent": _searches(learning_rate_scale=1.0, branches="independent"),
