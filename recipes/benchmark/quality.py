@@ -163,6 +163,8 @@ def _compute(cells: list[Cell], task: Task, store: Store) -> None:
         times = {"cell_seconds": seconds, "device": task.device_name}
         for cell, record in zip(cells, records, strict=True):
             store.put(cell, {**record, **times})
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the GPU's other workers may need what this cell did
     names = ", ".join(cell.name for cell in cells)
     print(f"{names}: {time.perf_counter() - begun:.1f} s", file=sys.stderr)
 
