@@ -39,6 +39,7 @@ from darts_lora.collator import Collator
 from darts_lora.config import check_bounds
 from darts_lora.evaluate import score
 from darts_lora.files import check_writable, write_text, write_whole
+from darts_lora.graphs import Graphed
 from darts_lora.models import EMBEDDED
 
 SPECIAL = ("<|pad|>", "<|begin_of_text|>", "<|end_of_text|>", "<|user|>", "<|assistant|>")
@@ -110,7 +111,8 @@ def pretrain(
     groups: list[dict] | None = None,
     autocast: bool = False,
 ) -> None:
-    """Train all weights on batches with as many questions of one kind as of another.
+    """Train all weights on batches with as many questions of one kind as of another, on a GPU by
+    CUDA graphs.
 
     groups: AdamW's, where parts have learning rates of their own; autocast: to bfloat16 on a GPU.
     """
@@ -129,19 +131,26 @@ def pretrain(
         collate_fn=collator,
         num_workers=options.num_workers,
     )
-    trained = groups or model.parameters()
-    optimizer = torch.optim.AdamW(trained, lr=options.learning_rate, weight_decay=0.01)
+    weights = list(model.parameters())
+    optimizer = torch.optim.AdamW(groups or weights, lr=options.learning_rate, weight_decay=0.01)
     scheduler = get_scheduler("cosine", optimizer, options.max_steps // 20, options.max_steps)
     model.to(accelerator.device).train()
-    for batch in (bar := tqdm(loader, "pretrain", unit="step")):
-        batch = {key: value.to(accelerator.device) for key, value in batch.items()}
-        with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=low):
+
+    def gradients(batch: dict) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        with torch.autocast(
+            accelerator.device.type, torch.bfloat16, enabled=low, cache_enabled=False
+        ):
             loss = model(**batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        return loss.detach(), list(torch.autograd.grad(loss, weights, allow_unused=True))
+
+    step = Graphed(gradients) if accelerator.device.type == "cuda" else gradients
+    for batch in (bar := tqdm(loader, "pretrain", unit="step")):
+        loss, found = step({key: value.to(accelerator.device) for key, value in batch.items()})
+        for weight, gradient in zip(weights, found, strict=True):
+            weight.grad = gradient
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         scheduler.step()
-        optimizer.zero_grad()
         if scheduler.last_epoch % 10 == 0:
             bar.set_postfix_str(f"loss {loss.item():.4f}")
 

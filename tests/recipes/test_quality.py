@@ -15,6 +15,7 @@ from torch import nn
 from transformers import get_scheduler
 
 from darts_lora import Genotype, InputError, SearchConfig
+from darts_lora.cli import parse
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
 from darts_lora.data import load_splits, make_collator
 from darts_lora.evaluate import score
@@ -644,3 +645,14 @@ def test_the_configurations_are_read(name):
     options, search, *_, training = parse(["--config", str(path)], *classes)
     assert options.benchmark == name and search.budget_rank is None
     assert max(search.ranks) == max(options.curve) and training.learning_rate == 1e-3
+
+
+@pytest.mark.parametrize("task", ["embedded_vqa", "smollm2_e2e", "smollm2_gsm8k"])
+def test_published_cells_can_be_gone_on_with(task):
+    """Their options are still what the task's file gives: one that was added since is there."""
+    import quality
+    from quality_cells import QualityRun
+
+    classes = (QualityRun, SearchConfig, ModelConfig, DataConfig, TrainingConfig)
+    everything = parse(["--config", str(BENCHMARK / "quality" / f"{task}.yaml")], *classes)
+    quality._check_same_task(BENCHMARK / "results" / "quality" / task, tuple(everything))
