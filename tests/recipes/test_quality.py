@@ -23,6 +23,7 @@ from darts_lora.models import load_model
 from darts_lora.targets import match_modules
 
 BENCHMARK = Path(__file__).parents[2] / "recipes" / "benchmark"
+PUBLISHED = BENCHMARK / "results" / "quality"
 CPU = torch.device("cpu")
 METHODS = {"uniform", "search", "search_independent", "search_slow", "search_fast", "search_smooth"}
 METHODS |= {"search_fast_independent", "search_gumbel", "search_softmax", "search_order2"}
@@ -647,12 +648,16 @@ def test_the_configurations_are_read(name):
     assert max(search.ranks) == max(options.curve) and training.learning_rate == 1e-3
 
 
-@pytest.mark.parametrize("task", ["embedded_vqa", "smollm2_e2e", "smollm2_gsm8k"])
+@pytest.mark.parametrize(
+    "task", sorted(PUBLISHED.glob("*/options.json")), ids=lambda p: p.parent.name
+)
 def test_published_cells_can_be_gone_on_with(task):
     """Their options are still what the task's file gives: one that was added since is there."""
     import quality
     from quality_cells import QualityRun
 
     classes = (QualityRun, SearchConfig, ModelConfig, DataConfig, TrainingConfig)
-    everything = parse(["--config", str(BENCHMARK / "quality" / f"{task}.yaml")], *classes)
-    quality._check_same_task(BENCHMARK / "results" / "quality" / task, tuple(everything))
+    everything = parse(
+        ["--config", str(BENCHMARK / "quality" / f"{task.parent.name}.yaml")], *classes
+    )
+    quality._check_same_task(task.parent, tuple(everything))
