@@ -69,7 +69,7 @@ class LlavaRun(PretrainRun):
     """Peak learning rate of the language model, which is pretrained (AdamW)."""
     vision_learning_rate: float = 1e-3
     """Peak learning rate of vision tower and projector, which begin at random."""
-    num_workers: int = 12
+    num_workers: int = 8
     """Processes that prepare batches; 0: none."""
     test_questions: int = 1000
     """Test questions that the model answers at the end (count), one for an image."""

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from datasets import load_dataset
 from PIL import ImageOps
 from safetensors.torch import load_file
@@ -60,6 +61,29 @@ def test_the_base_knows_the_questions_and_not_the_look():
     plain = [{**row, "image": ImageOps.invert(*row_images(row))} for row in rows]
     assert score(model, plain, Collator(processor))["exact_match"] > 0.9
     assert score(model, rows, Collator(processor))["exact_match"] < 0.55
+
+
+def test_its_steps_are_adamws_on_clipped_gradients():
+    """On a GPU too, where they are graphs."""
+    row = pretrain_embedded.read_rows("test")[0]
+    row = {**row, "image": ImageOps.invert(row["image"])}  # not known: gradients to be clipped
+    options = pretrain_embedded.PretrainRun(max_steps=2, batch_size=3, num_workers=0)
+    trained, expected = load_model(ModelConfig()), load_model(ModelConfig())
+    collator = Collator(load_processor(ModelConfig()))
+    pretrain_embedded.pretrain(trained, collator, [row], options)
+    expected.to(trained.device).train()
+    optimizer = torch.optim.AdamW(expected.parameters(), options.learning_rate, weight_decay=0.01)
+    for share in (1, 0.5):  # of the rate: a cosine
+        optimizer.param_groups[0]["lr"] = share * options.learning_rate
+        optimizer.zero_grad()
+        batch = {key: value.to(trained.device) for key, value in collator([row] * 3).items()}
+        expected(**batch).loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(expected.parameters(), 1.0)
+        assert norm > 1
+        optimizer.step()
+    wanted = expected.state_dict()
+    for name, value in trained.state_dict().items():
+        torch.testing.assert_close(value, wanted[name], msg=name)
 
 
 def test_questions_of_each_kind_are_drawn_alike():
