@@ -11,7 +11,7 @@ from torch import Tensor
 
 from darts_lora.cost import BudgetMultiplier
 from darts_lora.errors import InputError
-from darts_lora.prior import smoother
+from darts_lora.prior import Prior
 from darts_lora.supernet import Supernet
 
 
@@ -29,7 +29,7 @@ class Architect:
 
     Attributes:
         graphed: batch -> loss and gradients, in place of loss_fn in first-order steps (graphs.py).
-        smoother: (N, N), times which every gradient of alpha is taken (prior.py).
+        prior: draws every gradient of alpha towards those of like layers (prior.py).
         gradient_sums: (2, N, K), the loss's gradients of alpha summed over even and odd steps.
     """
 
@@ -50,7 +50,7 @@ class Architect:
         )
         self.multiplier = BudgetMultiplier(supernet.budget) if supernet.budget else None
         self.graphed: Callable[[Any], tuple[Tensor, list[Tensor]]] | None = None
-        self.smoother = smoother(list(supernet.layers), config.arch_noise)
+        self.prior = Prior(list(supernet.layers), config.arch_noise)
         self.steps = 0
         self.gradient_sums = torch.zeros(2, *supernet.alpha.shape)
 
@@ -86,12 +86,12 @@ class Architect:
         if self.reduce is not None:
             gradient = self.reduce(gradient)
         self.gradient_sums = self.gradient_sums.to(gradient.device)
-        self.smoother = self.smoother.to(gradient)
         self.gradient_sums[self.steps % 2] += gradient
         self.steps += 1
         metrics = {"loss": loss, "gradient_norm": gradient.norm()}
-        gradient = self.smoother @ gradient
-        self.supernet.alpha.grad = gradient + self._budget_gradient(gradient, metrics)
+        smooth = self.prior.posterior(self.gradient_sums)
+        gradient = smooth(gradient)
+        self.supernet.alpha.grad = gradient + self._budget_gradient(gradient, smooth, metrics)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return metrics
@@ -133,13 +133,15 @@ class Architect:
         ]
         return loss.detach(), filled
 
-    def _budget_gradient(self, gradient: Tensor, metrics: dict[str, Tensor]) -> Tensor:
+    def _budget_gradient(
+        self, gradient: Tensor, smooth: Callable[[Tensor], Tensor], metrics: dict[str, Tensor]
+    ) -> Tensor:
         expected = self.supernet.expected_parameters()
         metrics["expected_parameters"] = expected.detach()
         if self.multiplier is None:
             return torch.zeros_like(gradient)
         (cost,) = torch.autograd.grad(expected / self.multiplier.budget, self.supernet.alpha)
-        cost = self.smoother @ cost  # one metric for both, or the budget would be met elsewhere
+        cost = smooth(cost)  # one metric for both, or the budget would be met elsewhere
         factor = self.multiplier.step(expected.detach(), gradient, cost)
         metrics["multiplier"] = factor
         return factor * cost

@@ -139,9 +139,14 @@ class SearchConfig:
     """Betas of alpha's optimizer, as in DARTS."""
     arch_weight_decay: float = 0.0
     """Weight decay of alpha."""
-    arch_noise: float = 0.0
-    """Assumed variance of the noise in alpha's gradient, in units of what layers of one type, and
-    layers of near blocks, have in common: it draws each layer towards its like; 0: to none."""
+    # halves share the path of the weights, where two searches differ, and so show too little noise.
+    # Without and with it, ranks 2 and 8, embedded task, 6 seeds: expected ranks of two seeds
+    # correlate by 0.87, 0.67 and 0.85, 0.78, test loss 0.0779, 0.0744 and 0.0766, 0.0743; planted
+    # ranks are found as often
+    arch_noise: float = 4.0
+    """How many times the noise that two halves of the architecture steps show alpha's gradients
+    are taken to have: the more, the nearer each layer is drawn to those of its type and of near
+    blocks, while that is not outweighed by what is seen; 0: not drawn."""
     arch_lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
     """Course of alpha's learning rate over the architecture steps of a RankSearch."""
     arch_every: int = 1

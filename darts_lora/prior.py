@@ -3,12 +3,14 @@ Not here: the gradient that it is applied to, or alpha's optimizer (architect.py
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 NEAR = 1 / 6  # of a stack's depth: over it, likeness falls to 1 / e
+VARIANCE = 4  # of each layer by itself, the diagonal of the kernel
+LEAST = 0.05  # the least correlation of two halves that is reckoned with: noise stays finite
 
 
 def kernel(names: Sequence[str]) -> Tensor:
@@ -30,23 +32,54 @@ def kernel(names: Sequence[str]) -> Tensor:
     return same_type + near + same_type * near + torch.eye(len(names), dtype=torch.float64)
 
 
-def smoother(names: Sequence[str], noise: float) -> Tensor:
-    """What turns a noisy gradient of alpha, (N, K), into its posterior mean, (N, N) float32.
+class Prior:
+    """Makes of a noisy gradient of alpha, (N, K), its posterior mean.
 
     The true gradients of one candidate over the layers are taken for a Gaussian process with the
     covariance of `kernel`, the observed ones have independent noise beside them (Rasmussen and
-    Williams, Gaussian Processes for Machine Learning, eq. 2.23).
+    Williams, Gaussian Processes for Machine Learning, eq. 2.23). Its variance is estimated from two
+    halves of the steps so far: early in a search layers move with their like, later by themselves.
 
     Args:
         names: of the layers.
-        noise: its variance, in units of the variance of each of the kernel's terms; 0: no noise,
-            so each layer's gradient stays as it is.
+        noise: factor on the estimate of the noise's variance; 0: gradients stay as they are.
     """
-    identity = torch.eye(len(names), dtype=torch.float64)
-    if noise == 0:
-        return identity.float()  # to the last bit
-    likeness = kernel(names)
-    return torch.linalg.solve(likeness + noise * identity, likeness).float()
+
+    def __init__(self, names: Sequence[str], noise: float):
+        self.noise = noise
+        self.values, self.vectors = torch.linalg.eigh(kernel(names))
+
+    def posterior(self, gradient_sums: Tensor) -> Callable[[Tensor], Tensor]:
+        """What turns a gradient, (N, K), into its posterior mean.
+
+        Args:
+            gradient_sums: (2, N, K), gradients so far, summed over even and over odd steps.
+        """
+        if self.noise == 0:
+            return lambda gradient: gradient
+        self.values, self.vectors = self.values.to(gradient_sums), self.vectors.to(gradient_sums)
+        noise = self.noise * VARIANCE * noise_to_signal(gradient_sums)
+        shares = self.values / (self.values + noise)
+
+        def smooth(gradient: Tensor) -> Tensor:
+            vectors = self.vectors.to(gradient)
+            return vectors @ (shares.to(gradient)[:, None] * (vectors.T @ gradient))
+
+        return smooth
+
+
+def correlation(gradient_sums: Tensor) -> Tensor:
+    """Of two halves, (2, N, K), over layers and candidates, each candidate's mean over the layers
+    taken out (that part says only what is wanted everywhere); a scalar."""
+    even, odd = gradient_sums - gradient_sums.mean(1, keepdim=True)
+    return (even * odd).sum() / (even.norm() * odd.norm()).clamp_min(1e-30)
+
+
+def noise_to_signal(gradient_sums: Tensor) -> Tensor:
+    """The variance of noise over that of signal in the sum of two halves, a scalar: the halves have
+    the signal in common."""
+    common = correlation(gradient_sums).clamp_min(LEAST)
+    return (1 - common) / (2 * common)
 
 
 def _place(parts: list[str]) -> tuple[str, int]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from darts_lora.architect import Architect
 from darts_lora.genotype import Genotype
+from darts_lora.prior import correlation
 from darts_lora.supernet import Supernet
 
 
@@ -30,16 +31,13 @@ def agreement(gradient_sums: Tensor) -> tuple[float, float]:
             two halves that saw other batches and other samples.
 
     Returns:
-        The correlation of the halves over layers and candidates, each candidate's mean over the
-        layers taken out (that part says only what is wanted everywhere), and the standard deviation
-        of the same figure under noise.
+        The correlation of the halves (prior.py), and the standard deviation of the same figure
+        under noise.
     """
-    even, odd = (half - half.mean(0) for half in gradient_sums.double().cpu())
-    correlation = (even * odd).sum() / (even.norm() * odd.norm()).clamp_min(1e-30)
-    layers, candidates = even.shape
+    _, layers, candidates = gradient_sums.shape
     # each layer's gradients sum to 0 over the candidates, each candidate's over the layers
     freedom = max((layers - 1) * (candidates - 1), 1)
-    return float(correlation), 1 / math.sqrt(freedom)
+    return float(correlation(gradient_sums.double().cpu())), 1 / math.sqrt(freedom)
 
 
 def verdict(supernet: Supernet, architect: Architect, genotype: Genotype) -> dict[str, Any]:

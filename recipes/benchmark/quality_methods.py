@@ -166,12 +166,17 @@ def _searches(**options) -> Method:
     return Method(partial(search, **options), trains="as uniform")
 
 
+def _without_prior(**options) -> Method:
+    return _searches(arch_noise=0.0, **options)
+
+
 RANDOM_PLANS = 5
 # What matters most first: a run that is cut off has compared the search with the first ones.
 METHODS = {
     "uniform": Method(uniform),
     "search": _searches(),
-    "search_independent": _searches(branches="independent"),
+    "search_no_prior": _without_prior(),
+    "search_independent": _without_prior(branches="independent"),
     "random_0": Method(partial(random_ranks, number=0)),
     "adalora": Method(adalora, trains="tuned"),
     "svd": Method(svd, trains="tuned"),
@@ -185,11 +190,10 @@ METHODS = {
         f"random_{i}": Method(partial(random_ranks, number=i), rates_of="random_0")
         for i in range(1, RANDOM_PLANS)
     },
-    "search_gumbel": _searches(relaxation="gumbel", temperature=TEMPERATURES["gumbel"]),
-    "search_softmax": _searches(relaxation="softmax", temperature=TEMPERATURES["softmax"]),
-    "search_order2": _searches(order=2),
-    "search_smooth": _searches(arch_noise=3.0),
-    "search_slow": _searches(learning_rate_scale=1 / 6),
-    "search_fast": _searches(learning_rate_scale=1.0),
-    "search_fast_independent": _searches(learning_rate_scale=1.0, branches="independent"),
+    "search_gumbel": _without_prior(relaxation="gumbel", temperature=TEMPERATURES["gumbel"]),
+    "search_softmax": _without_prior(relaxation="softmax", temperature=TEMPERATURES["softmax"]),
+    "search_order2": _without_prior(order=2),
+    "search_slow": _without_prior(learning_rate_scale=1 / 6),
+    "search_fast": _without_prior(learning_rate_scale=1.0),
+    "search_fast_independent": _without_prior(learning_rate_scale=1.0, branches="independent"),
 }
