@@ -21,7 +21,9 @@ class Graphed:
     Small kernels cost more to launch than to compute; a graph launches them all at once. Random
     numbers drawn inside are fresh in each replay. The function must not wait for the device (but
     see static.py), and must read everything else that changes between its calls from the same
-    tensors, or be told apart by `key`.
+    tensors, or be told apart by `key`. It may change things: each call does so once. The first call
+    of a shape is launched as ever, the second one is captured, so a shape that comes once costs
+    nothing.
 
     Args:
         function: batch (tensors in dicts, lists, tuples) -> (scalar loss, list of tensors).
@@ -42,13 +44,20 @@ class Graphed:
     ):
         self.function, self.key, self.limit, self.pool = function, key, limit, pool
         self.captured: dict[Hashable, tuple] = {}
+        self.seen: set[Hashable] = set()
         self.failed = False
 
     def __call__(self, batch: Any) -> tuple[Tensor, list[Tensor]]:
         """The function's result. The list's tensors are overwritten by the next call."""
         shape = self._shape(batch)
-        if shape not in self.captured and not self._capture(shape, batch):
-            return self.function(batch)
+        if shape not in self.captured:
+            if self.failed or len(self.captured) >= self.limit:
+                return self.function(batch)
+            if shape not in self.seen:
+                self.seen.add(shape)
+                return self._aside(batch)
+            if not self._capture(shape, batch):
+                return self.function(batch)
         graph, static, (loss, values) = self.captured[shape]
         torch._foreach_copy_(_tensors(static), _tensors(batch))
         graph.replay()
@@ -63,14 +72,12 @@ class Graphed:
 
     def _capture(self, shape: Hashable, batch: Any) -> bool:
         """Capture the function for a batch of this shape; whether it is there now."""
-        if self.failed or len(self.captured) >= self.limit:
-            return False
         static = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch)
         try:
             with warnings.catch_warnings():
                 # gradients are returned here, none is accumulated
                 warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream")
-                stream = self._warm_up(static)
+                stream = _side_stream(torch.cuda.current_device())
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=self.pool, stream=stream), Static():
                     result = self.function(static)
@@ -84,15 +91,16 @@ class Graphed:
         self.captured[shape] = graph, static, result
         return True
 
-    def _warm_up(self, static: Any) -> torch.cuda.Stream:
-        """Libraries allocate and tune in their first calls: not inside a capture on that stream."""
-        stream = _side_stream(torch.cuda.current_device())
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                self.function(static)
-        torch.cuda.current_stream().wait_stream(stream)
-        return stream
+    def _aside(self, batch: Any) -> tuple[Tensor, list[Tensor]]:
+        """The function's result, computed on the stream of captures: libraries allocate and tune in
+        their first calls there, which cannot be captured."""
+        stream, current = _side_stream(torch.cuda.current_device()), torch.cuda.current_stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream")
+            result = self.function(batch)
+        current.wait_stream(stream)
+        return result
 
 
 def _draw_outside_again() -> None:

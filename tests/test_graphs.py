@@ -40,20 +40,45 @@ def test_without_a_gpu_one_line_says_so_and_the_result_is_the_same(capsys):
     assert found[0] == found[1]
 
 
-def test_what_cannot_be_captured_runs_all_the_same_after_one_warning(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise RuntimeError("operation not permitted when stream is capturing\nmore")
-
-    monkeypatch.setattr(Graphed, "_warm_up", refuse)
+def without_gpu(monkeypatch, stream):
+    """Let Graphed come as far as `stream`, which captures ask for."""
+    monkeypatch.setattr(Graphed, "_aside", lambda self, batch: self.function(batch))
+    monkeypatch.setattr("darts_lora.graphs._side_stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr("darts_lora.graphs._draw_outside_again", lambda: None)
+
+
+def test_what_cannot_be_captured_runs_all_the_same_after_one_warning(monkeypatch):
+    def refuse(device):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    without_gpu(monkeypatch, refuse)
     graphed = Graphed(lambda batch: (batch["x"].sum(), [batch["x"] * 2]))
+    assert graphed({"x": torch.ones(3)})[0] == 3
     with pytest.warns(UserWarning, match=r"no CUDA graph.*: operation not permitted .* capturing$"):
         loss, (double,) = graphed({"x": torch.ones(3)})
     assert loss == 3 and double.tolist() == [2, 2, 2]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert graphed({"x": torch.ones(2)})[0] == 2
+        assert [graphed({"x": torch.ones(2)})[0] for _ in range(2)] == [2, 2]
+
+
+def test_a_shape_is_captured_when_it_comes_again_and_each_call_changes_things_once(monkeypatch):
+    asked, changed = [], []
+
+    def refuse(device):
+        asked.append(len(changed))
+        raise RuntimeError("no")
+
+    without_gpu(monkeypatch, refuse)
+    graphed = Graphed(lambda batch: (changed.append(len(batch)), []))
+    for count in (1, 2, 3):
+        graphed(torch.ones(count))
+    assert changed == [1, 2, 3] and not asked
+    with pytest.warns(UserWarning, match="no CUDA graph"):
+        graphed(torch.ones(2))
+    assert changed == [1, 2, 3, 2] and asked == [3]
 
 
 @needs_gpu
@@ -62,8 +87,10 @@ def test_random_numbers_are_drawn_after_a_failed_capture():
         return batch["x"].sum(), [torch.randn_like(batch["x"]) * batch["x"].sum().item()]
 
     torch.manual_seed(0)
+    graphed, batch = Graphed(waits), {"x": torch.ones(8, device="cuda")}
+    graphed(batch)
     with pytest.warns(UserWarning, match="no CUDA graph"):
-        first = Graphed(waits)({"x": torch.ones(8, device="cuda")})[1][0]
+        first = graphed(batch)[1][0]
     second = torch.randn(8, device="cuda")
     assert not torch.equal(first / 8, second) and second.std() > 0
 
@@ -84,6 +111,13 @@ def test_a_replay_is_the_function_for_each_shape_and_key():
             expected, (wanted,) = function(batch)
             assert torch.allclose(loss, expected) and torch.allclose(gradient, wanted)
     assert len(graphed.captured) == 3
+
+
+@needs_gpu
+def test_each_call_changes_things_once():
+    count = torch.zeros((), device="cuda")
+    graphed = Graphed(lambda batch: (count.add_(batch.sum()).clone(), []))
+    assert [int(graphed(torch.ones(2, device="cuda"))[0]) for _ in range(4)] == [2, 4, 6, 8]
 
 
 @needs_gpu

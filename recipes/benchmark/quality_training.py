@@ -130,7 +130,6 @@ class Retrainer:
         )
         pool = torch.cuda.graph_pool_handle() if on_gpu else None
         self.step = Graphed(self._step, pool=pool, limit=64) if on_gpu else self._step
-        self.warm: set[tuple[int, ...]] = set()
 
     @property
     def graphed(self) -> bool:
@@ -182,31 +181,28 @@ class Retrainer:
 
         Returns:
             For each: train_loss (mean of the last tenth of the steps; None if it is not finite),
-            and of all together seconds, capture_seconds (making graphs, once a process and number
-            of plans), stack (plans), graphed.
+            and of all together seconds (with those of making graphs, once a process and number of
+            plans), stack (plans), graphed.
         """
         steps, size = self.training.max_steps, self.training.batch_size
         orders = [rows.batches(job.indices, size, job.seed).endless() for job in jobs]
         chosen = list(itertools.islice(zip(*orders, strict=True), steps))
-        started = time.perf_counter()
+        started = self._clock()
         with self._inserted():
             self.model.train()
-            self._warm_up(rows, chosen)
             for number, job in enumerate(jobs):
                 self._reset(number, job)
             for state in self.optimizer.state.values():
                 for value in state.values():
                     value.zero_()
-            captured = self._clock()
             rates, losses = list(zip(*(self._rates(j.rate) for j in jobs), strict=True)), []
             for parts, now in zip(chosen, rates, strict=True):
                 for rate, value in zip(self.rates, now, strict=False):
                     rate.fill_(value)
                 losses.append(self.step(rows.batch(*parts))[0])
-            seconds = self._clock() - captured
+            seconds = self._clock() - started
         means = torch.stack(losses[-max(1, steps // 10) :]).mean(0).tolist()
-        shared = {"seconds": round(seconds, 3), "capture_seconds": round(captured - started, 3)}
-        shared |= {"stack": len(jobs), "graphed": self.graphed}
+        shared = {"seconds": round(seconds, 3), "stack": len(jobs), "graphed": self.graphed}
         return [{"train_loss": m if math.isfinite(m) else None} | shared for m in means]
 
     def _step(self, batch: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -226,13 +222,6 @@ class Retrainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return losses.detach(), []
-
-    def _warm_up(self, rows: EncodedRows, chosen: list[tuple[list[int], ...]]) -> None:
-        """Capture each new shape of batches before the first step: capturing runs steps."""
-        for parts in chosen if self.device.type == "cuda" else ():
-            if rows.shape(*parts) not in self.warm:
-                self.warm.add(rows.shape(*parts))
-                self.step(rows.batch(*parts))
 
     @torch.no_grad()
     def _reset(self, number: int, job: Retraining) -> None:
