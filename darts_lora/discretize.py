@@ -3,8 +3,9 @@ Not here: what the result can do (genotype.py), and how alpha came about."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -15,14 +16,17 @@ from torch import Tensor
 from darts_lora.cost import parameters_per_rank, rank_costs, resolve_budget
 from darts_lora.errors import InputError
 from darts_lora.genotype import Genotype
+from darts_lora.relaxation import entropies
 from darts_lora.supernet import Supernet
+
+Method = Literal["argmax", "budget", "proportional"]
 
 GAP = 1e-4  # of the highest total value, which a choice may lack
 
 
 def discretize(
     searched: Supernet | Genotype,
-    method: Literal["argmax", "budget"] | None = None,
+    method: Method | None = None,
     *,
     budget_rank: float | None = None,
     budget_parameters: int | None = None,
@@ -33,13 +37,14 @@ def discretize(
         searched: a supernet, or the genotype of a search: its probabilities give another choice.
         method: "argmax": the most probable rank of each layer; "budget": of all choices within the
             budget the one that shares most parameters, in expectation, with an architecture drawn
-            from the probabilities (see shared_parameters), to 0.01 %. Default: "budget" where a
-            budget is known, else "argmax".
+            from the probabilities (see shared_parameters); "proportional": whole ranks within the
+            budget, in proportion to what the search wants of each layer (see wanted_ranks); both to
+            0.01 %. Default: "budget" where a budget is known, else "argmax".
         budget_rank, budget_parameters: the budget of this choice; default: the search's own.
 
     Raises:
-        InputError: "budget" without any budget, one that the candidate ranks cannot meet, or a
-            genotype without probabilities.
+        InputError: a method that needs a budget without one, a budget that the candidate ranks
+            cannot meet, or a genotype without probabilities.
     """
     genotype = searched if isinstance(searched, Genotype) else Genotype.from_supernet(searched)
     if None in (genotype.probabilities, genotype.shapes, genotype.candidates):
@@ -48,18 +53,49 @@ def discretize(
     per_rank = sum(parameters_per_rank(*shape) for shape in genotype.shapes.values())
     budget = resolve_budget(costs, per_rank, budget_rank, budget_parameters)
     budget = genotype.found_by.get("budget_parameters") if budget is None else budget
-    method = method or ("argmax" if budget is None else "budget")
     probabilities = torch.tensor(
         [genotype.probabilities[name] for name in genotype.shapes], dtype=torch.float64
     )
-    values = probabilities if method == "argmax" else shared_parameters(probabilities, costs)
-    choice = choose(values, costs, method, budget)
-    ranks = [genotype.candidates[k] for k in choice]
+    method = method or ("argmax" if budget is None else "budget")
+    _check(method, budget)
+    ranks = genotype.candidates
+    if method == "argmax":
+        choice = probabilities.argmax(-1).tolist()
+    elif method == "budget":
+        choice = choose(shared_parameters(probabilities, costs), costs, budget)
+    else:
+        wanted = wanted_ranks(probabilities, ranks, budget / per_rank)
+        ranks = range(ranks[0], ranks[-1] + 1)
+        costs = rank_costs(genotype.shapes.values(), ranks)
+        choice = choose(proportional_values(wanted, costs), costs, budget)
+    ranks = [ranks[k] for k in choice]
     return replace(
         genotype,
         ranks=dict(zip(genotype.shapes, ranks, strict=True)),
         found_by={**genotype.found_by, "discretize": method, "budget_parameters": budget},
     )
+
+
+def wanted_ranks(probabilities: Tensor, ranks: Sequence[int], uniform: float) -> Tensor:
+    """What a search wants of each layer, as a rank, (N,), from (N, K) probabilities of ascending
+    candidates: u (E[R] / u)^(1 + H), with the budget's uniform rank u and H, the entropy of the
+    layer's probabilities over log K, in [0, 1].
+
+    Expected ranks of undecided layers are right in their order and too near each other: high ranks
+    are drawn seldom, so their weights are trained less than a finetune will train them, and seem
+    worth less.
+    """
+    expected = probabilities @ torch.tensor(list(ranks), dtype=probabilities.dtype)
+    return uniform * (expected / uniform) ** (1 + entropies(probabilities))
+
+
+def proportional_values(wanted: Tensor, costs: Tensor) -> Tensor:
+    """Values of ranks that rise by 1, (N, R), of which the best choice within a budget is in
+    proportion to `wanted`, (N,): a parameter is worth the wanted rank over the rank so far."""
+    rise = costs.diff(dim=-1)
+    so_far = costs[:, :-1] / rise + 0.5  # what is added to a rank counts from its middle
+    gains = wanted[:, None] * rise / so_far
+    return torch.cat([torch.zeros_like(costs[:, :1]), gains.cumsum(-1)], -1)
 
 
 def shared_parameters(probabilities: Tensor, costs: Tensor) -> Tensor:
@@ -74,25 +110,23 @@ def shared_parameters(probabilities: Tensor, costs: Tensor) -> Tensor:
     return (wanted * costs.diff(dim=-1, prepend=torch.zeros_like(costs[:, :1]))).cumsum(-1)
 
 
-def choose(
-    values: Tensor,
-    costs: Tensor,
-    method: Literal["argmax", "budget"],
-    budget: float | None = None,
-) -> list[int]:
-    """Index of the chosen candidate of each layer, of the highest total value, from (N, K) values
-    and costs.
+def choose(values: Tensor, costs: Tensor, budget: float) -> list[int]:
+    """Index of the choice of each layer, of the highest total value within the budget, from (N, K)
+    values and costs.
 
     Raises:
-        InputError: see discretize.
+        InputError: no choice is within the budget, or a value is infinite or NaN.
     """
-    if method == "argmax":
-        return values.argmax(-1).tolist()
-    if method != "budget":
-        raise InputError(f"method={method!r}: must be argmax or budget")
-    if budget is None:
-        raise InputError("method='budget': give budget_rank or budget_parameters")
+    if not values.isfinite().all():
+        raise InputError("values: some are infinite or NaN, which no choice can be made from")
     return _best_within_budget(values.numpy(), costs.cpu().numpy(), budget)
+
+
+def _check(method: str, budget: float | None) -> None:
+    if method not in get_args(Method):
+        raise InputError(f"method={method!r}: must be one of {', '.join(get_args(Method))}")
+    if method != "argmax" and budget is None:
+        raise InputError(f"method={method!r}: give budget_rank or budget_parameters")
 
 
 def _best_within_budget(values: np.ndarray, costs: np.ndarray, budget: float):
@@ -141,10 +175,11 @@ def _may_be_best(losses: np.ndarray, costs: np.ndarray, budget: float) -> np.nda
     priced = losses + high * costs
     bound = priced.min(-1).sum() - high * budget
     choice = priced.argmin(-1)
-    while True:  # spend what is left of the budget where it helps most
+    while True:  # spend what is left of the budget where a parameter helps most
         left = budget - costs[rows, choice].sum()
-        gains = losses[rows, choice][:, None] - losses
-        gains[costs - costs[rows, choice][:, None] > left] = 0
+        extra = costs - costs[rows, choice][:, None]
+        gains = (losses[rows, choice][:, None] - losses) / np.where(extra > 0, extra, np.inf)
+        gains[extra > left] = 0
         layer, candidate = np.unravel_index(gains.argmax(), gains.shape)
         if gains[layer, candidate] <= 0:
             break

@@ -16,12 +16,15 @@ ALIGNMENT = 8  # columns: 16 bytes of bfloat16
 
 
 def branch_columns(ranks: tuple[int, ...], rank: int, branches: str) -> slice:
-    """The rows of A and columns of B that belong to candidate `rank`.
+    """The rows of A and columns of B that belong to `rank`: a candidate, or of nested branches
+    any up to the largest.
 
     Raises:
-        InputError: the rank is not a candidate.
+        InputError: there is no such branch.
     """
-    if rank not in ranks:
+    if branches == "nested" and rank > max(ranks, default=0):
+        raise InputError(f"rank={rank!r}: must be at most the largest candidate of {list(ranks)}")
+    if branches == "independent" and rank not in ranks:
         raise InputError(f"rank={rank!r}: must be one of the candidates {list(ranks)}")
     start = sum(r for r in ranks if r < rank) if branches == "independent" else 0
     return slice(start, start + rank)

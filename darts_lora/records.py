@@ -13,9 +13,9 @@ from torch import Tensor
 
 from darts_lora.errors import InputError, one_line
 from darts_lora.files import write_json, write_text
+from darts_lora.relaxation import entropies
 from darts_lora.supernet import Supernet
 from darts_lora.targets import model_parts
-from darts_lora.verdict import normalised_entropy
 
 
 def alpha_figures(supernet: Supernet) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def alpha_figures(supernet: Supernet) -> dict[str, Any]:
         expected = float(supernet.expected_parameters())
     candidates = torch.tensor(supernet.config.ranks, dtype=probabilities.dtype)
     return {
-        "entropy": normalised_entropy(probabilities),
+        "entropy": float(entropies(probabilities).mean()),
         "expected_parameters": expected,
         "temperature": supernet.temperature,
         "expected_ranks": [round(rank, 3) for rank in (probabilities.cpu() @ candidates).tolist()],

@@ -1,8 +1,9 @@
-"""From alpha to branch probabilities or samples: softmax, gumbel, gumbel_hard; temperatures.
+"""From alpha to branch probabilities or samples: softmax, gumbel, gumbel_hard; entropy.
 Not here: what the samples do to a layer (mixed_linear.py) and who trains alpha (architect.py)."""
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -44,3 +45,9 @@ def temperature_at(progress: float, temperature: tuple[float, float]) -> float:
     """Geometric interpolation from start to end; `progress` of the search in [0, 1]."""
     start, end = temperature
     return start * (end / start) ** progress
+
+
+def entropies(probabilities: Tensor) -> Tensor:
+    """Of each layer's (N, K) probabilities over log K: 0 (decided) to 1, (N,); 0 where K is 1."""
+    most = math.log(probabilities.shape[-1]) or 1.0
+    return torch.special.entr(probabilities).sum(-1) / most

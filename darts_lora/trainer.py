@@ -13,11 +13,11 @@ from transformers import Trainer, TrainerCallback
 from darts_lora.architect import Architect
 from darts_lora.errors import InputError
 from darts_lora.genotype import Genotype
+from darts_lora.relaxation import entropies
 from darts_lora.schedule import Schedule, derive_genotype
 from darts_lora.search import model_loss
 from darts_lora.stream import BatchStream
 from darts_lora.supernet import Supernet
-from darts_lora.verdict import normalised_entropy
 
 
 class RankSearchCallback(TrainerCallback):
@@ -84,7 +84,7 @@ class RankSearchCallback(TrainerCallback):
         self.arch_scheduler.step()
         if state.global_step % max(1, state.logging_steps) == 0:
             with torch.no_grad():
-                entropy = normalised_entropy(self.supernet.probabilities())
+                entropy = float(entropies(self.supernet.probabilities()).mean())
                 expected = float(self.supernet.expected_parameters())
             self.trainer.log(
                 {

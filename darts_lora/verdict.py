@@ -12,15 +12,8 @@ from torch import Tensor
 from darts_lora.architect import Architect
 from darts_lora.genotype import Genotype
 from darts_lora.prior import correlation
+from darts_lora.relaxation import entropies
 from darts_lora.supernet import Supernet
-
-
-def normalised_entropy(probabilities: Tensor) -> float:
-    """Mean over the layers of the entropy of (N, K) probabilities, over log K; in [0, 1]."""
-    if probabilities.shape[-1] == 1:
-        return 0.0
-    entropy = torch.special.entr(probabilities).sum(-1).mean()
-    return float(entropy) / math.log(probabilities.shape[-1])
 
 
 def agreement(gradient_sums: Tensor) -> tuple[float, float]:
@@ -48,7 +41,7 @@ def verdict(supernet: Supernet, architect: Architect, genotype: Genotype) -> dic
             "learnt": halves_agree > 3 * by_chance,
             "agreement": halves_agree,
             "agreement_by_chance": by_chance,
-            "entropy": normalised_entropy(supernet.probabilities()),
+            "entropy": float(entropies(supernet.probabilities()).mean()),
             "expected_parameters": float(supernet.expected_parameters()),
             "chosen_parameters": genotype.num_parameters,
             "budget_parameters": supernet.budget,

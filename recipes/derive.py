@@ -16,8 +16,9 @@ class DeriveRun:
 
     search_dir: str = "runs/search"
     """Folder of a finished search: its genotype.json holds the probabilities."""
-    method: Literal["argmax", "budget"] | None = None
+    method: Literal["argmax", "budget", "proportional"] | None = None
     """argmax: the most probable rank of each layer; budget: the best choice within the budget;
+    proportional: whole ranks within it, in proportion to the expected ones and further apart;
     default: budget where one is known, else argmax."""
     budget_rank: float | None = None
     """Budget: as many trainable parameters as a uniform LoRA of this rank."""

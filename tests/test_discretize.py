@@ -9,25 +9,28 @@ import torch
 
 from darts_lora import Genotype, InputError, SearchConfig, Supernet, discretize
 from darts_lora.cost import rank_costs
-from darts_lora.discretize import choose, shared_parameters
+from darts_lora.discretize import choose, proportional_values, shared_parameters, wanted_ranks
 from small_models import randomise, residual
 
 
 @pytest.mark.parametrize("share", [0.02, 0.4, 0.8])
 @pytest.mark.parametrize("seed", range(10))
-@pytest.mark.parametrize("concave", [True, False])
-def test_best_within_the_budget_is_the_exhaustive_best(seed, share, concave):
+@pytest.mark.parametrize("kind", ["shared", "proportional", "any"])
+def test_best_within_the_budget_is_the_exhaustive_best(seed, share, kind):
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(5, 4, generator=generator, dtype=torch.float64).mul(2).log_softmax(-1)
     shapes = torch.randint(3, 40, (5, 2), generator=generator).tolist()
-    costs = rank_costs(shapes, (0, 1, 2, 4))
-    values = shared_parameters(values.exp(), costs) if concave else values
+    costs = rank_costs(shapes, (0, 1, 2, 3) if kind == "proportional" else (0, 1, 2, 4))
+    if kind == "shared":
+        values = shared_parameters(values.exp(), costs)
+    elif kind == "proportional":
+        values = proportional_values(values.exp()[:, 0], costs)
     budget = float(costs[:, 3].sum()) * share
     best = max(
         (c for c in itertools.product(range(4), repeat=5) if _total(costs, c) <= budget),
         key=lambda c: _total(values, c),
     )
-    choice = choose(values, costs, "budget", budget)
+    choice = choose(values, costs, budget)
     assert _total(costs, choice) <= budget
     assert _total(values, choice) == pytest.approx(_total(values, best), rel=1e-4)
 
@@ -52,7 +55,56 @@ def test_certain_layers_keep_their_ranks_and_undecided_ones_share_what_is_left()
         probabilities=likely,
     )
     for budget, ranks in ((64, [4, 0, 0, 0]), (128, [4, 0, 2, 2]), (192, [4, 0, 4, 4])):
-        assert list(discretize(searched, budget_parameters=budget).ranks.values()) == ranks
+        derived = discretize(searched, budget_parameters=budget)
+        assert list(derived.ranks.values()) == ranks
+
+
+def test_what_a_search_wants_of_decided_and_undecided_layers():
+    """A certain layer its rank; one that is as likely 0 as 8, so wants 4 in the mean, the square of
+    it over the uniform rank, where these are all candidates."""
+    certain, undecided = torch.eye(3, dtype=torch.float64), torch.tensor([[0.5, 0.5]])
+    assert wanted_ranks(certain, (0, 2, 8), 5.0).tolist() == [0, 2, 8]
+    assert wanted_ranks(undecided.double(), (0, 8), 2.0).tolist() == pytest.approx([8])
+    assert wanted_ranks(undecided.double(), (0, 8), 8.0).tolist() == pytest.approx([2])
+    between = torch.tensor([[0.5, 0.5, 0.0, 0.0]], dtype=torch.float64)  # half the entropy
+    assert wanted_ranks(between, (2, 4, 8, 16), 1.0).tolist() == pytest.approx([3**1.5])
+    assert wanted_ranks(torch.ones(2, 1, dtype=torch.float64), (4,), 4.0).tolist() == [4, 4]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_whole_ranks_are_in_proportion_to_what_is_wanted(seed):
+    generator = torch.Generator().manual_seed(seed)
+    names = [f"layers.{i}.linear" for i in range(200)]
+    log_p = torch.randn(200, 6, generator=generator, dtype=torch.float64)
+    probabilities = (log_p + torch.randn(200, 1, generator=generator) * torch.arange(6)).softmax(-1)
+    shapes = torch.randint(64, 640, (200, 2), generator=generator).tolist()
+    searched = Genotype(
+        dict.fromkeys(names, 0),
+        shapes=dict(zip(names, map(tuple, shapes), strict=True)),
+        candidates=[0, 1, 2, 4, 8, 32],
+        probabilities=dict(zip(names, probabilities.tolist(), strict=True)),
+        branches="nested",
+    )
+    derived = discretize(searched, "proportional", budget_rank=4)
+    assert derived.found_by["discretize"] == "proportional"
+    assert 0.9995 < derived.num_parameters / derived.found_by["budget_parameters"] <= 1
+    wanted = wanted_ranks(probabilities, searched.candidates, 4.0)
+    ranks = torch.tensor(list(derived.ranks.values()), dtype=torch.float64)
+    free = ranks < 32
+    share = wanted * (ranks[free].sum() / wanted[free].sum())
+    assert (ranks - share)[free].abs().max() < 1.05  # rounding, and what is left of the budget
+    assert (share[~free] > 31).all()
+    assert set(derived.ranks.values()) - set(searched.candidates)
+
+
+def test_values_that_are_no_numbers_are_refused():
+    """A NaN is never the smallest: the bisection of the price would not end."""
+    costs = rank_costs([(4, 4)] * 3, (0, 1, 2))
+    for bad in (float("nan"), float("inf")):
+        values = torch.ones(3, 3, dtype=torch.float64)
+        values[1, 2] = bad
+        with pytest.raises(InputError, match="infinite or NaN"):
+            choose(values, costs, 10.0)
 
 
 def _total(table, choice):
@@ -81,15 +133,21 @@ def test_a_genotype_can_be_discretized_again(tmp_path):
     supernet = searched(budget_rank=1.5)
     discretize(supernet).save(tmp_path / "g.json")
     loaded = Genotype.load(tmp_path / "g.json")
-    for options in ({}, {"budget_rank": 1}, {"budget_parameters": 300}, {"method": "argmax"}):
+    for options in (
+        {},
+        {"budget_rank": 1},
+        {"budget_parameters": 300},
+        {"method": "argmax"},
+        {"method": "proportional"},
+    ):
         again, direct = discretize(loaded, **options), discretize(supernet, **options)
         assert again.ranks == direct.ranks and again.found_by == direct.found_by
     assert discretize(loaded, budget_rank=1).num_parameters <= 128
 
 
 def test_errors():
-    with pytest.raises(InputError, match="method='budget': give budget_rank"):
-        discretize(searched(), "budget")
+    with pytest.raises(InputError, match="method='proportional': give budget_rank"):
+        discretize(searched(), "proportional")
     with pytest.raises(InputError, match="method='best'"):
         discretize(searched(), "best")
     with pytest.raises(InputError, match=r"budget_rank=5: .* outside"):

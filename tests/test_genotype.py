@@ -3,6 +3,7 @@ Not here: how ranks are chosen (test_discretize.py), nor a padded folder (test_p
 
 import json
 import re
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -290,6 +291,24 @@ def test_inherited_weights_give_the_supernets_output(tmp_path, branches):
         Genotype({"other": 1}).inherited_state(tmp_path / "s")
     with pytest.raises(InputError, match=r"searched weights .*nothing"):
         genotype.inherited_state(tmp_path / "nothing")
+
+
+def test_a_rank_between_the_candidates_inherits_that_many_columns_of_nested_branches():
+    for branches in ("nested", "independent"):
+        supernet = Supernet(residual(), SearchConfig(ranks=(0, 1, 2, 4), branches=branches))
+        randomise(supernet)
+        genotype = replace(discretize(supernet), ranks=dict.fromkeys(supernet.layers, 3))
+        if branches == "independent":
+            with pytest.raises(InputError, match=r"rank=3: must be one of the candidates \[0, 1"):
+                genotype.inherited_state(supernet)
+            continue
+        state, searched = genotype.inherited_state(supernet), supernet.state_dict()
+        for name in supernet.layers:
+            prefix = f"base_model.model.{name}"
+            assert torch.equal(state[f"{prefix}.lora_A.weight"], searched[f"{name}.lora_A"][:3])
+            assert torch.equal(state[f"{prefix}.lora_B.weight"], searched[f"{name}.lora_B"][:, :3])
+        with pytest.raises(InputError, match="rank=5: must be at most the largest candidate"):
+            replace(genotype, ranks=dict.fromkeys(supernet.layers, 5)).inherited_state(supernet)
 
 
 def test_a_trained_head_goes_with_the_genotype_and_into_peft(tmp_path):

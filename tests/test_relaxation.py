@@ -1,10 +1,12 @@
-"""Samples of the relaxations: exactness, distribution, gradient, rows, temperature.
+"""Samples of the relaxations: exactness, distribution, gradient, rows, temperature; entropy.
 Not here: what they do to a model (test_supernet.py)."""
+
+import math
 
 import pytest
 import torch
 
-from darts_lora.relaxation import sample, temperature_at
+from darts_lora.relaxation import entropies, sample, temperature_at
 
 
 def test_hard_samples_are_exactly_one_hot_with_the_soft_gradient():
@@ -47,3 +49,11 @@ def test_temperature_is_geometric():
     assert temperature_at(0, (2.0, 0.2)) == pytest.approx(2.0)
     assert temperature_at(0.5, (2.0, 0.2)) == pytest.approx((2.0 * 0.2) ** 0.5)
     assert temperature_at(1, (2.0, 0.2)) == pytest.approx(0.2)
+
+
+def test_entropy_by_closed_form():
+    assert entropies(torch.full((3, 4), 0.25)).tolist() == pytest.approx([1.0] * 3)
+    assert entropies(torch.eye(4)).tolist() == [0.0] * 4
+    half = torch.tensor([[0.5, 0.5, 0.0, 0.0]])
+    assert entropies(half).item() == pytest.approx(math.log(2) / math.log(4))
+    assert entropies(torch.ones(3, 1)).tolist() == [0.0] * 3

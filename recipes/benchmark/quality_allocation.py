@@ -37,7 +37,7 @@ def largest_gain(
     value = cumulative[:, list(candidates)]
     # to a scale at which the program's absolute tolerances do not matter
     value = 1e3 * value / value[:, -1].sum().clamp_min(1e-300)
-    choice = choose(value, rank_costs([shapes[n] for n in names], candidates), "budget", budget)
+    choice = choose(value, rank_costs([shapes[n] for n in names], candidates), budget)
     return {name: candidates[k] for name, k in zip(names, choice, strict=True)}
 
 

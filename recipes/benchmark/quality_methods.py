@@ -27,7 +27,7 @@ from quality_training import Retraining
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from darts_lora import Genotype, RankSearch, Supernet
+from darts_lora import Genotype, RankSearch, Supernet, discretize
 from darts_lora.cost import rank_costs
 from darts_lora.data import hold_back
 
@@ -37,8 +37,9 @@ def uniform(setting: Setting) -> Found:
     return Found(dict.fromkeys(setting.retrainer.shapes, setting.budget_rank))
 
 
-def search(setting: Setting, **options) -> Found:
-    """The library's search under the budget; `options` of SearchConfig beside the task's own."""
+def search(setting: Setting, choice: str | None = None, **options) -> Found:
+    """The library's search under the budget; `options` of SearchConfig beside the task's own, and
+    how discretize chooses, if not by its default."""
     parts = hold_back(setting.indices, setting.rows.prompts, setting.validation_fraction)
     config = replace(
         setting.search, budget_rank=None, budget_parameters=setting.budget, seed=setting.seed,
@@ -62,7 +63,8 @@ def search(setting: Setting, **options) -> Found:
             ).run()
     finally:
         supernet.remove().requires_grad_(False)
-    return Found(genotype.ranks, _notes(genotype))
+    ranks = discretize(genotype, choice).ranks if choice else genotype.ranks
+    return Found(ranks, _notes(genotype))
 
 
 def _notes(genotype: Genotype) -> dict[str, Any]:
@@ -175,6 +177,7 @@ RANDOM_PLANS = 5
 METHODS = {
     "uniform": Method(uniform),
     "search": _searches(),
+    "search_proportional": _searches(choice="proportional"),
     "search_no_prior": _without_prior(),
     "search_independent": _without_prior(branches="independent"),
     "random_0": Method(partial(random_ranks, number=0)),
