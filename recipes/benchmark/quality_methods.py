@@ -27,7 +27,7 @@ from quality_training import Retraining
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from darts_lora import Genotype, RankSearch, Supernet, discretize
+from darts_lora import Genotype, InputError, RankSearch, Supernet, discretize
 from darts_lora.cost import rank_costs
 from darts_lora.data import hold_back
 
@@ -98,6 +98,8 @@ def svd(setting: Setting) -> Found:
     plan = {name: min(largest, most) for name, most in retrainer.capacity.items()}
     job = Retraining(plan, setting.indices, setting.seed, setting.rate)
     (trained,) = retrainer.retrain([job], setting.rows)
+    if trained["train_loss"] is None:
+        raise InputError(f"find_rate={setting.rate}: the training loss is infinite or NaN")
     gains = {
         name: _filled(product_spectrum(b[:, : plan[name]], a[: plan[name]]), largest)
         for name, (a, b) in retrainer.trained().items()

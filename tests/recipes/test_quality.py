@@ -162,6 +162,17 @@ def test_a_failing_method_leaves_its_traceback_and_not_the_others(everything, tm
     assert list(tmp_path.glob("tiny/uniform-r2-final-s0-*.json"))
 
 
+@pytest.mark.parametrize("method", ["svd", "search", "search_proportional"])
+def test_a_rate_that_is_too_high_is_a_result(everything, tmp_path, method):
+    """Its weights are no numbers, and the choice of ranks from them used to have no end."""
+    from quality import Task
+    from quality_cells import Cell, Store
+
+    cell = Cell("find", method, 2, 0, 1e30)
+    (record,) = Task(*everything).compute([cell], Store(tmp_path))
+    assert set(record["ranks"]) == {0} and "infinite or NaN" in record["diverged"]
+
+
 def test_tuning_sees_neither_held_out_nor_test_rows(everything, finished):
     import quality
     from quality_cells import TUNING_SEED, Cell, Store
