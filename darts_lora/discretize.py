@@ -81,9 +81,8 @@ def wanted_ranks(probabilities: Tensor, ranks: Sequence[int], uniform: float) ->
     candidates: u (E[R] / u)^(1 + H), with the budget's uniform rank u and H, the entropy of the
     layer's probabilities over log K, in [0, 1].
 
-    Expected ranks of undecided layers are right in their order and too near each other: high ranks
-    are drawn seldom, so their weights are trained less than a finetune will train them, and seem
-    worth less.
+    Where ranks mattered most (GSM8K), expected ranks of undecided layers had the right order and
+    lay too near each other; perhaps since high ranks are drawn seldom, and so trained little.
     """
     expected = probabilities @ torch.tensor(list(ranks), dtype=probabilities.dtype)
     return uniform * (expected / uniform) ** (1 + entropies(probabilities))
