@@ -38,8 +38,9 @@ def discretize(
         method: "argmax": the most probable rank of each layer; "budget": of all choices within the
             budget the one that shares most parameters, in expectation, with an architecture drawn
             from the probabilities (see shared_parameters); "proportional": whole ranks within the
-            budget, in proportion to what the search wants of each layer (see wanted_ranks); both to
-            0.01 %. Default: "budget" where a budget is known, else "argmax".
+            budget, in proportion to what the search wants of each layer (see wanted_ranks), for
+            which independent branches have no searched weights; both to 0.01 %. Default: "budget"
+            where a budget is known, else "argmax".
         budget_rank, budget_parameters: the budget of this choice; default: the search's own.
 
     Raises:
@@ -57,7 +58,7 @@ def discretize(
         [genotype.probabilities[name] for name in genotype.shapes], dtype=torch.float64
     )
     method = method or ("argmax" if budget is None else "budget")
-    _check(method, budget)
+    _check_method(method, budget)
     ranks = genotype.candidates
     if method == "argmax":
         choice = probabilities.argmax(-1).tolist()
@@ -121,7 +122,7 @@ def choose(values: Tensor, costs: Tensor, budget: float) -> list[int]:
     return _best_within_budget(values.numpy(), costs.cpu().numpy(), budget)
 
 
-def _check(method: str, budget: float | None) -> None:
+def _check_method(method: str, budget: float | None) -> None:
     if method not in get_args(Method):
         raise InputError(f"method={method!r}: must be one of {', '.join(get_args(Method))}")
     if method != "argmax" and budget is None:

@@ -20,7 +20,7 @@ from planted_problems import DIFFICULTIES, RANKS, Problem, Samples, make_problem
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from darts_lora import Genotype, InputError, RankSearch, SearchConfig, Supernet
+from darts_lora import Genotype, InputError, RankSearch, SearchConfig, Supernet, discretize
 from darts_lora.config import TrainingConfig
 
 Plan = dict[str, int]
@@ -64,10 +64,15 @@ def halves_mse(model: nn.Module, batch: tuple[Tensor, Tensor]) -> list[Tensor]:
 
 
 def search(
-    problem: Problem, seed: int, training: Training, relaxation: str, **options
+    problem: Problem,
+    seed: int,
+    training: Training,
+    relaxation: str,
+    choice: str | None = None,
+    **options,
 ) -> list[Plan]:
-    """The library's search under the budget, with `options` of SearchConfig, all else of it at its
-    defaults."""
+    """The library's search under the budget, with `options` of SearchConfig and discretize's
+    `choice`, all else at its defaults."""
     config = SearchConfig(
         ranks=RANKS,
         relaxation=relaxation,
@@ -91,7 +96,7 @@ def search(
     with open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet):  # one bar is enough
         losses = {"loss_fn": mse, "joint_loss_fn": halves_mse}
         genotype = RankSearch(supernet, *loaders, training=steps, **losses).run()
-    return [genotype.ranks]
+    return [discretize(genotype, choice).ranks]
 
 
 def _as_it_is(batch):
@@ -218,6 +223,9 @@ SEARCHES = {
     for relaxation in TEMPERATURES
     for branches in ("independent", "nested")
 }
+SEARCHES["gumbel_hard, nested, proportional"] = partial(
+    search, relaxation="gumbel_hard", branches="nested", choice="proportional"
+)
 CHEAPER = {
     f"gumbel_hard, {branches}, {name}": partial(
         search, relaxation="gumbel_hard", branches=branches, **options

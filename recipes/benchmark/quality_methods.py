@@ -63,8 +63,7 @@ def search(setting: Setting, choice: str | None = None, **options) -> Found:
             ).run()
     finally:
         supernet.remove().requires_grad_(False)
-    ranks = discretize(genotype, choice).ranks if choice else genotype.ranks
-    return Found(ranks, _notes(genotype))
+    return Found(discretize(genotype, choice).ranks, _notes(genotype))
 
 
 def _notes(genotype: Genotype) -> dict[str, Any]:
