@@ -90,7 +90,7 @@ def main(options: PretrainRun) -> None:
     check_writable(options.output_dir)
     folder = Path(options.output_dir)
     rows = {split: read_rows(split) for split in ("train", "test")}
-    write_data(folder / "data", rows, options.seed)
+    write_data(folder / "data", {split: adapted(rows[split], options.seed) for split in rows})
     set_seed(options.seed)
     processor = build_processor(rows["train"])
     model = build_model(processor)
@@ -108,13 +108,12 @@ def pretrain(
     rows: list[dict],
     options: PretrainRun,
     *,
-    groups: list[dict] | None = None,
     autocast: bool = False,
 ) -> None:
-    """Train all weights on batches with as many questions of one kind as of another, on a GPU by
-    CUDA graphs.
+    """Train all weights that are not frozen on batches with as many questions of one kind as of
+    another, on a GPU by CUDA graphs.
 
-    groups: AdamW's, where parts have learning rates of their own; autocast: to bfloat16 on a GPU.
+    autocast: to bfloat16 on a GPU.
     """
     accelerator = Accelerator()
     low = autocast and accelerator.device.type == "cuda"
@@ -131,8 +130,8 @@ def pretrain(
         collate_fn=collator,
         num_workers=options.num_workers,
     )
-    weights = list(model.parameters())
-    optimizer = torch.optim.AdamW(groups or weights, lr=options.learning_rate, weight_decay=0.01)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=options.learning_rate, weight_decay=0.01)
     scheduler = get_scheduler("cosine", optimizer, options.max_steps // 20, options.max_steps)
     model.to(accelerator.device).train()
 
@@ -171,22 +170,19 @@ def _turns(question: str, answer: str) -> list[dict]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def adaptation_look(image: PILImage.Image) -> PILImage.Image:
-    """The look of the adaptation data: negative colours."""
-    return ImageOps.invert(image)
+def adapted(rows: list[dict], seed: int) -> list[dict]:
+    """The adaptation data: a few questions about each image, in negative colours."""
+    kept = choose_rows(rows, seed, per_image=2)
+    return [{**row, "image": ImageOps.invert(row["image"])} for row in kept]
 
 
-def write_data(folder: Path, rows: dict[str, list[dict]], seed: int) -> None:
-    """train.parquet and test.parquet: a few questions about each image in its other look."""
+def write_data(folder: Path, rows: dict[str, list[dict]]) -> None:
+    """<split>.parquet: each row's image (PNG) and messages; easy-vqa's licence."""
     os.makedirs(folder, exist_ok=True)
     message = {"role": Value("string"), "content": Value("string")}
     features = Features({"image": Image(), "messages": [message]})
     for split, of_split in rows.items():
-        kept = choose_rows(of_split, seed, per_image=2)
-        table = [
-            {"image": _png(adaptation_look(row["image"])), "messages": row["messages"]}
-            for row in kept
-        ]
+        table = [{"image": _png(r["image"]), "messages": r["messages"]} for r in of_split]
         data = Dataset.from_list(table, features=features)
         write_whole(folder / f"{split}.parquet", data.to_parquet)
     licence = importlib.metadata.distribution("easy-vqa").read_text("LICENSE")

