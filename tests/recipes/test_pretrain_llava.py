@@ -9,10 +9,10 @@ import torch
 import transformers as t
 from datasets import load_dataset
 from PIL import ImageOps
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from darts_lora import SearchConfig
+from darts_lora import InputError, SearchConfig
 from darts_lora.cli import parse
 from darts_lora.collator import Collator
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
@@ -62,7 +62,7 @@ def made(launch, text_folder, tmp_path_factory):
         "batch_size": 4, "num_workers": 0, "test_questions": 4,
     }  # fmt: skip
     given = [part for name, value in options.items() for part in (f"--{name}", value)]
-    return folder, launch("pretrain_llava", *given, alone=True)
+    return folder, launch("pretrain_llava", *given, alone=True), given
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_the_answer_alone_is_learnt_and_the_image_takes_its_tokens(loaded, rows)
     batch, image = collator(rows), collator.processor.image_token_id
     for row, tokens, labels in zip(rows, batch["input_ids"], batch["labels"], strict=True):
         question, answer = (turn["content"] for turn in row["messages"])
-        assert (tokens == image).sum() == 64 and not (labels == image).any()
+        assert (tokens == image).sum() == 36 and not (labels == image).any()
         assert collator.tokenizer.decode(labels[labels >= 0]) == f"{answer}<|im_end|>"
         text = collator.tokenizer.decode([token for token in tokens.tolist() if token != image])
         turns = f"user\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n"
@@ -143,6 +143,48 @@ def test_vision_tower_and_projector_alone_are_trained(recipe, text_folder):
     assert {name.split(".")[1] for name in trained} == {"vision_tower", "multi_modal_projector"}
     frozen = [name for name, weight in model.named_parameters() if not weight.requires_grad]
     assert {name.split(".")[1] for name in frozen} == {"language_model"}
+
+
+def test_a_trained_vision_side_gives_the_same_model_again(launch, made, tmp_path):
+    given = [*made[2], "--output_dir", tmp_path]
+    again = launch(
+        "pretrain_llava", *given, "--vision_side", made[0] / "vision.safetensors", alone=True
+    )
+    assert "pretrain:" in made[1].stderr and "pretrain:" not in again.stderr
+    assert again.stdout == made[1].stdout
+    first, second = (load_file(f / "model/model.safetensors") for f in (made[0], tmp_path))
+    assert set(first) == set(second) and all(torch.equal(first[k], second[k]) for k in first)
+    assert not (tmp_path / "vision.safetensors").exists()
+
+
+def test_a_vision_side_holds_all_that_is_trained(recipe, text_folder, made):
+    source = ModelConfig(text_folder)
+    t.set_seed(0)  # as the recipe: what it began with
+    model = recipe.build_model(load_model(source), recipe.build_processor(load_processor(source)))
+    fresh = {name: weight.bfloat16() for name, weight in recipe.vision_side(model).items()}
+    side = load_file(made[0] / "vision.safetensors")
+    assert {name: (v.dtype, v.shape) for name, v in side.items()} == {
+        name: (torch.bfloat16, v.shape) for name, v in fresh.items()
+    }
+    name = "model.vision_tower.embeddings.patch_embedding.weight"
+    assert (side[name] - fresh[name]).abs().max() < 0.01 and not torch.equal(
+        side[name], fresh[name]
+    )
+    recipe.load_vision_side(model, str(made[0] / "vision.safetensors"))
+    assert all(torch.equal(v, side[n].float()) for n, v in recipe.vision_side(model).items())
+
+
+def test_another_models_vision_side_is_refused(recipe, text_folder, made, tmp_path):
+    source = ModelConfig(text_folder)
+    model = recipe.build_model(load_model(source), recipe.build_processor(load_processor(source)))
+    path, broken = str(tmp_path / "other.safetensors"), str(tmp_path / "broken.safetensors")
+    side = load_file(made[0] / "vision.safetensors")
+    name = "model.multi_modal_projector.linear_2.bias"
+    save_file({**side, name: torch.zeros(33)}, path)
+    Path(broken).write_bytes(b"no tensors")
+    for file, why in ((path, "not the vision side"), (broken, "broken"), ("gone", "gone")):
+        with pytest.raises(InputError, match=f"vision_side='.*{why}"):
+            recipe.load_vision_side(model, file)
 
 
 def test_a_spare_embedding_is_used_before_the_embeddings_grow(recipe, text_folder):
