@@ -18,6 +18,14 @@ ROOT = Path(__file__).parents[2]
 LAUNCH = (sys.executable, "-m", "accelerate.commands.launch")
 
 
+@pytest.fixture(scope="module")
+def recipe_imports():
+    """Recipes are scripts, their folder is no package: here it can be imported from."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "recipes")
+        yield
+
+
 @pytest.fixture(scope="session")
 def launch(datasets_cache):
     """launch("finetune", option, value ...) -> the finished process of that recipe.

@@ -2,19 +2,15 @@
 Not here: how they are written and learnt (test_pretrain_llava.py)."""
 
 from collections import Counter, defaultdict
-from pathlib import Path
 
 import pytest
 
 
 @pytest.fixture(scope="module")
-def facts():
-    """A recipe's folder is no package."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parents[2] / "recipes")
-        import object_facts
+def facts(recipe_imports):
+    import object_facts
 
-        yield object_facts
+    return object_facts
 
 
 @pytest.fixture(scope="module")

@@ -21,13 +21,10 @@ from darts_lora.models import load_model, load_processor
 
 
 @pytest.fixture(scope="module")
-def recipe():
-    """A recipe is a script: its folder is no package."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parents[2] / "recipes")
-        import pretrain_llava
+def recipe(recipe_imports):
+    import pretrain_llava
 
-        yield pretrain_llava
+    return pretrain_llava
 
 
 @pytest.fixture(scope="module")
