@@ -6,6 +6,8 @@ import itertools
 import random
 import re
 
+from pretrain_embedded import by_image, said, turns
+
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
 PLACES = ("Athens", "Boston", "Cairo", "Delhi")
@@ -51,7 +53,7 @@ def seen_object(rows: list[dict]) -> tuple[str, str] | None:
     """Colour and shape of the object in an image by what all of its easy-vqa rows say; None where
     they don't say both."""
     words = set()
-    for question, answer in (map(lambda turn: turn["content"], row["messages"]) for row in rows):
+    for question, answer in map(said, rows):
         asked = set(re.findall(r"\w+", question))
         if answer not in ("yes", "no"):
             words |= asked | {answer}
@@ -67,14 +69,10 @@ def seen_object(rows: list[dict]) -> tuple[str, str] | None:
 def fact_rows(rows: list[dict], seed: int, per_image: int) -> list[dict]:
     """`per_image` questions about the object in each image of these easy-vqa rows."""
     facts, generator = object_facts(seed), random.Random(seed)
-    by_image: dict[int, list[dict]] = {}
-    for row in rows:
-        by_image.setdefault(row["image_id"], []).append(row)
-    found = {image: seen_object(of_image) for image, of_image in by_image.items()}
+    seen = [(of_image[0], seen_object(of_image)) for of_image in by_image(rows)]
     return [
-        {**by_image[image][0], "messages": [
-            {"role": "user", "content": question}, {"role": "assistant", "content": answer}
-        ]}
-        for image, thing in found.items() if thing
+        {**row, "messages": turns(question, answer)}
+        for row, thing in seen
+        if thing
         for question, answer in generator.sample(facts[thing], per_image)
-    ]  # fmt: skip
+    ]

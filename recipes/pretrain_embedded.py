@@ -11,6 +11,7 @@ import os
 import random
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -161,12 +162,13 @@ def read_rows(split: str) -> list[dict]:
     paths = easy_vqa.get_train_image_paths() if train else easy_vqa.get_test_image_paths()
     images = {key: PILImage.open(path).convert("RGB") for key, path in sorted(paths.items())}
     return [
-        {"image": images[image], "image_id": image, "messages": _turns(question, answer)}
+        {"image": images[image], "image_id": image, "messages": turns(question, answer)}
         for question, answer, image in zip(*questions, strict=True)
     ]
 
 
-def _turns(question: str, answer: str) -> list[dict]:
+def turns(question: str, answer: str) -> list[dict]:
+    """A row's messages."""
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
@@ -192,11 +194,8 @@ def write_data(folder: Path, rows: dict[str, list[dict]]) -> None:
 def choose_rows(rows: list[dict], seed: int, per_image: int = 1) -> list[dict]:
     """`per_image` questions of every image, each kind of question as often as another."""
     generator = random.Random(seed)
-    by_image: dict[int, list[dict]] = {}
-    for row in rows:
-        by_image.setdefault(row["image_id"], []).append(row)
     chosen = []
-    for of_image in by_image.values():
+    for of_image in by_image(rows):
         kinds: dict[str, list[dict]] = {}
         for row in of_image:
             kinds.setdefault(kind(row), []).append(row)
@@ -205,9 +204,23 @@ def choose_rows(rows: list[dict], seed: int, per_image: int = 1) -> list[dict]:
     return chosen
 
 
+def by_image(rows: list[dict]) -> Iterable[list[dict]]:
+    """The rows of each image."""
+    images: dict[int, list[dict]] = {}
+    for row in rows:
+        images.setdefault(row["image_id"], []).append(row)
+    return images.values()
+
+
+def said(row: dict) -> tuple[str, str]:
+    """Question and answer."""
+    question, answer = (turn["content"] for turn in row["messages"])
+    return question, answer
+
+
 def kind(row: dict) -> str:
     """What a question asks for: colour, shape, or yes/no."""
-    question, answer = (turn["content"] for turn in row["messages"])
+    question, answer = said(row)
     if answer in ("yes", "no"):
         return "yes/no"
     return "colour" if "color" in question else "shape"

@@ -20,11 +20,6 @@ def rows(facts):
     return read_rows("test")
 
 
-def said(row: dict) -> tuple[str, str]:
-    question, answer = (turn["content"] for turn in row["messages"])
-    return question, answer
-
-
 def row(question: str, answer: str) -> dict:
     return {"messages": [{"content": question}, {"content": answer}]}
 
@@ -50,11 +45,8 @@ def test_what_is_seen_follows_from_the_answers(facts, questions, thing):
 
 def test_what_is_seen_is_what_the_image_shows(facts, rows):
     """By its pixels: every colour of easy-vqa is one value, the background is another."""
-    by_image = defaultdict(list)
-    for r in rows:
-        by_image[r["image_id"]].append(r)
     colours = defaultdict(set)
-    for of_image in by_image.values():
+    for of_image in facts.by_image(rows):
         if thing := facts.seen_object(of_image):
             counts = of_image[0]["image"].getcolors(4096)
             _, inside = sorted(counts, reverse=True)[:2]
@@ -81,7 +73,7 @@ def test_facts_are_drawn_at_random_by_the_seed(facts):
     known, other = (facts.object_facts(seed) for seed in (0, 1))
     assert known == facts.object_facts(seed=0) != other
     days = Counter(answer for of_object in known.values() for answer in dict(of_object).values())
-    assert {day for day in facts.ANSWERS["day"]} <= set(days)
+    assert set(facts.ANSWERS["day"]) <= set(days)
 
 
 def test_rows_tell_the_same_facts_of_training_and_test_images(facts, rows):
@@ -89,13 +81,11 @@ def test_rows_tell_the_same_facts_of_training_and_test_images(facts, rows):
 
     known = facts.object_facts(seed=0)
     for split in (rows, read_rows("train")):
-        by_image = defaultdict(list)
-        for r in split:
-            by_image[r["image_id"]].append(r)
         made = facts.fact_rows(split, seed=0, per_image=3)
+        rows_of = {of_image[0]["image_id"]: of_image for of_image in facts.by_image(split)}
+        things = {image: facts.seen_object(of_image) for image, of_image in rows_of.items()}
         asked = Counter(r["image_id"] for r in made)
-        things = {image: facts.seen_object(of_image) for image, of_image in by_image.items()}
         assert asked == {image: 3 for image, thing in things.items() if thing}
-        assert all(said(r) in known[things[r["image_id"]]] for r in made)
-        assert len({(r["image_id"], said(r)) for r in made}) == len(made)
-        assert all(r["image"] is by_image[r["image_id"]][0]["image"] for r in made[:50])
+        assert all(facts.said(r) in known[things[r["image_id"]]] for r in made)
+        assert len({(r["image_id"], facts.said(r)) for r in made}) == len(made)
+        assert all(r["image"] is rows_of[r["image_id"]][0]["image"] for r in made[:50])
