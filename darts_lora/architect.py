@@ -1,5 +1,5 @@
-"""Architect: the architecture step, first order and unrolled; owns alpha's optimizer and the budget
-multiplier, and nothing else. Not here: the weight step, the loop, logging."""
+"""Architect: the architecture step, first order and unrolled, within the budget; owns alpha's
+optimizer and nothing else. Not here: the weight step, the loop, logging."""
 
 from __future__ import annotations
 
@@ -9,17 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from darts_lora.cost import BudgetMultiplier
 from darts_lora.errors import InputError
 from darts_lora.prior import Prior
 from darts_lora.supernet import Supernet
+
+SHRINK = 0.02  # of the expected parameters, the most that one step takes off towards the budget
 
 
 class Architect:
     """Trains alpha on validation batches (DARTS, arXiv 1806.09055, eq. 3 to 8).
 
-    `step` touches alpha, alpha's optimizer and the budget multiplier. The LoRA weights, their
-    gradients and their optimizer come out of it bit for bit as they went in.
+    `step` touches alpha and alpha's optimizer. The LoRA weights, their gradients and their
+    optimizer come out of it bit for bit as they went in.
+
+    Under a budget every step of alpha's optimizer, which knows the loss alone, is followed by one
+    against the gradient of the expected parameters, onto the bound (gradient projection, Rosen
+    1960): that which was, less 2 %, until it is the budget. So the price of a parameter needs no
+    weight and no memory that could outlast its reason, and does not slow what the loss teaches.
 
     Args:
         supernet: whose alphas are trained; its config gives learning rate, betas, decay and order.
@@ -48,7 +54,6 @@ class Architect:
             betas=config.arch_betas,
             weight_decay=config.arch_weight_decay,
         )
-        self.multiplier = BudgetMultiplier(supernet.budget) if supernet.budget else None
         self.graphed: Callable[[Any], tuple[Tensor, list[Tensor]]] | None = None
         self.prior = Prior(list(supernet.layers), config.arch_noise)
         self.steps = 0
@@ -66,7 +71,7 @@ class Architect:
 
         Returns:
             "loss" on the validation batch, "gradient_norm" (of the loss's gradient of all alphas)
-            and "expected_parameters", scalars on the device; with a budget also "multiplier".
+            and "expected_parameters" after the step, scalars on the device.
 
         Raises:
             InputError: order 2 without a train_batch.
@@ -89,11 +94,14 @@ class Architect:
         self.gradient_sums[self.steps % 2] += gradient
         self.steps += 1
         metrics = {"loss": loss, "gradient_norm": gradient.norm()}
+        before = self.supernet.expected_parameters().detach()
         smooth = self.prior.posterior(self.gradient_sums)
-        gradient = smooth(gradient)
-        self.supernet.alpha.grad = gradient + self._budget_gradient(gradient, smooth, metrics)
+        self.supernet.alpha.grad = smooth(gradient)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.supernet.budget is not None:
+            self._project(((1 - SHRINK) * before).clamp_min(self.supernet.budget), smooth)
+        metrics["expected_parameters"] = self.supernet.expected_parameters().detach()
         return metrics
 
     def first_order(
@@ -106,7 +114,6 @@ class Architect:
         """All that a resumed search needs: tensors and plain numbers."""
         return {
             "optimizer": self.optimizer.state_dict(),
-            "multiplier": self.multiplier and self.multiplier.state_dict(),
             "steps": self.steps,
             "gradient_sums": self.gradient_sums,
         }
@@ -114,8 +121,6 @@ class Architect:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what state_dict gave."""
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.multiplier is not None:
-            self.multiplier.load_state_dict(state["multiplier"])
         self.steps, self.gradient_sums = state["steps"], state["gradient_sums"]
 
     def _gradients(
@@ -133,18 +138,16 @@ class Architect:
         ]
         return loss.detach(), filled
 
-    def _budget_gradient(
-        self, gradient: Tensor, smooth: Callable[[Tensor], Tensor], metrics: dict[str, Tensor]
-    ) -> Tensor:
+    def _project(self, bound: Tensor, smooth: Callable[[Tensor], Tensor]) -> None:
+        """Move alpha so that the expected parameters are within the bound, to first order: what a
+        step lacks, the next one makes up."""
+        alpha = self.supernet.alpha
         expected = self.supernet.expected_parameters()
-        metrics["expected_parameters"] = expected.detach()
-        if self.multiplier is None:
-            return torch.zeros_like(gradient)
-        (cost,) = torch.autograd.grad(expected / self.multiplier.budget, self.supernet.alpha)
-        cost = smooth(cost)  # one metric for both, or the budget would be met elsewhere
-        factor = self.multiplier.step(expected.detach(), gradient, cost)
-        metrics["multiplier"] = factor
-        return factor * cost
+        (slope,) = torch.autograd.grad(expected, alpha)
+        direction = smooth(slope)  # one metric for loss and cost, or the best within is elsewhere
+        excess = (expected.detach() - bound).clamp_min(0)
+        with torch.no_grad():
+            alpha -= excess / (slope * direction).sum().clamp_min(1e-30) * direction
 
     def _unrolled(
         self, loss_fn: Callable, val_batch: Any, train_batch: Any

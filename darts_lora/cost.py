@@ -1,4 +1,4 @@
-"""Trainable parameters of a choice, the expected cost of alpha, budgets and their multiplier.
+"""Trainable parameters of a choice, the expected cost of alpha, and budgets.
 Not here: the choice itself (discretize.py)."""
 
 from __future__ import annotations
@@ -52,52 +52,3 @@ def resolve_budget(
             f"{smallest:,.0f} to {largest:,.0f} parameters (uniform rank {low:g} to {high:g})"
         )
     return float(budget)
-
-
-class BudgetMultiplier:
-    """Lagrange multiplier of `expected parameters <= budget`, by dual ascent with damping.
-
-    The multiplier rises while the expectation is above the budget and falls while it is below, so
-    no penalty weight has to be tuned. Its unit is the running ratio of the gradient norms of loss
-    and cost: rescaling the loss changes nothing. The damping term, proportional to the violation
-    (the augmented Lagrangian's), keeps it from overshooting.
-
-    Args:
-        budget: trainable parameters.
-        rate: rise a step, per relative violation.
-        damping: weight of the current violation.
-    """
-
-    def __init__(self, budget: float, rate: float = 0.05, damping: float = 2.0):
-        self.budget, self.rate, self.damping = float(budget), rate, damping
-        self.value: Tensor | float = 0.0
-        self.unit: Tensor | float = 0.0
-        self.factor: Tensor | float = 0.0
-        self.steps = 0
-
-    def step(self, expected: Tensor, loss_gradient: Tensor, cost_gradient: Tensor) -> Tensor:
-        """Update on one architecture step; returns the factor of the gradient of expected / budget.
-
-        Args:
-            expected: scalar, expected parameters now.
-            loss_gradient, cost_gradient: of the loss and of expected / budget, (N, K).
-        """
-        self.steps += 1
-        ratio = loss_gradient.norm() / cost_gradient.norm().clamp_min(1e-12)
-        average = max(1 / self.steps, 0.05)
-        self.unit = self.unit + average * (ratio - self.unit)
-        violation = expected / self.budget - 1
-        self.value = (self.value + self.rate * violation).clamp_min(0)
-        self.factor = self.unit * (self.value + self.damping * violation).clamp_min(0)
-        return self.factor
-
-    def state_dict(self) -> dict[str, float]:
-        """The multiplier's state as plain numbers."""
-        numbers = {name: float(getattr(self, name)) for name in ("value", "unit", "factor")}
-        return {**numbers, "steps": self.steps}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        """Restore what state_dict gave."""
-        for name in ("value", "unit", "factor"):
-            setattr(self, name, torch.tensor(state[name]))
-        self.steps = int(state["steps"])

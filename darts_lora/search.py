@@ -245,7 +245,7 @@ class RankSearch:
         validation = float(reduce(validation.float()))
         if self.step > self.schedule.warmup_steps and not math.isfinite(validation):
             self._stop_non_finite("validation loss", self.step)
-        figures, multiplier = alpha_figures(self.supernet), self.architect.multiplier
+        figures = alpha_figures(self.supernet)
         if not math.isfinite(figures["expected_parameters"]):
             self._stop_non_finite("alpha", self.step)
         rows = len(train_losses) * self.training.gradient_accumulation_steps
@@ -255,7 +255,6 @@ class RankSearch:
             "step": self.step,
             "train_loss": sum(train_losses) / len(train_losses),
             "validation_loss": validation if math.isfinite(validation) else None,
-            "multiplier": None if multiplier is None else float(multiplier.factor),
             "learning_rate": self.weights.scheduler.get_last_lr()[0],
             "gradient_norm": number(full(self.weights.gradient_norm)),
             "alpha_gradient_norm": number(self.alpha_gradient_norm),

@@ -24,7 +24,6 @@ SCALARS = {
     "temperature": "alpha/temperature",
     "alpha_gradient_norm": "alpha/gradient_norm",
     "expected_parameters": "budget/expected_parameters",
-    "multiplier": "budget/multiplier",
     "learning_rate": "weights/learning_rate",
     "gradient_norm": "weights/gradient_norm",
     "samples_per_second": "speed/samples_per_second",

@@ -3,6 +3,7 @@ Not here: the loop of RankSearch (test_search.py)."""
 
 import copy
 import math
+from itertools import pairwise
 from unittest import mock
 
 import pytest
@@ -92,15 +93,23 @@ def test_gradients_of_loss_and_cost_are_smoothed_alike():
     supernet, architect = make(arch_noise=3.0, budget_rank=1.0)
     train, val = batches()
     gradient = exact_unrolled(supernet, val, train, 0.0)
-    expected = supernet.expected_parameters() / supernet.budget
-    (cost,) = torch.autograd.grad(expected, supernet.alpha)
+    before = float(supernet.expected_parameters().detach())
+    at_optimizer = []  # alpha when its optimizer is done
+    architect.optimizer.register_step_post_hook(
+        lambda *_: at_optimizer.append(supernet.alpha.detach().clone())
+    )
     found = alpha_gradient(architect, loss_of(supernet), val, train)
     sums = torch.stack([gradient, torch.zeros_like(gradient)])  # one half alone: all may be noise
     smooth = Prior(list(supernet.layers), 3.0).posterior(sums)
-    wanted = smooth(gradient + architect.multiplier.factor * cost)
-    assert (wanted - gradient).norm() > 0.1 * gradient.norm()
-    assert architect.multiplier.factor > 0
-    torch.testing.assert_close(found, wanted)
+    assert (smooth(gradient) - gradient).norm() > 0.1 * gradient.norm()
+    torch.testing.assert_close(found, smooth(gradient))
+
+    probabilities = at_optimizer[0].requires_grad_().softmax(-1)
+    (slope,) = torch.autograd.grad((probabilities * supernet.costs).sum(), at_optimizer[0])
+    moved, direction = supernet.alpha - at_optimizer[0], smooth(slope)
+    torch.testing.assert_close(moved / moved.norm(), -direction / direction.norm())
+    expected = float(supernet.expected_parameters().detach())
+    assert supernet.budget < expected == pytest.approx(0.98 * before, rel=1e-3)
     raw = architect.gradient_sums[0]  # the verdict is about what was seen
     torch.testing.assert_close(raw, gradient.to(raw))
 
@@ -169,7 +178,7 @@ def test_unrolled_needs_a_training_batch():
 @pytest.mark.parametrize("scale", [1.0, 1000.0])
 @pytest.mark.parametrize("start", [-3.0, 3.0])
 def test_ends_at_the_budget_from_either_side_whatever_the_losss_unit(start, scale):
-    """A loss that always wants more rank: the multiplier must hold it at the budget."""
+    """A loss that always wants more rank: the projection must hold it at the budget."""
     supernet, architect = make(
         torch.float32, relaxation="gumbel_hard", budget_rank=2, arch_learning_rate=0.05
     )
@@ -183,6 +192,28 @@ def test_ends_at_the_budget_from_either_side_whatever_the_losss_unit(start, scal
     for _ in range(800):
         metrics = architect.step(loss_fn, 0.5 * torch.randn(4, 4))
     assert float(metrics["expected_parameters"]) == pytest.approx(supernet.budget, rel=0.1)
+
+
+def test_a_small_budget_is_met_from_above_and_never_undercut():
+    """A price that remembers how far the budget once was drives alpha far below it."""
+    supernet, architect = make(torch.float32, ranks=(0, 1, 2, 4, 8, 16), budget_rank=1)
+    wants = -torch.tensor([0.0, 1.0, 2.0, 4.0, 8.0, 16.0]).expand(4, 6)
+    sizes = [float(supernet.expected_parameters().detach()) / supernet.budget]
+    assert sizes[0] > 4
+    for _ in range(150):
+        loss = lambda noise: ((supernet.alpha + noise).softmax(-1) * wants).sum()  # noqa: E731
+        metrics = architect.step(loss, 0.5 * torch.randn(4, 6))
+        sizes.append(float(metrics["expected_parameters"]) / supernet.budget)
+    assert min(sizes) > 0.98
+    assert all(b > 0.975 * a for a, b in pairwise(sizes))
+    assert max(sizes[100:]) < 1.02
+
+
+def test_what_the_loss_does_not_want_stays_unused():
+    supernet, architect = make(torch.float32, budget_rank=2)
+    for _ in range(200):
+        architect.step(lambda _: (supernet.probabilities() * supernet.costs).sum(), None)
+    assert float(supernet.expected_parameters().detach()) < 0.5 * supernet.budget
 
 
 def test_state_round_trip():

@@ -182,6 +182,21 @@ def test_another_models_vision_side_is_refused(recipe, fresh, made, tmp_path):
             recipe.load_vision_side(fresh, file)
 
 
+def test_the_published_vision_side_fits_a_language_model_as_wide_as_smollm2(recipe, text_folder):
+    config = t.LlamaConfig(
+        vocab_size=300, hidden_size=576, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True,
+    )  # fmt: skip
+    processor = recipe.build_processor(load_processor(ModelConfig(text_folder)))
+    model = recipe.build_model(t.LlamaForCausalLM(config), processor)
+    begun = {name: weight.clone() for name, weight in recipe.vision_side(model).items()}
+    path = Path(recipe.__file__).parent / "benchmark/quality/llava_vision.safetensors"
+    recipe.load_vision_side(model, str(path))
+    for name, weight in recipe.vision_side(model).items():
+        unused = "post_layernorm" in name  # it is of the class token's output
+        assert weight.isfinite().all() and torch.equal(weight, begun[name]) == unused, name
+
+
 def test_a_spare_embedding_is_used_before_the_embeddings_grow(recipe, text_folder):
     source = ModelConfig(text_folder)
     text = load_model(source)
