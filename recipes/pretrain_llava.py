@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from object_facts import fact_rows
 from pretrain_embedded import PretrainRun, choose_rows, kind, pretrain, read_rows, write_data
 from safetensors import SafetensorError
@@ -103,6 +104,7 @@ def main(options: LlavaRun) -> None:
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
     print(f"{model.num_parameters():,} parameters")
+    model.to(Accelerator().device)  # where training, if any, has brought it
     asked = choose_rows(rows["test"], options.seed)[: options.test_questions]
     groups = {name: [row for row in asked if kind(row) == name] for name in map(kind, asked)}
     for name, of_kind in (groups | {"facts": data["test"][: options.test_questions]}).items():
