@@ -35,7 +35,7 @@ class Architect:
 
     Attributes:
         graphed: batch -> loss and gradients, in place of loss_fn in first-order steps (graphs.py).
-        prior: draws every gradient of alpha towards those of like layers (prior.py).
+        prior: makes of every gradient of alpha what alpha moves by (prior.py).
         gradient_sums: (2, N, K), the loss's gradients of alpha summed over even and odd steps.
     """
 
@@ -140,15 +140,16 @@ class Architect:
         return loss.detach(), filled
 
     def _project(self, bound: Tensor, smooth: Callable[[Tensor], Tensor]) -> None:
-        """Move alpha so that the expected parameters are within the bound, to first order: what a
-        step lacks, the next one makes up."""
+        """Move alpha so that the expected parameters are within the bound, to first order and by at
+        most 1: what a step lacks, the next one makes up."""
         alpha = self.supernet.alpha
         expected = self.supernet.expected_parameters()
         (slope,) = torch.autograd.grad(expected, alpha)
         direction = smooth(slope)  # one metric for loss and cost, or the best within is elsewhere
         excess = (expected.detach() - bound).clamp_min(0)
+        step = excess / (slope * direction).sum().clamp_min(1e-12) * direction
         with torch.no_grad():
-            alpha -= excess / (slope * direction).sum().clamp_min(1e-30) * direction
+            alpha -= step / step.abs().max().clamp_min(1)  # decided alphas have hardly a slope
 
     def _unrolled(
         self, loss_fn: Callable, val_batch: Any, train_batch: Any
