@@ -200,9 +200,12 @@ def test_a_small_budget_is_met_from_above_and_never_undercut():
     wants = -torch.tensor([0.0, 1.0, 2.0, 4.0, 8.0, 16.0]).expand(4, 6)
     sizes = [float(supernet.expected_parameters().detach()) / supernet.budget]
     assert sizes[0] > 4
+
+    def loss_fn(noise):
+        return ((supernet.alpha + noise).softmax(-1) * wants).sum()
+
     for _ in range(150):
-        loss = lambda noise: ((supernet.alpha + noise).softmax(-1) * wants).sum()  # noqa: E731
-        metrics = architect.step(loss, 0.5 * torch.randn(4, 6))
+        metrics = architect.step(loss_fn, 0.5 * torch.randn(4, 6))
         sizes.append(float(metrics["expected_parameters"]) / supernet.budget)
     assert min(sizes) > 0.98
     assert all(b > 0.975 * a for a, b in pairwise(sizes))
