@@ -55,7 +55,8 @@ class Architect:
             weight_decay=config.arch_weight_decay,
         )
         self.graphed: Callable[[Any], tuple[Tensor, list[Tensor]]] | None = None
-        self.prior = Prior(list(supernet.layers), config.arch_noise)
+        costs = supernet.costs[:, -1] / config.ranks[-1]
+        self.prior = Prior(list(supernet.layers), config.arch_noise, costs)
         self.steps = 0
         self.gradient_sums = torch.zeros(2, *supernet.alpha.shape)
 

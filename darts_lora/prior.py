@@ -1,4 +1,4 @@
-"""What is known of alpha before a search: layers of one type and of one depth want like ranks.
+"""What is known of alpha before a search: what ranks cost, which layers are of one type and depth.
 Not here: the gradient that it is applied to, or alpha's optimizer (architect.py)."""
 
 from __future__ import annotations
@@ -33,21 +33,28 @@ def kernel(names: Sequence[str]) -> Tensor:
 
 
 class Prior:
-    """Makes of a noisy gradient of alpha, (N, K), its posterior mean.
+    """Makes of a noisy gradient of alpha, (N, K), what alpha is to move by.
 
-    The true gradients of one candidate over the layers are taken for a Gaussian process with the
-    covariance of `kernel`, the observed ones have independent noise beside them (Rasmussen and
-    Williams, Gaussian Processes for Machine Learning, eq. 2.23). Its variance is estimated from two
-    halves of the steps so far: early in a search layers move with their like, later by themselves.
+    A layer's alpha is taken as a variable whose unit is the root of what a rank costs there: what
+    counts of a layer is the loss's gradient over its parameters, and the price of parameters moves
+    all layers alike. In alpha itself layers of cheap ranks would lag behind, and end with more.
+
+    Of such variables the true gradients of one candidate over the layers are taken for a Gaussian
+    process with the covariance of `kernel`, the observed ones have independent noise beside them
+    (Rasmussen and Williams, Gaussian Processes for Machine Learning, eq. 2.23). Its variance is
+    estimated from two halves of the steps so far: early in a search layers move with their like,
+    later by themselves.
 
     Args:
         names: of the layers.
-        noise: factor on the estimate of the noise's variance; 0: gradients stay as they are.
+        noise: factor on the estimate of the noise's variance; 0: no noise is reckoned with.
+        costs: (N,), parameters of a rank of each layer.
     """
 
-    def __init__(self, names: Sequence[str], noise: float):
+    def __init__(self, names: Sequence[str], noise: float, costs: Tensor):
         self.noise = noise
         self.values, self.vectors = torch.linalg.eigh(kernel(names))
+        self.unit = (costs.mean() / costs).sqrt()[:, None]
 
     def posterior(self, gradient_sums: Tensor) -> Callable[[Tensor], Tensor]:
         """What turns a gradient, (N, K), into its posterior mean.
@@ -55,15 +62,16 @@ class Prior:
         Args:
             gradient_sums: (2, N, K), gradients so far, summed over even and over odd steps.
         """
+        unit = self.unit = self.unit.to(gradient_sums)
         if self.noise == 0:
-            return lambda gradient: gradient
-        self.values, self.vectors = self.values.to(gradient_sums), self.vectors.to(gradient_sums)
-        noise = self.noise * VARIANCE * noise_to_signal(gradient_sums)
-        shares = self.values / (self.values + noise)
+            return lambda gradient: unit.to(gradient).square() * gradient
+        self.values, self.vectors = self.values.to(unit), self.vectors.to(unit)
+        noise = self.noise * VARIANCE * noise_to_signal(unit * gradient_sums)
+        shares = (self.values / (self.values + noise))[:, None]
 
         def smooth(gradient: Tensor) -> Tensor:
-            vectors = self.vectors.to(gradient)
-            return vectors @ (shares.to(gradient)[:, None] * (vectors.T @ gradient))
+            vectors, own = self.vectors.to(gradient), unit.to(gradient)
+            return own * (vectors @ (shares.to(gradient) * (vectors.T @ (own * gradient))))
 
         return smooth
 

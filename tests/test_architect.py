@@ -100,7 +100,8 @@ def test_gradients_of_loss_and_cost_are_smoothed_alike():
     )
     found = alpha_gradient(architect, loss_of(supernet), val, train)
     sums = torch.stack([gradient, torch.zeros_like(gradient)])  # one half alone: all may be noise
-    smooth = Prior(list(supernet.layers), 3.0).posterior(sums)
+    costs = supernet.costs[:, -1] / 4
+    smooth = Prior(list(supernet.layers), 3.0, costs).posterior(sums)
     assert (smooth(gradient) - gradient).norm() > 0.1 * gradient.norm()
     torch.testing.assert_close(found, smooth(gradient))
 
@@ -210,6 +211,19 @@ def test_a_small_budget_is_met_from_above_and_never_undercut():
     assert min(sizes) > 0.98
     assert all(b > 0.975 * a for a, b in pairwise(sizes))
     assert max(sizes[100:]) < 1.02
+
+
+@pytest.mark.parametrize("arch_noise", [0.0, 4.0])
+def test_the_price_of_parameters_moves_layers_of_all_sizes_alike(arch_noise):
+    """Where the loss says nothing, ranks stay equal, as the uniform rank of the budget."""
+    layers = {"small": torch.nn.Linear(16, 16), "large": torch.nn.Linear(16, 99)}
+    config = SearchConfig(ranks=(0, 1, 2, 4, 8), budget_rank=1, arch_noise=arch_noise)
+    supernet = Supernet(torch.nn.ModuleDict(layers), config)
+    architect = Architect(supernet)
+    for _ in range(100):
+        architect.step(lambda _: (0 * supernet.alpha).sum(), None)
+    ranks = supernet.probabilities() @ torch.tensor([0.0, 1.0, 2.0, 4.0, 8.0])
+    torch.testing.assert_close(ranks.detach(), torch.ones(2), rtol=0.01, atol=0)
 
 
 def test_what_the_loss_does_not_want_stays_unused():

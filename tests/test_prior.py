@@ -8,6 +8,8 @@ import torch
 
 from darts_lora.prior import NEAR, Prior, kernel, noise_to_signal
 
+EQUAL = torch.ones(6, dtype=torch.float64)
+COSTS = torch.tensor([2.0, 4.0, 4.0, 2.0, 1.0, 3.0], dtype=torch.float64)
 NAMES = [
     "model.layers.0.attn.q_proj",
     "model.layers.0.mlp.fc1",
@@ -49,10 +51,11 @@ def halves(agree: float) -> torch.Tensor:
 
 @pytest.mark.parametrize("agree", [0.9, 0.3])
 def test_the_smoothed_gradient_is_the_posterior_mode(agree):
-    """It minimises f K^-1 f / 2 + |y - f|^2 / (2 noise)."""
+    """It minimises f K^-1 f / 2 + |y - f|^2 / (2 noise), in units of the root of a rank's cost."""
     torch.manual_seed(0)
     observed = torch.randn(len(NAMES), 3, dtype=torch.float64)
-    found = Prior(NAMES, 2.5).posterior(halves(agree))(observed)
+    unit = (COSTS.mean() / COSTS).sqrt()[:, None]
+    found = Prior(NAMES, 2.5, COSTS).posterior(halves(agree) / unit)(observed / unit) / unit
     noise = 2.5 * 4 * (1 - agree) / (2 * agree)  # of the sum of two halves, over its signal
     slope = torch.linalg.inv(kernel(NAMES)) @ found + (found - observed) / noise
     torch.testing.assert_close(slope, torch.zeros_like(slope), atol=1e-9, rtol=0)
@@ -69,9 +72,15 @@ def test_noise_is_what_two_halves_do_not_share():
 
 def test_a_gradient_without_noise_stays():
     gradient = torch.randn(len(NAMES), 5)
-    assert torch.equal(Prior(NAMES, 0.0).posterior(torch.randn(2, 6, 5))(gradient), gradient)
-    found = Prior(NAMES, 4.0).posterior(gradient.expand(2, -1, -1))(gradient)
+    assert torch.equal(Prior(NAMES, 0.0, EQUAL).posterior(torch.randn(2, 6, 5))(gradient), gradient)
+    found = Prior(NAMES, 4.0, EQUAL).posterior(gradient.expand(2, -1, -1))(gradient)
     torch.testing.assert_close(found, gradient)
+
+
+def test_without_noise_a_layer_moves_by_what_a_parameter_of_it_is_worth():
+    gradient = torch.randn(len(NAMES), 5, dtype=torch.float64)
+    found = Prior(NAMES, 0.0, COSTS).posterior(torch.randn(2, 6, 5))(gradient)
+    torch.testing.assert_close(found, gradient / COSTS[:, None] * COSTS.mean())
 
 
 @pytest.mark.parametrize("second", [0.0, -1.0])
@@ -79,7 +88,7 @@ def test_halves_without_anything_in_common_leave_a_finite_gradient(second):
     """As at the first step, which has one half alone."""
     gradient = torch.randn(len(NAMES), 5)
     sums = torch.stack([gradient, second * gradient])
-    found = Prior(NAMES, 4.0).posterior(sums)(gradient)
+    found = Prior(NAMES, 4.0, EQUAL).posterior(sums)(gradient)
     assert found.isfinite().all() and 0 < found.norm() < 0.5 * gradient.norm()
 
 
@@ -88,6 +97,6 @@ def test_much_noise_leaves_what_a_type_has_in_common():
     torch.manual_seed(0)
     truth = torch.tensor([1.0, -1.0]).repeat(12)[:, None]
     sums = truth + torch.randn(2, 24, 1)
-    smoothed = Prior(names, 4.0).posterior(sums)(sums.sum(0))
+    smoothed = Prior(names, 4.0, torch.ones(24)).posterior(sums)(sums.sum(0))
     likeness = torch.nn.functional.cosine_similarity
     assert likeness(smoothed, truth, dim=0) > likeness(sums.sum(0), truth, dim=0) + 0.05
