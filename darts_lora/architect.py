@@ -55,8 +55,7 @@ class Architect:
             weight_decay=config.arch_weight_decay,
         )
         self.graphed: Callable[[Any], tuple[Tensor, list[Tensor]]] | None = None
-        costs = supernet.costs[:, -1] / config.ranks[-1]
-        self.prior = Prior(list(supernet.layers), config.arch_noise, costs)
+        self.prior = Prior(list(supernet.layers), config.arch_noise, supernet.costs[:, -1])
         self.steps = 0
         self.gradient_sums = torch.zeros(2, *supernet.alpha.shape)
 

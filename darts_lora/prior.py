@@ -48,7 +48,7 @@ class Prior:
     Args:
         names: of the layers.
         noise: factor on the estimate of the noise's variance; 0: no noise is reckoned with.
-        costs: (N,), parameters of a rank of each layer.
+        costs: (N,), of one rank, the same for all layers; what counts is how they compare.
     """
 
     def __init__(self, names: Sequence[str], noise: float, costs: Tensor):

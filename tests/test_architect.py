@@ -100,8 +100,7 @@ def test_gradients_of_loss_and_cost_are_smoothed_alike():
     )
     found = alpha_gradient(architect, loss_of(supernet), val, train)
     sums = torch.stack([gradient, torch.zeros_like(gradient)])  # one half alone: all may be noise
-    costs = supernet.costs[:, -1] / 4
-    smooth = Prior(list(supernet.layers), 3.0, costs).posterior(sums)
+    smooth = Prior(list(supernet.layers), 3.0, supernet.costs[:, -1]).posterior(sums)
     assert (smooth(gradient) - gradient).norm() > 0.1 * gradient.norm()
     torch.testing.assert_close(found, smooth(gradient))
 
