@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from darts_lora.average import RunningMean
 from darts_lora.errors import InputError
 from darts_lora.prior import Prior
 from darts_lora.supernet import Supernet
@@ -20,7 +21,9 @@ class Architect:
     """Trains alpha on validation batches (DARTS, arXiv 1806.09055, eq. 3 to 8).
 
     `step` touches alpha and alpha's optimizer. The LoRA weights, their gradients and their
-    optimizer come out of it bit for bit as they went in.
+    optimizer come out of it bit for bit as they went in. Its gradient is taken at the running mean
+    of the weights: what a rank is worth where they would settle, not amid the noise of their last
+    steps, which alone makes ranks seem harmful while the learning rate is high.
 
     Under a budget every step of alpha's optimizer, which knows the loss alone, is followed by one
     against the gradient of the expected parameters, onto the bound (gradient projection, Rosen
@@ -36,6 +39,8 @@ class Architect:
     Attributes:
         graphed: batch -> loss and gradients, in place of loss_fn in first-order steps (graphs.py).
         prior: makes of every gradient of alpha what alpha moves by (prior.py).
+        mean: of the weights (average.py). `step` takes in the weights as they are; call its
+            `update` behind weight steps that no architecture step follows, as in a warm-up.
         gradient_sums: (2, N, K), the loss's gradients of alpha summed over even and odd steps.
     """
 
@@ -56,6 +61,7 @@ class Architect:
         )
         self.graphed: Callable[[Any], tuple[Tensor, list[Tensor]]] | None = None
         self.prior = Prior(list(supernet.layers), config.arch_noise, supernet.costs[:, -1])
+        self.mean = RunningMean(supernet.weight_parameters, config.arch_average)
         self.steps = 0
         self.gradient_sums = torch.zeros(2, *supernet.alpha.shape)
 
@@ -76,14 +82,16 @@ class Architect:
         Raises:
             InputError: order 2 without a train_batch.
         """
-        if self.supernet.config.order == 2:
-            if train_batch is None:
-                raise InputError("train_batch=None: order=2 (unrolled) needs a training batch")
-            loss, gradient = self._unrolled(loss_fn, val_batch, train_batch)
-        elif self.graphed is not None:
-            loss, (gradient,) = self.graphed(val_batch)
-        else:
-            loss, (gradient,) = self.first_order(loss_fn, val_batch)
+        if self.supernet.config.order == 2 and train_batch is None:
+            raise InputError("train_batch=None: order=2 (unrolled) needs a training batch")
+        self.mean.update()
+        with self.mean.in_place():
+            if self.supernet.config.order == 2:
+                loss, gradient = self._unrolled(loss_fn, val_batch, train_batch)
+            elif self.graphed is not None:
+                loss, (gradient,) = self.graphed(val_batch)
+            else:
+                loss, (gradient,) = self.first_order(loss_fn, val_batch)
         return self.update(loss, gradient)
 
     def update(self, loss: Tensor, gradient: Tensor) -> dict[str, Tensor]:
@@ -116,12 +124,15 @@ class Architect:
             "optimizer": self.optimizer.state_dict(),
             "steps": self.steps,
             "gradient_sums": self.gradient_sums,
+            "mean": self.mean.values,
+            "mean_steps": self.mean.steps,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what state_dict gave."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.steps, self.gradient_sums = state["steps"], state["gradient_sums"]
+        self.mean.values, self.mean.steps = list(state["mean"]), state["mean_steps"]
 
     def _gradients(
         self, loss_fn: Callable, batch: Any, parameters: Sequence[Tensor]

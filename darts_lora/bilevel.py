@@ -67,11 +67,13 @@ class BilevelStep:
         self, train_batches: Iterator[Any], val_batches: Iterator[Any], trains_alpha: bool
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
         """The training loss; the metrics of Architect.step, None where it was not due."""
-        if not trains_alpha:
-            return self.weights.step(train_batches)[0], None
-        if self.joint is not None:
+        if trains_alpha and self.joint is not None:
             return self.joint.step(train_batches, val_batches)
         loss, batch = self.weights.step(train_batches)
+        if not trains_alpha:
+            if self.joint is None:
+                self.architect.mean.update()
+            return loss, None
         return loss, self.architect.step(self.val_loss_fn, next(val_batches), batch)
 
     def capture(self) -> None:

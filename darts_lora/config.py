@@ -147,6 +147,9 @@ class SearchConfig:
     """How many times the noise that two halves of the architecture steps show alpha's gradients
     are taken to have: the more, the nearer each layer is drawn to those of its type and of near
     blocks, while that is not outweighed by what is seen; 0: not drawn."""
+    arch_average: float = 0.125
+    """Share of the weight steps so far that the weights are averaged over where alpha's gradients
+    are taken; 0: at the weights themselves, as with joint."""
     arch_lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
     """Course of alpha's learning rate over the architecture steps of a RankSearch."""
     arch_every: int = 1
@@ -174,6 +177,7 @@ class SearchConfig:
         check_bounds(
             self,
             at_least={"dropout": 0.0, "arch_weight_decay": 0.0, "arch_noise": 0.0}
+            | {"arch_average": 0.0}
             | {"arch_every": 1, "warmup_steps": 0, "seed": 0},
             above={"scaling": 0.0, "budget_rank": 0.0, "budget_parameters": 0}
             | {"arch_learning_rate": 0.0, "learning_rate_scale": 0.0},
@@ -190,6 +194,7 @@ class SearchConfig:
         if self.joint and self.order == 2:
             raise InputError("joint=true, order=2: an unrolled step needs passes of its own")
         _require(self.dropout < 1, "dropout", self.dropout, "must be below 1")
+        _require(self.arch_average <= 1, "arch_average", self.arch_average, "must be at most 1")
         for name, rule in (
             ("temperature", lambda t: t > 0),
             ("arch_betas", lambda b: 0 <= b < 1),

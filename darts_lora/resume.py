@@ -81,7 +81,7 @@ def capture(search: RankSearch) -> dict[str, Any]:
         "optimizer": full(search.weights.optimizer.state_dict()),
         "scaler": search.accelerator.scaler and search.accelerator.scaler.state_dict(),
         "schedulers": [scheduler.state_dict() for scheduler in search.schedulers],
-        "architect": search.architect.state_dict(),
+        "architect": full(search.architect.state_dict()),
         "streams": [stream.position for stream in search.streams],
         "alpha_gradient_norm": number(search.alpha_gradient_norm),
         # of each process its own
@@ -110,7 +110,9 @@ def restore(search: RankSearch, state: dict[str, Any]) -> None:
         search.accelerator.scaler.load_state_dict(state["scaler"])
     for scheduler, saved in zip(search.schedulers, state["schedulers"], strict=True):
         scheduler.load_state_dict(saved)
-    search.architect.load_state_dict(state["architect"])
+    architect = state["architect"]
+    mean = [shard_as(*pair) for pair in zip(parameters, architect["mean"], strict=False)]
+    search.architect.load_state_dict(architect | {"mean": mean})
     for stream, position in zip(search.streams, state["streams"], strict=True):
         stream.move_to(position)
     process = search.accelerator.process_index

@@ -77,6 +77,7 @@ class RankSearchCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if not self.schedule.trains_alpha(state.global_step - 1):
+            self.architect.mean.update()
             return
         metrics = self.architect.step(
             lambda batch: self.loss_fn(self.supernet.model, batch), next(self.stream)

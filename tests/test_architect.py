@@ -89,6 +89,23 @@ def test_equals_the_first_order_at_inner_rate_zero(order):
     assert (found - exact).norm() / exact.norm() < 1e-12
 
 
+@pytest.mark.parametrize("order", [1, 2])
+def test_the_gradient_is_taken_at_the_mean_of_the_weights(order):
+    supernet, architect = make(arch_average=1.0, order=order)
+    train, val = batches()
+    first = [w.detach().clone() for w in supernet.weight_parameters()]
+    architect.mean.update()
+    randomise(supernet)
+    second = [w.detach().clone() for w in supernet.weight_parameters()]
+    seen = alpha_gradient(architect, loss_of(supernet), val, train)
+    still, reference = make(arch_average=0.0, order=order)
+    still.model.load_state_dict(supernet.model.state_dict())
+    for weight, one, other in zip(still.weight_parameters(), first, second, strict=True):
+        weight.data.copy_((one + 2 * other) / 3)
+    expected = alpha_gradient(reference, loss_of(still), val, train)
+    assert torch.allclose(seen, expected, rtol=1e-9, atol=1e-12)
+
+
 def test_gradients_of_loss_and_cost_are_smoothed_alike():
     supernet, architect = make(arch_noise=3.0, budget_rank=1.0)
     train, val = batches()

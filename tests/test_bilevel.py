@@ -42,6 +42,7 @@ def test_passes_of_a_step(options, passes):
     alpha = steps.supernet.alpha.detach().clone()
     loss, metrics = steps.step(train, val, trains_alpha=False)
     assert seen == [4, 4] and metrics is None and loss > 0
+    assert steps.architect.mean.steps == ("joint" not in options), "the warm-up is in the mean"
     assert torch.equal(steps.supernet.alpha, alpha)
     seen.clear()
     loss, metrics = steps.step(train, val, trains_alpha=True)

@@ -28,6 +28,7 @@ from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
         *[(SearchConfig, "arch_betas", v) for v in ((0.5,), (0.5, 1.0), (-0.1, 0.9))],
         (SearchConfig, "arch_weight_decay", -1.0),
         *[(SearchConfig, "arch_noise", v) for v in (-0.1, "much")],
+        *[(SearchConfig, "arch_average", v) for v in (-0.1, 1.5, "an eighth")],
         (SearchConfig, "arch_lr_scheduler", "step"),
         *[(SearchConfig, "arch_every", v) for v in (0, 1.5)],
         *[(SearchConfig, "order", v) for v in (0, 3)],

@@ -87,9 +87,10 @@ def test_who_trains_what_and_when(tmp_path):
     trainer = make_trainer(model, train, validation, tmp_path, steps=8, weight_decay=0.1)
     before, after = Watch(supernet), Watch(supernet)
     trainer.add_callback(before)
-    RankSearchCallback(trainer, supernet, model_loss)
+    search = RankSearchCallback(trainer, supernet, model_loss)
     trainer.add_callback(after)
     trainer.train()
+    assert search.architect.mean.steps == 8, "the warm-up is in the mean"
     assert after.kinds == ["gumbel_hard"] * 4 + ["gumbel"] * 4
     for step in range(8):
         same = all(map(torch.equal, before.weights[step], after.weights[step]))
