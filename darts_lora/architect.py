@@ -21,9 +21,9 @@ class Architect:
     """Trains alpha on validation batches (DARTS, arXiv 1806.09055, eq. 3 to 8).
 
     `step` touches alpha and alpha's optimizer. The LoRA weights, their gradients and their
-    optimizer come out of it bit for bit as they went in. Its gradient is taken at the running mean
-    of the weights: what a rank is worth where they would settle, not amid the noise of their last
-    steps, which alone makes ranks seem harmful while the learning rate is high.
+    optimizer come out of it bit for bit as they went in. With arch_average its gradient is taken at
+    the running mean of the weights: what a rank is worth where they would settle, not amid the
+    noise of their last steps, in which ranks seem to be worth little while the rate is high.
 
     Under a budget every step of alpha's optimizer, which knows the loss alone, is followed by one
     against the gradient of the expected parameters, onto the bound (gradient projection, Rosen

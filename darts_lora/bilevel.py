@@ -71,8 +71,7 @@ class BilevelStep:
             return self.joint.step(train_batches, val_batches)
         loss, batch = self.weights.step(train_batches)
         if not trains_alpha:
-            if self.joint is None:
-                self.architect.mean.update()
+            self.architect.mean.update()
             return loss, None
         return loss, self.architect.step(self.val_loss_fn, next(val_batches), batch)
 

@@ -23,8 +23,7 @@ class JointStep:
 
     Rows do not meet in a model, so each half of a joint batch gives its own gradients: those of
     the weights come from training rows alone, that of alpha from validation rows alone. The one
-    difference to two passes: alpha's gradient is taken at the weights before their step, not at
-    their running mean behind it.
+    difference to two passes: alpha's gradient is taken at the weights before their step, not after.
     Small kernels cost their launch, whatever they hold: one pass is up to twice as fast as two.
 
     Args:

@@ -227,6 +227,8 @@ def test_what_mixes_rows_is_refused():
         JointStep(weights, architect, halves)
     with pytest.raises(InputError, match="joint=true, order=2"):
         SearchConfig(joint=True, order=2)
+    with pytest.raises(InputError, match="joint=true, arch_average=0.125: .* or arch_average=0$"):
+        SearchConfig(joint=True, arch_average=0.125)
 
 
 def test_rows_stay_apart_in_a_vision_language_model(vision_folder, data_folder):

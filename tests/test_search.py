@@ -161,14 +161,15 @@ def at_call(count, act):
 
 
 def test_a_resumed_search_ends_as_one_in_one_go(tmp_path):
-    whole = make(tmp_path / "whole", save_steps=5, dropout=0.1).run()
+    options = {"save_steps": 5, "dropout": 0.1, "arch_average": 0.5}
+    whole = make(tmp_path / "whole", **options).run()
 
     def kill():
         raise Killed
 
     with pytest.raises(Killed):  # in step 8: steps 4 and on call twice
-        make(tmp_path / "cut", loss=at_call(12, kill), save_steps=5, dropout=0.1).run()
-    resumed = make(tmp_path / "cut", save_steps=5, dropout=0.1).run(resume=True)
+        make(tmp_path / "cut", loss=at_call(12, kill), **options).run()
+    resumed = make(tmp_path / "cut", **options).run(resume=True)
     assert resumed == whole
     of_whole, of_cut = (
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()]

@@ -82,7 +82,9 @@ class Watch(TrainerCallback):
 
 def test_who_trains_what_and_when(tmp_path):
     model, train, validation = problem()
-    config = SearchConfig(ranks=(0, 1, 2), budget_rank=1, warmup_steps=4, relaxation="gumbel")
+    config = SearchConfig(
+        ranks=(0, 1, 2), budget_rank=1, warmup_steps=4, relaxation="gumbel", arch_average=0.5
+    )
     supernet = Supernet(model, config)
     trainer = make_trainer(model, train, validation, tmp_path, steps=8, weight_decay=0.1)
     before, after = Watch(supernet), Watch(supernet)

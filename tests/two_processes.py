@@ -126,7 +126,7 @@ OPTIONS = {"max_steps": 6, "warmup_steps": 2, "save_steps": 3, "gradient_accumul
 
 def whole_and_resumed(folder: Path) -> dict:
     """A search with checkpoints, and one that goes on from the first of them."""
-    options = {**OPTIONS, "max_grad_norm": 0.05}
+    options = {**OPTIONS, "max_grad_norm": 0.05, "arch_average": 0.5}
     search = make(folder, **options)
     sharded = sum(isinstance(w, DTensor) for w in search.supernet.weight_parameters())
     search.run()
