@@ -227,7 +227,7 @@ def test_what_mixes_rows_is_refused():
         JointStep(weights, architect, halves)
     with pytest.raises(InputError, match="joint=true, order=2"):
         SearchConfig(joint=True, order=2)
-    with pytest.raises(InputError, match="joint=true, arch_average=0.125: .* or arch_average=0$"):
+    with pytest.raises(InputError, match=r"joint=true, arch_average=0\.125: .* or arch_average=0$"):
         SearchConfig(joint=True, arch_average=0.125)
 
 

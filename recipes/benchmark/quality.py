@@ -224,7 +224,8 @@ class Task:
             return [self._find(cell) for cell in cells]
         return self._retrain(cells, [store.get(cell.plan)["ranks"] for cell in cells])
 
-    def _setting(self, cell: Cell) -> Setting:
+    def setting(self, cell: Cell) -> Setting:
+        """What the method of a cell may use."""
         tuning = cell.seed >= TUNING_SEED
         return Setting(
             self.retrainer,
@@ -242,7 +243,7 @@ class Task:
         )
 
     def _find(self, cell: Cell) -> dict[str, Any]:
-        setting, started = self._setting(cell), time.perf_counter()
+        setting, started = self.setting(cell), time.perf_counter()
         try:
             found = METHODS[cell.method].find(setting)
         except InputError as error:
@@ -278,7 +279,7 @@ class Task:
             self.tuning if cell.stage == "tune" else self.all,
             cell.seed,
             cell.rate,
-            first(self._setting(cell)) if first else {},
+            first(self.setting(cell)) if first else {},
         )
 
     def _judged(self, cell: Cell, model: torch.nn.Module) -> dict[str, Any]:

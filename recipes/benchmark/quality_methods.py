@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -40,6 +40,14 @@ def uniform(setting: Setting) -> Found:
 def search(setting: Setting, choice: str | None = None, **options) -> Found:
     """The library's search under the budget; `options` of SearchConfig beside the task's own, and
     how discretize chooses, if not by its default."""
+    with made_search(setting, **options) as ready:
+        genotype = ready.run()
+    return Found(discretize(genotype, choice).ranks, _notes(genotype))
+
+
+@contextlib.contextmanager
+def made_search(setting: Setting, **options) -> Iterator[RankSearch]:
+    """A search that has not begun; behind it the model is as it was."""
     parts = hold_back(setting.indices, setting.rows.prompts, setting.validation_fraction)
     config = replace(
         setting.search, budget_rank=None, budget_parameters=setting.budget, seed=setting.seed,
@@ -58,12 +66,11 @@ def search(setting: Setting, choice: str | None = None, **options) -> Found:
     on_gpu = setting.retrainer.device.type == "cuda"
     try:
         with open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet):  # one bar is enough
-            genotype = RankSearch(
+            yield RankSearch(
                 supernet, *loaders, training=training, loss_fn=supervised_loss, cuda_graphs=on_gpu
-            ).run()
+            )
     finally:
         supernet.remove().requires_grad_(False)
-    return Found(discretize(genotype, choice).ranks, _notes(genotype))
 
 
 def _notes(genotype: Genotype) -> dict[str, Any]:

@@ -187,7 +187,7 @@ def test_tuning_sees_neither_held_out_nor_test_rows(everything, finished):
         rate = None if method == "eva_init" else 0.01
         cell = Cell("tune", method, 2, TUNING_SEED, rate, 0.01)
         if rate:
-            setting = task._setting(cell.plan)
+            setting = task.setting(cell.plan)
             assert setting.indices is task.tuning and setting.judge is None
             store.put(cell.plan, *task.compute([cell.plan], store))
         task.compute([cell], store)
