@@ -132,7 +132,7 @@ class Architect:
         """Restore what state_dict gave."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.steps, self.gradient_sums = state["steps"], state["gradient_sums"]
-        self.mean.values, self.mean.steps = list(state["mean"]), state["mean_steps"]
+        self.mean.load(state["mean"], state["mean_steps"])
 
     def _gradients(
         self, loss_fn: Callable, batch: Any, parameters: Sequence[Tensor]

@@ -43,6 +43,12 @@ class RunningMean:
             self.values = [w.clone() for w in weights]
         torch._foreach_lerp_(self.values, weights, (self.power + 1) / (self.steps + self.power))
 
+    def load(self, values: list[Tensor], steps: int) -> None:
+        """Go on from the mean after so many updates, wherever `values` are."""
+        pairs = zip(values, self.weights() if values else [], strict=True)
+        self.values = [value.to(weight.device) for value, weight in pairs]
+        self.steps = steps
+
     @contextlib.contextmanager
     def in_place(self):
         """Inside, the weights' tensors hold the mean; behind it what they held before, bit for bit.

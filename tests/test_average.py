@@ -55,3 +55,12 @@ def test_without_a_share_or_an_update_the_weights_stay():
     for mean in (off, new):
         with mean.in_place():
             assert torch.equal(weights[0], before)
+
+
+def test_what_is_loaded_goes_where_the_weights_are():
+    weights = [torch.empty(3, device="meta"), torch.empty(2, device="meta")]
+    mean = RunningMean(lambda: weights, 0.125)
+    mean.load([torch.ones(3), torch.ones(2)], steps=7)
+    assert [value.device.type for value in mean.values] == ["meta", "meta"] and mean.steps == 7
+    mean.load([], steps=0)
+    assert mean.values == []
