@@ -16,7 +16,7 @@ class RunningMean:
 
     Weights that still move at a high rate are off their course by the noise of the last batches,
     and a mean of them is where they would settle if the rate fell (Polyak and Juditsky 1992). Step
-    t has a weight that grows with a power of t (polynomial decay, arXiv 1212.1824, eq. 5).
+    t has a weight that grows with a power of t (polynomial-decay averaging, arXiv 1212.1824).
 
     Args:
         weights: gives them, the same tensors each time.
