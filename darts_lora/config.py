@@ -3,80 +3,11 @@ Not here: what needs a model or a data set to check (supernet.py, data.py), nor 
 
 from __future__ import annotations
 
-import math
-import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
+from darts_lora.bounds import check_bounds, check_modules, check_ranks, is_real, require
 from darts_lora.errors import InputError
-
-MAX_INT = 2**63 - 1
-MAX_SEED = 2**31 - 1  # NumPy takes 32 bits, and each process adds its number
-
-
-def _require(ok: bool, option: str, value, rule: str) -> None:
-    if not ok:
-        raise InputError(f"{option}={value!r}: {rule}")
-
-
-def _is_int(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_real(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def check_bounds(config, *, at_least=None, above=None, choices=None) -> None:
-    """Check option -> bound for numbers (None passes where it is the default) and literals.
-
-    Raises:
-        InputError: an option of the dataclass object `config` is out of its bounds.
-    """
-    for field in fields(config):
-        value, largest = getattr(config, field.name), MAX_SEED if "seed" in field.name else MAX_INT
-        if _is_int(value):
-            _require(value <= largest, field.name, value, f"must be an integer <= {largest}")
-    at_least, above, choices = at_least or {}, above or {}, choices or {}
-    optional = {f.name for f in fields(config) if f.default is None}
-    for name, bound in {**at_least, **above}.items():
-        value = getattr(config, name)
-        if value is None and name in optional:
-            continue
-        sort, right_kind = ("an integer", _is_int) if _is_int(bound) else ("a number", _is_real)
-        if name in at_least:
-            _require(
-                right_kind(value) and value >= bound, name, value, f"must be {sort} >= {bound}"
-            )
-        else:
-            _require(right_kind(value) and value > bound, name, value, f"must be {sort} > {bound}")
-    for name, allowed in choices.items():
-        value = getattr(config, name)
-        _require(value in allowed, name, value, f"must be one of {', '.join(map(str, allowed))}")
-
-
-def _check_modules(option: str, value, *, regex: bool) -> None:
-    """A list of module names or, where `regex`, one regular expression."""
-    if isinstance(value, str) and regex:
-        try:
-            re.compile(value)
-        except (re.error, RecursionError, OverflowError) as error:
-            raise InputError(
-                f"{option}={value!r:.200}: is no regular expression ({error})"
-            ) from error
-    names = [value] if isinstance(value, str) and regex else value
-    ok = isinstance(names, list | tuple) and all(isinstance(n, str) and n for n in names)
-    kinds = "names, or a regular expression" if regex else "names"
-    _require(ok, option, value, f"must be a list of module {kinds}, none of them empty")
-
-
-def check_ranks(ranks) -> tuple[int, ...]:
-    """Candidate ranks as a sorted tuple; raises InputError where they are not usable."""
-    rule = "candidate ranks must be distinct integers >= 0, at least one of them above 0"
-    _require(isinstance(ranks, list | tuple) and len(ranks) > 0, "ranks", ranks, rule)
-    _require(all(_is_int(r) and r >= 0 for r in ranks), "ranks", ranks, rule)
-    _require(len(set(ranks)) == len(ranks) and max(ranks) > 0, "ranks", ranks, rule)
-    return tuple(sorted(ranks))
 
 
 @dataclass
@@ -177,7 +108,7 @@ class SearchConfig:
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             value = getattr(self, name)
             if value is not None or name == "target_modules":
-                _check_modules(name, value, regex=name != "modules_to_save")
+                check_modules(name, value, regex=name != "modules_to_save")
         check_bounds(
             self,
             at_least={"dropout": 0.0, "arch_weight_decay": 0.0, "arch_noise": 0.0}
@@ -185,16 +116,8 @@ class SearchConfig:
             | {"arch_every": 1, "warmup_steps": 0, "seed": 0},
             above={"scaling": 0.0, "budget_rank": 0.0, "budget_parameters": 0}
             | {"arch_learning_rate": 0.0, "learning_rate_scale": 0.0},
-            choices={
-                "branches": ("independent", "nested"),
-                "adapter_dtype": ("float32", "bfloat16"),
-                "relaxation": ("gumbel_hard", "gumbel", "softmax"),
-                "sampling": ("example", "batch"),
-                "order": (1, 2),
-                "arch_lr_scheduler": ("constant", "linear", "cosine"),
-            },
         )
-        _require(self.joint in (True, False), "joint", self.joint, "must be true or false")
+        require(self.joint in (True, False), "joint", self.joint, "must be true or false")
         if self.joint and self.order == 2:
             raise InputError("joint=true, order=2: an unrolled step needs passes of its own")
         if self.joint and self.arch_average:
@@ -202,17 +125,17 @@ class SearchConfig:
                 f"joint=true, arch_average={self.arch_average}: one pass of both steps is at the "
                 "weights themselves; use joint=false, or arch_average=0"
             )
-        _require(self.dropout < 1, "dropout", self.dropout, "must be below 1")
-        _require(self.arch_average <= 1, "arch_average", self.arch_average, "must be at most 1")
+        require(self.dropout < 1, "dropout", self.dropout, "must be below 1")
+        require(self.arch_average <= 1, "arch_average", self.arch_average, "must be at most 1")
         for name, rule in (
             ("temperature", lambda t: t > 0),
             ("arch_betas", lambda b: 0 <= b < 1),
         ):
             pair = getattr(self, name)
             ok = isinstance(pair, list | tuple) and len(pair) == 2
-            ok = ok and all(_is_real(v) and rule(v) for v in pair)
+            ok = ok and all(is_real(v) and rule(v) for v in pair)
             bound = "above 0" if name == "temperature" else "in [0, 1)"
-            _require(ok, name, pair, f"must be two numbers {bound}")
+            require(ok, name, pair, f"must be two numbers {bound}")
             setattr(self, name, tuple(float(v) for v in pair))
         if self.budget_rank is not None and self.budget_parameters is not None:
             raise InputError(
@@ -246,11 +169,6 @@ class ModelConfig:
         check_bounds(
             self,
             above={"num_labels": 0},
-            choices={
-                "dtype": ("auto", "float32", "bfloat16", "float16"),
-                "task": ("auto", "generation", "classification"),
-                "quantization": (None, "4bit", "8bit", "int8"),
-            },
         )
 
 
@@ -295,14 +213,13 @@ class DataConfig:
             at_least={"split_seed": 0},
             above={"max_train_samples": 0, "max_test_samples": 0, "max_length": 0}
             | {"pad_to_multiple_of": 0},
-            choices={"split_by": ("prompt", "row")},
         )
         for name in ("validation_fraction", "test_fraction"):
             value = getattr(self, name)
-            _require(_is_real(value) and 0 < value < 1, name, value, "must be between 0 and 1")
+            require(is_real(value) and 0 < value < 1, name, value, "must be between 0 and 1")
         rule = f"must be at most max_length={self.max_length}"
         multiple = self.pad_to_multiple_of
-        _require(multiple <= self.max_length, "pad_to_multiple_of", multiple, rule)
+        require(multiple <= self.max_length, "pad_to_multiple_of", multiple, rule)
 
 
 @dataclass
@@ -345,8 +262,4 @@ class TrainingConfig:
             | {"save_steps": 0, "num_workers": 0},
             above={"max_steps": 0, "batch_size": 0, "gradient_accumulation_steps": 0}
             | {"learning_rate": 0.0, "logging_steps": 0, "max_runtime": 0.0},
-            choices={
-                "lr_scheduler": ("constant", "linear", "cosine"),
-                "mixed_precision": ("no", "bf16", "fp16"),
-            },
         )

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from darts_lora.bounds import check_bounds
 from darts_lora.collator import IGNORED, Collator
-from darts_lora.config import DataConfig, ModelConfig, check_bounds
+from darts_lora.config import DataConfig, ModelConfig
 from darts_lora.data import Rows, load_splits, make_collator, make_dataloader
 from darts_lora.errors import InputError, one_line
 from darts_lora.files import write_json

@@ -26,8 +26,9 @@ from transformers import (
     set_seed,
 )
 
+from darts_lora.bounds import check_bounds
 from darts_lora.collator import Collator
-from darts_lora.config import DataConfig, ModelConfig, TrainingConfig, check_bounds
+from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
 from darts_lora.data import Rows, make_collator, training_rows
 from darts_lora.errors import InputError
 from darts_lora.files import check_writable, locked, remove, write_into, write_json, write_whole
@@ -72,7 +73,6 @@ class FinetuneConfig:
             self,
             at_least={"rank": 1, "seed": 0},
             above={"scaling": 0.0},
-            choices={"init": ("scratch", "inherit"), "adapter_dtype": ("float32", "bfloat16")},
         )
         if self.rank is None and self.genotype is None:
             raise InputError("genotype=None: give a genotype, or a rank for a uniform baseline")

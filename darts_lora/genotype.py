@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from darts_lora.config import check_ranks
+from darts_lora.bounds import check_ranks
 from darts_lora.errors import InputError, one_line
 from darts_lora.files import read_json, write_json
 from darts_lora.mixed_linear import branch_columns, linear_shape

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from darts_lora.config import check_ranks
+from darts_lora.bounds import check_ranks
 from darts_lora.errors import InputError
 
 ALIGNMENT = 8  # columns: 16 bytes of bfloat16

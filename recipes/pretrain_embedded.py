@@ -35,9 +35,9 @@ from transformers import (
 )
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
+from darts_lora.bounds import check_bounds
 from darts_lora.cli import run
 from darts_lora.collator import Collator
-from darts_lora.config import check_bounds
 from darts_lora.evaluate import score
 from darts_lora.files import check_writable, write_text, write_whole
 from darts_lora.graphs import Graphed

@@ -28,9 +28,10 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from darts_lora import InputError
+from darts_lora.bounds import check_bounds
 from darts_lora.cli import run
 from darts_lora.collator import Collator
-from darts_lora.config import ModelConfig, check_bounds
+from darts_lora.config import ModelConfig
 from darts_lora.errors import one_line
 from darts_lora.evaluate import score
 from darts_lora.files import check_writable, write_whole

@@ -19,8 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from darts_lora import InputError, SearchConfig, Supernet
 from darts_lora.bilevel import DDP_OPTIONS, BilevelStep
+from darts_lora.bounds import check_bounds, check_ranks
 from darts_lora.cli import run
-from darts_lora.config import TrainingConfig, check_bounds, check_ranks
+from darts_lora.config import TrainingConfig
 from darts_lora.files import check_writable, read_json, write_json
 from darts_lora.joint import halves_loss
 from darts_lora.search import model_loss

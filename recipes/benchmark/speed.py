@@ -18,8 +18,8 @@ from speed_methods import METHODS
 from transformers import LlamaConfig, LlamaForCausalLM, MllamaConfig, MllamaForConditionalGeneration
 
 from darts_lora import InputError
+from darts_lora.bounds import check_bounds
 from darts_lora.cli import run
-from darts_lora.config import check_bounds
 from darts_lora.files import write_json
 from darts_lora.models import checkpoint_activations
 
