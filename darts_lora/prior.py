@@ -21,7 +21,7 @@ def kernel(names: Sequence[str]) -> Tensor:
     and being the same layer.
     """
     parts = [name.split(".") for name in names]
-    types = [".".join("*" if part.isdecimal() else part for part in name) for name in parts]
+    types = [layer_type(name) for name in names]
     places = [_place(name) for name in parts]
     stacks = [stack for stack, _ in places]
     depth = torch.tensor([number for _, number in places], dtype=torch.float64)
@@ -88,6 +88,11 @@ def noise_to_signal(gradient_sums: Tensor) -> Tensor:
     the signal in common."""
     common = correlation(gradient_sums).clamp_min(LEAST)
     return (1 - common) / (2 * common)
+
+
+def layer_type(name: str) -> str:
+    """A layer's name with * for the number of each block."""
+    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
 
 
 def _place(parts: list[str]) -> tuple[str, int]:

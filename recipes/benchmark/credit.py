@@ -24,6 +24,7 @@ from darts_lora import InputError, RankSearch, SearchConfig, Supernet
 from darts_lora.cli import run
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
 from darts_lora.files import check_writable, write_json
+from darts_lora.prior import layer_type
 
 PARTS = 8  # of the steps
 UNIT = 1e-9  # of a loss per parameter
@@ -130,10 +131,7 @@ def worth(supernet: Supernet, gradient: Tensor) -> list[float]:
 
 def _show(record: dict[str, Any]) -> None:
     """Means over the layers of a type, and over all."""
-    types = [
-        ".".join("*" if part.isdecimal() else part for part in name.split("."))
-        for name in record["layers"]
-    ]
+    types = [layer_type(name) for name in record["layers"]]
     half, weights, mean = PARTS // 2, *(torch.tensor(record[k]) for k in ("at_weights", "at_mean"))
     columns = [
         *(("weights, 1st half", weights[:half].mean(0)), ("2nd half", weights[half:].mean(0))),

@@ -40,7 +40,11 @@ def uniform(setting: Setting) -> Found:
 def search(setting: Setting, choice: str | None = None, **options) -> Found:
     """The library's search under the budget; `options` of SearchConfig beside the task's own, and
     how discretize chooses, if not by its default."""
-    with made_search(setting, **options) as ready:
+    with (
+        made_search(setting, **options) as ready,
+        open(os.devnull, "w") as quiet,
+        contextlib.redirect_stderr(quiet),  # one bar is enough
+    ):
         genotype = ready.run()
     return Found(discretize(genotype, choice).ranks, _notes(genotype))
 
@@ -65,10 +69,9 @@ def made_search(setting: Setting, **options) -> Iterator[RankSearch]:
     supernet = Supernet(setting.retrainer.model, config)
     on_gpu = setting.retrainer.device.type == "cuda"
     try:
-        with open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet):  # one bar is enough
-            yield RankSearch(
-                supernet, *loaders, training=training, loss_fn=supervised_loss, cuda_graphs=on_gpu
-            )
+        yield RankSearch(
+            supernet, *loaders, training=training, loss_fn=supervised_loss, cuda_graphs=on_gpu
+        )
     finally:
         supernet.remove().requires_grad_(False)
 

@@ -59,6 +59,7 @@ def test_a_run(launch, vision_folder, data_folder, tmp_path):
     layers = len(record["layers"])
     assert weights.shape == mean.shape == (8, layers) == (8, len(record["at_the_end"]))
     assert mean.isfinite().all() and mean.std() > 0 and not torch.equal(weights, mean)
+    assert "credit: 100%" in done.stderr
     assert "at the end" in done.stdout and "self_attn.v_proj" in done.stdout
 
 
