@@ -1,5 +1,5 @@
-"""Architect: the architecture step, first order and unrolled, within the budget; owns alpha's
-optimizer and nothing else. Not here: the weight step, the loop, logging."""
+"""Architect: the architecture step, first order and unrolled, and alpha's descent on its gradient.
+Not here: alpha in proportion to worth (allocation.py), the weight step, the loop, logging."""
 
 from __future__ import annotations
 
@@ -9,23 +9,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from darts_lora.allocation import Allocation
 from darts_lora.average import RunningMean
 from darts_lora.errors import InputError
 from darts_lora.prior import Prior
 from darts_lora.supernet import Supernet
 
+AVERAGE = 0.125  # the default of arch_average
 SHRINK = 0.02  # of the expected parameters, the most that one step takes off towards the budget
 
 
 class Architect:
     """Trains alpha on validation batches (DARTS, arXiv 1806.09055, eq. 3 to 8).
 
-    `step` touches alpha and alpha's optimizer. The LoRA weights, their gradients and their
+    `step` touches alpha and what moves it. The LoRA weights, their gradients and their
     optimizer come out of it bit for bit as they went in. With arch_average its gradient is taken at
     the running mean of the weights: what a rank is worth where they would settle, not amid the
     noise of their last steps, in which ranks seem to be worth little while the rate is high.
 
-    Under a budget every step of alpha's optimizer, which knows the loss alone, is followed by one
+    With arch_update "proportional" the gradient says what each layer is worth, and alpha shares the
+    budget accordingly (allocation.py). With "gradient" alpha descends on the loss; under a budget
+    every step of its optimizer, which knows the loss alone, is followed by one
     against the gradient of the expected parameters, onto the bound (gradient projection, Rosen
     1960): that which was, less 2 %, until it is the budget. So the price of a parameter needs no
     weight and no memory that could outlast its reason, and does not slow what the loss teaches.
@@ -35,8 +39,14 @@ class Architect:
         inner_learning_rate: step size of the unrolled weight step (order 2): use the learning rate
             of the weights.
         reduce: averages a gradient over processes, Tensor -> Tensor; None for one process.
+        steps: that alpha will take (count), over which a proportional one goes to what it finds;
+            "gradient" needs none.
+
+    Raises:
+        InputError: a proportional alpha without a number of steps.
 
     Attributes:
+        allocation: sets alpha (arch_update "proportional"), which begins even; None: it descends.
         graphed: batch -> loss and gradients, in place of loss_fn in first-order steps (graphs.py).
         prior: makes of every gradient of alpha what alpha moves by (prior.py).
         mean: of the weights (average.py). `step` takes in the weights as they are; call its
@@ -50,6 +60,7 @@ class Architect:
         *,
         inner_learning_rate: float = 1e-3,
         reduce: Callable[[Tensor], Tensor] | None = None,
+        steps: int | None = None,
     ):
         config = supernet.config
         self.supernet, self.inner_learning_rate, self.reduce = supernet, inner_learning_rate, reduce
@@ -61,7 +72,16 @@ class Architect:
         )
         self.graphed: Callable[[Any], tuple[Tensor, list[Tensor]]] | None = None
         self.prior = Prior(list(supernet.layers), config.arch_noise, supernet.costs[:, -1])
-        self.mean = RunningMean(supernet.weight_parameters, config.arch_average)
+        average = (0.0 if config.joint else AVERAGE) if (a := config.arch_average) is None else a
+        self.mean = RunningMean(supernet.weight_parameters, average)
+        self.allocation = None
+        if supernet.arch_update == "proportional":
+            if steps is None:
+                raise InputError(
+                    "steps=None: alpha goes over its steps to what it finds (arch_update="
+                    "proportional); give their number, or use arch_update=gradient"
+                )
+            self.allocation = Allocation(supernet, self.prior, steps)
         self.steps = 0
         self.gradient_sums = torch.zeros(2, *supernet.alpha.shape)
 
@@ -101,16 +121,15 @@ class Architect:
         self.gradient_sums = self.gradient_sums.to(gradient.device)
         self.gradient_sums[self.steps % 2] += gradient
         self.steps += 1
-        metrics = {"loss": loss, "gradient_norm": gradient.norm()}
-        before = self.supernet.expected_parameters().detach()
-        smooth = self.prior.posterior(self.gradient_sums)
-        self.supernet.alpha.grad = smooth(gradient)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.supernet.budget is not None:
-            self._project(((1 - SHRINK) * before).clamp_min(self.supernet.budget), smooth)
-        metrics["expected_parameters"] = self.supernet.expected_parameters().detach()
-        return metrics
+        if self.allocation is not None:
+            self.allocation.step(gradient)
+        else:
+            self._descend(gradient)
+        return {
+            "loss": loss,
+            "gradient_norm": gradient.norm(),
+            "expected_parameters": self.supernet.expected_parameters().detach(),
+        }
 
     def first_order(
         self, loss_fn: Callable[[Any], Tensor], batch: Any
@@ -126,6 +145,7 @@ class Architect:
             "gradient_sums": self.gradient_sums,
             "mean": self.mean.values,
             "mean_steps": self.mean.steps,
+            "allocation": self.allocation.state_dict() if self.allocation else {},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -133,6 +153,8 @@ class Architect:
         self.optimizer.load_state_dict(state["optimizer"])
         self.steps, self.gradient_sums = state["steps"], state["gradient_sums"]
         self.mean.load(state["mean"], state["mean_steps"])
+        if self.allocation is not None:
+            self.allocation.load_state_dict(state["allocation"])
 
     def _gradients(
         self, loss_fn: Callable, batch: Any, parameters: Sequence[Tensor]
@@ -148,6 +170,16 @@ class Architect:
             for p, g in zip(parameters, gradients, strict=True)
         ]
         return loss.detach(), filled
+
+    def _descend(self, gradient: Tensor) -> None:
+        """A step of alpha's optimizer, and the projection onto the budget."""
+        before = self.supernet.expected_parameters().detach()
+        smooth = self.prior.posterior(self.gradient_sums)
+        self.supernet.alpha.grad = smooth(gradient)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.supernet.budget is not None:
+            self._project(((1 - SHRINK) * before).clamp_min(self.supernet.budget), smooth)
 
     def _project(self, bound: Tensor, smooth: Callable[[Tensor], Tensor]) -> None:
         """Move alpha so that the expected parameters are within the bound, to first order and by at

@@ -3,7 +3,6 @@ Not here: what the result can do (genotype.py), and how alpha came about."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal, get_args
 
@@ -16,7 +15,6 @@ from torch import Tensor
 from darts_lora.cost import parameters_per_rank, rank_costs, resolve_budget
 from darts_lora.errors import InputError
 from darts_lora.genotype import Genotype
-from darts_lora.relaxation import entropies
 from darts_lora.supernet import Supernet
 
 Method = Literal["argmax", "budget", "proportional"]
@@ -37,10 +35,10 @@ def discretize(
         searched: a supernet, or the genotype of a search: its probabilities give another choice.
         method: "argmax": the most probable rank of each layer; "budget": of all choices within the
             budget the one that shares most parameters, in expectation, with an architecture drawn
-            from the probabilities (see shared_parameters); "proportional": whole ranks within the
-            budget, in proportion to what the search wants of each layer (see wanted_ranks), for
-            which independent branches have no searched weights; both to 0.01 %. Default: "budget"
-            where a budget is known, else "argmax".
+            from the probabilities (see shared_parameters); "proportional": ranks within the
+            budget in proportion to the expected ones, of nested branches between the candidates
+            too; both to 0.01 %. Default: "argmax" where no budget is known; else "proportional"
+            where alpha was (SearchConfig.arch_update), or "budget".
         budget_rank, budget_parameters: the budget of this choice; default: the search's own.
 
     Raises:
@@ -57,7 +55,10 @@ def discretize(
     probabilities = torch.tensor(
         [genotype.probabilities[name] for name in genotype.shapes], dtype=torch.float64
     )
-    method = method or ("argmax" if budget is None else "budget")
+    if method is None and budget is not None:
+        proportional = genotype.found_by.get("arch_update") == "proportional"
+        method = "proportional" if proportional else "budget"
+    method = method or "argmax"
     _check_method(method, budget)
     ranks = genotype.candidates
     if method == "argmax":
@@ -65,9 +66,10 @@ def discretize(
     elif method == "budget":
         choice = choose(shared_parameters(probabilities, costs), costs, budget)
     else:
-        wanted = wanted_ranks(probabilities, ranks, budget / per_rank)
-        ranks = range(ranks[0], ranks[-1] + 1)
-        costs = rank_costs(genotype.shapes.values(), ranks)
+        wanted = (probabilities * costs).sum(-1)
+        if genotype.branches != "independent":
+            ranks = range(ranks[0], ranks[-1] + 1)
+            costs = rank_costs(genotype.shapes.values(), ranks)
         choice = choose(proportional_values(wanted, costs), costs, budget)
     ranks = [ranks[k] for k in choice]
     return replace(
@@ -77,24 +79,12 @@ def discretize(
     )
 
 
-def wanted_ranks(probabilities: Tensor, ranks: Sequence[int], uniform: float) -> Tensor:
-    """What a search wants of each layer, as a rank, (N,), from (N, K) probabilities of ascending
-    candidates: u (E[R] / u)^(1 + H), with the budget's uniform rank u and H, the entropy of the
-    layer's probabilities over log K, in [0, 1].
-
-    Where ranks mattered most (GSM8K), expected ranks of undecided layers had the right order and
-    lay too near each other; perhaps since high ranks are drawn seldom, and so trained little.
-    """
-    expected = probabilities @ torch.tensor(list(ranks), dtype=probabilities.dtype)
-    return uniform * (expected / uniform) ** (1 + entropies(probabilities))
-
-
 def proportional_values(wanted: Tensor, costs: Tensor) -> Tensor:
-    """Values of ranks that rise by 1, (N, R), of which the best choice within a budget is in
-    proportion to `wanted`, (N,): a parameter is worth the wanted rank over the rank so far."""
-    rise = costs.diff(dim=-1)
-    so_far = costs[:, :-1] / rise + 0.5  # what is added to a rank counts from its middle
-    gains = wanted[:, None] * rise / so_far
+    """Values of ascending ranks, (N, R), from their costs and what is `wanted` of each layer, (N,),
+    in parameters: about wanted * log(cost), whose best choice within a budget is in proportion to
+    what is wanted. What a rank adds counts from its middle, so that the first has a value too."""
+    middle = (costs[:, 1:] + costs[:, :-1]) / 2
+    gains = wanted[:, None] * costs.diff(dim=-1) / middle
     return torch.cat([torch.zeros_like(costs[:, :1]), gains.cumsum(-1)], -1)
 
 

@@ -128,7 +128,10 @@ class Genotype:
             probabilities=dict(zip(names, probabilities.tolist(), strict=True)),
             modules_to_save=list(supernet.saved_modules),
             base_model=getattr(model_config, "_name_or_path", None) or None,
-            found_by={"budget_parameters": supernet.budget},
+            found_by={
+                "budget_parameters": supernet.budget,
+                "arch_update": supernet.arch_update,
+            },
         )
 
     @property

@@ -18,11 +18,14 @@ from darts_lora.verdict import verdict
 
 
 class Schedule:
-    """Which phase a step of a search is in: warm-up with uniformly sampled ranks, then the search.
+    """Which phase a step of a search is in: warm-up with alpha as it begins, then the search.
 
     Args:
         supernet: its config gives warmup_steps (default: a quarter), arch_every, the temperatures.
         steps: weight steps of the whole search.
+
+    Attributes:
+        arch_steps: how many of them an architecture step follows.
 
     Raises:
         InputError: the warm-up leaves no step for alpha.
@@ -37,6 +40,7 @@ class Schedule:
                 f"warmup_steps={self.warmup_steps}: must be below max_steps={steps}, "
                 "or alpha is never trained"
             )
+        self.arch_steps = math.ceil((steps - self.warmup_steps) / supernet.config.arch_every)
 
     def enter(self, step: int) -> None:
         """Set relaxation and temperature of the supernet for weight step `step` (from 0)."""
@@ -52,13 +56,12 @@ class Schedule:
 
     def arch_scheduler(self, optimizer: torch.optim.Optimizer):
         """The scheduler of alpha's learning rate, over the architecture steps."""
-        config = self.supernet.config
-        steps = math.ceil((self.steps - self.warmup_steps) / config.arch_every)
-        return get_scheduler(config.arch_lr_scheduler, optimizer, 0, steps)
+        name = self.supernet.config.arch_lr_scheduler
+        return get_scheduler(name, optimizer, 0, self.arch_steps)
 
 
 def derive_genotype(supernet: Supernet, architect: Architect, schedule: Schedule) -> Genotype:
-    """The genotype at the end of a search: under the budget where there is one, else by argmax;
+    """The genotype at the end of a search, by the choice that suits it (see discretize);
     found_by holds how it was found, and the verdict."""
     genotype, config = discretize(supernet), supernet.config
     genotype.found_by |= {

@@ -52,7 +52,7 @@ def model_loss(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
 class RankSearch:
     """Bilevel search: LoRA weights on training batches, alpha on validation batches.
 
-    The first `warmup_steps` weight steps draw ranks uniformly and leave alpha alone; then every
+    The first `warmup_steps` weight steps draw ranks by alpha as it begins; then every
     `arch_every`-th weight step is followed by an architecture step.
 
     Args:
@@ -108,7 +108,8 @@ class RankSearch:
         if config.order == 2 and self.accelerator.is_fsdp2:
             raise InputError("order=2: needs whole weights on each process; use DDP, or order=1")
         set_seed(config.seed, device_specific=True)
-        self.steps = BilevelStep(supernet, self.accelerator, self.training, loss_fn, joint_loss_fn)
+        arguments = self.training, loss_fn, joint_loss_fn, self.schedule.arch_steps
+        self.steps = BilevelStep(supernet, self.accelerator, *arguments)
         self.weights, self.architect = self.steps.weights, self.steps.architect
         self.model = self.weights.model
         loaders = self.accelerator.prepare(train_dataloader, val_dataloader)
@@ -134,7 +135,7 @@ class RankSearch:
             restore(self, state)
 
     def run(self, resume: bool = False) -> Genotype:
-        """Search, and discretize: under the budget where there is one, else by argmax.
+        """Search, and discretize by the choice that suits the search.
 
         Args:
             resume: call `resume` first.
@@ -227,7 +228,8 @@ class RankSearch:
         trains_alpha = self.schedule.trains_alpha(step)
         loss, metrics = self.steps.step(self.train_stream, self.val_stream, trains_alpha)
         if metrics is not None:
-            self.arch_scheduler.step()
+            if self.architect.allocation is None:  # else its optimizer rests
+                self.arch_scheduler.step()
             self.validation_loss = metrics["loss"]
             self.alpha_gradient_norm = metrics["gradient_norm"]
         return loss

@@ -38,6 +38,7 @@ class Supernet:
         saved_modules: name -> module that is trained in full; the budget does not count it.
         costs: (N, K) float64, trainable parameters of each candidate.
         budget: trainable parameters, None without a budget.
+        arch_update: how alpha moves; the config's, or what suits the budget.
         relaxation, temperature: what the next forwards use; a search loop changes them.
 
     Raises:
@@ -60,6 +61,10 @@ class Supernet:
         self.budget = resolve_budget(
             self.costs, self.parameters_per_rank, config.budget_rank, config.budget_parameters
         )
+
+        self.arch_update = config.arch_update
+        if config.arch_update is None:
+            self.arch_update = "gradient" if self.budget is None else "proportional"
 
         self._required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         model.requires_grad_(False)

@@ -69,6 +69,7 @@ class RankSearchCallback(TrainerCallback):
             self.supernet,
             inner_learning_rate=args.learning_rate,
             reduce=(lambda g: accelerator.reduce(g, "mean")) if several else None,
+            steps=self.schedule.arch_steps,
         )
         self.arch_scheduler = self.schedule.arch_scheduler(self.architect.optimizer)
 
@@ -82,7 +83,8 @@ class RankSearchCallback(TrainerCallback):
         metrics = self.architect.step(
             lambda batch: self.loss_fn(self.supernet.model, batch), next(self.stream)
         )
-        self.arch_scheduler.step()
+        if self.architect.allocation is None:  # else its optimizer rests
+            self.arch_scheduler.step()
         if state.global_step % max(1, state.logging_steps) == 0:
             with torch.no_grad():
                 entropy = float(entropies(self.supernet.probabilities()).mean())

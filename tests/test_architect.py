@@ -16,6 +16,7 @@ from darts_lora.prior import Prior
 from small_models import randomise, residual
 
 EXACT = {"ranks": (0, 1, 2, 4), "relaxation": "softmax", "arch_noise": 0.0}
+EXACT |= {"arch_update": "gradient", "arch_average": 0.0}
 
 
 def make(dtype=torch.float64, inner_learning_rate=0.05, **options):
@@ -24,7 +25,7 @@ def make(dtype=torch.float64, inner_learning_rate=0.05, **options):
     supernet.model.to(dtype)
     supernet._place_alpha(supernet.alpha.device, dtype)
     randomise(supernet)
-    return supernet, Architect(supernet, inner_learning_rate=inner_learning_rate)
+    return supernet, Architect(supernet, inner_learning_rate=inner_learning_rate, steps=10)
 
 
 def batches(dtype=torch.float64, rows=8):
@@ -150,8 +151,10 @@ def test_unrolled_passes_draw_the_same_samples():
 
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("relaxation", ["gumbel_hard", "gumbel", "softmax"])
-def test_touches_nothing_but_alpha(order, relaxation):
-    supernet, architect = make(torch.float32, order=order, relaxation=relaxation, budget_rank=2)
+@pytest.mark.parametrize("arch_update", ["proportional", "gradient"])
+def test_touches_nothing_but_alpha(order, relaxation, arch_update):
+    options = {"order": order, "relaxation": relaxation, "arch_update": arch_update}
+    supernet, architect = make(torch.float32, **options, arch_average=0.125, budget_rank=2)
     train, val = batches(torch.float32)
     loss_fn, weights = loss_of(supernet), supernet.weight_parameters()
     optimizer = torch.optim.AdamW(weights)
@@ -165,8 +168,13 @@ def test_touches_nothing_but_alpha(order, relaxation):
     assert all(torch.equal(w.grad, b) for w, b in zip(weights, before[1], strict=True))
     for new, old in zip(optimizer.state.values(), state["state"].values(), strict=True):
         assert all(torch.equal(new[key], old[key]) for key in old)
-    assert not torch.equal(supernet.alpha, alphas)
+    assert architect.gradient_sums.abs().sum() > 0
+    assert torch.equal(supernet.alpha, alphas) == nothing_is_worth_rank(architect)
     assert supernet.alpha.grad is None
+
+
+def nothing_is_worth_rank(architect):
+    return architect.allocation is not None and bool((architect.allocation.worth() <= 0).all())
 
 
 def test_weight_step_leaves_alpha_and_its_optimizer_alone():
@@ -234,7 +242,9 @@ def test_a_small_budget_is_met_from_above_and_never_undercut():
 def test_the_price_of_parameters_moves_layers_of_all_sizes_alike(arch_noise):
     """Where the loss says nothing, ranks stay equal, as the uniform rank of the budget."""
     layers = {"small": torch.nn.Linear(16, 16), "large": torch.nn.Linear(16, 99)}
-    config = SearchConfig(ranks=(0, 1, 2, 4, 8), budget_rank=1, arch_noise=arch_noise)
+    config = SearchConfig(
+        ranks=(0, 1, 2, 4, 8), budget_rank=1, arch_noise=arch_noise, arch_update="gradient"
+    )
     supernet = Supernet(torch.nn.ModuleDict(layers), config)
     architect = Architect(supernet)
     for _ in range(100):
@@ -250,12 +260,14 @@ def test_what_the_loss_does_not_want_stays_unused():
     assert float(supernet.expected_parameters().detach()) < 0.5 * supernet.budget
 
 
-def test_state_round_trip():
-    supernet, architect = make(torch.float32, budget_rank=2)
+@pytest.mark.parametrize("arch_update", ["proportional", "gradient"])
+def test_state_round_trip(arch_update):
+    options = {"arch_update": arch_update, "budget_rank": 2}
+    supernet, architect = make(torch.float32, **options)
     loss_fn, (val, _) = loss_of(supernet), batches(torch.float32)
     for _ in range(3):
         architect.step(loss_fn, val)
-    twin, twin_architect = make(torch.float32, budget_rank=2)
+    twin, twin_architect = make(torch.float32, **options)
     twin.load_state_dict(supernet.state_dict())
     twin_architect.load_state_dict(copy.deepcopy(architect.state_dict()))
     architect.step(loss_fn, val)

@@ -35,7 +35,7 @@ def test_weights_train_at_a_part_of_a_finetunes_rate():
 @pytest.mark.parametrize(
     ("options", "passes"),
     [
-        ({"arch_average": 0.5}, [4, 4, 4]),
+        ({}, [4, 4, 4]),
         ({"joint": True}, [4, 8]),
         ({"order": 2}, [4, 4, 4, 4, 4, 4]),
     ],
@@ -46,7 +46,7 @@ def test_passes_of_a_step(options, passes):
     alpha = steps.supernet.alpha.detach().clone()
     loss, metrics = steps.step(train, val, trains_alpha=False)
     assert seen == [4, 4] and metrics is None and loss > 0
-    assert steps.architect.mean.steps == ("arch_average" in options), "the warm-up is in the mean"
+    assert steps.architect.mean.steps == ("joint" not in options), "the warm-up is in the mean"
     assert torch.equal(steps.supernet.alpha, alpha)
     seen.clear()
     loss, metrics = steps.step(train, val, trains_alpha=True)

@@ -13,6 +13,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.utils.tensorboard
 from accelerate.state import AcceleratorState
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -99,8 +100,9 @@ def test_no_validation_sample_ever_enters_a_weight_step(order):
         assert min(seen["alpha"]) >= 1000
 
 
-def test_alpha_rests_during_warm_up_and_in_every_weight_step():
-    search = make(warmup_steps=5)
+@pytest.mark.parametrize("arch_update", ["gradient", "proportional"])
+def test_alpha_rests_during_warm_up_and_in_every_weight_step(arch_update):
+    search = make(warmup_steps=5, arch_update=arch_update)
     alphas, weight_step = [], search.weights.step
 
     def watched(batches):
@@ -113,8 +115,11 @@ def test_alpha_rests_during_warm_up_and_in_every_weight_step():
 
     search.weights.step = watched
     search.run()
-    assert all((alpha == 0).all() for alpha in alphas[:6])
-    assert (alphas[6] != 0).any()
+    assert all(torch.equal(alpha, alphas[0]) for alpha in alphas[:6])
+    assert not torch.equal(alphas[6], alphas[0])
+    expected = alphas[0].softmax(-1) @ torch.tensor([0.0, 1.0, 2.0, 4.0])
+    begins = {"gradient": 7 / 4, "proportional": 2.0}[arch_update]  # alike, or at the budget
+    torch.testing.assert_close(expected, torch.full_like(expected, begins), rtol=1e-4, atol=0)
 
 
 def test_warm_up_draws_every_rank_alike_whatever_the_relaxation():

@@ -98,6 +98,7 @@ def gradients_of_the_joined_batch(process: int) -> dict:
 
     search = make(loss=loss, warmup_steps=0)
     alone = Supernet(residual(WIDTH), search.supernet.config)
+    architect = Architect(alone, steps=10)
     for supernet in (search.supernet, alone):
         randomise(supernet)
     own = [tensor[8 * process :][:8] for tensor in tensors]
@@ -110,7 +111,6 @@ def gradients_of_the_joined_batch(process: int) -> dict:
         )
     ]
     search.architect.step(partial(loss, search.supernet.model), own)
-    architect = Architect(alone)
     architect.step(partial(loss, alone.model), tensors)
     pairs.append((search.architect.gradient_sums, architect.gradient_sums))
     supernet_module.sample = sample
@@ -163,7 +163,8 @@ def diverge(process: int, folder: Path) -> str:
             search.supernet.alpha.data[0, 0] += 1e-6
         return loss_fn(model, batch)
 
-    search = make(folder, loss=changed, save_steps=2, warmup_steps=3)
+    options = {"warmup_steps": 3, "arch_update": "gradient"}  # which goes on from what alpha is
+    search = make(folder, loss=changed, save_steps=2, **options)
     try:
         search.run()
     except InputError as error:

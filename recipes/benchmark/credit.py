@@ -55,8 +55,10 @@ def main(
 ) -> None:
     """What a further parameter of each layer is worth, as alpha's gradient has it: at the weights,
     at their running mean (arch_average), and at the end."""
-    if not search.arch_average:
+    if search.arch_average == 0:
         raise InputError("arch_average=0.0: must be above 0, the mean is what is compared")
+    if search.joint:
+        raise InputError("joint=true: one pass of both steps knows no mean, which is compared")
     if options.search_steps < PARTS:
         raise InputError(f"search_steps={options.search_steps}: must be {PARTS} at least")
     path = os.path.join(check_writable(options.output_dir), f"{options.benchmark}.json")

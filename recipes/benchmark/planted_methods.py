@@ -72,14 +72,15 @@ def search(
     **options,
 ) -> list[Plan]:
     """The library's search under the budget, with `options` of SearchConfig and discretize's
-    `choice`, all else at its defaults."""
+    `choice`, all else but arch_update at its defaults."""
     config = SearchConfig(
         ranks=RANKS,
         relaxation=relaxation,
         temperature=TEMPERATURES[relaxation],
         budget_parameters=problem.budget,
         seed=seed,
-        **options,
+        # a planted rank is an edge: beyond it nothing is gained, in no proportion to the parameters
+        **{"arch_update": "gradient"} | options,
     )
     supernet = Supernet(copy.deepcopy(problem.model), config)
     loaders = (
@@ -224,7 +225,7 @@ SEARCHES = {
     for branches in ("independent", "nested")
 }
 SEARCHES["gumbel_hard, nested, proportional"] = partial(
-    search, relaxation="gumbel_hard", branches="nested", choice="proportional"
+    search, relaxation="gumbel_hard", branches="nested", arch_update="proportional"
 )
 CHEAPER = {
     f"gumbel_hard, {branches}, {name}": partial(

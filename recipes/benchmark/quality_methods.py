@@ -27,7 +27,7 @@ from quality_training import Retraining
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from darts_lora import Genotype, InputError, RankSearch, Supernet, discretize
+from darts_lora import Genotype, InputError, RankSearch, Supernet
 from darts_lora.cost import rank_costs
 from darts_lora.data import hold_back
 
@@ -37,16 +37,15 @@ def uniform(setting: Setting) -> Found:
     return Found(dict.fromkeys(setting.retrainer.shapes, setting.budget_rank))
 
 
-def search(setting: Setting, choice: str | None = None, **options) -> Found:
-    """The library's search under the budget; `options` of SearchConfig beside the task's own, and
-    how discretize chooses, if not by its default."""
+def search(setting: Setting, **options) -> Found:
+    """The library's search under the budget; `options` of SearchConfig beside the task's own."""
     with (
         made_search(setting, **options) as ready,
         open(os.devnull, "w") as quiet,
         contextlib.redirect_stderr(quiet),  # one bar is enough
     ):
         genotype = ready.run()
-    return Found(discretize(genotype, choice).ranks, _notes(genotype))
+    return Found(genotype.ranks, _notes(genotype))
 
 
 @contextlib.contextmanager
@@ -179,8 +178,12 @@ def _searches(**options) -> Method:
     return Method(partial(search, **options), trains="as uniform")
 
 
+# as the search was while these variants of it were compared
+DESCENT = {"arch_update": "gradient", "arch_noise": 4.0, "arch_average": 0.0}
+
+
 def _without_prior(**options) -> Method:
-    return _searches(arch_noise=0.0, **options)
+    return _searches(**DESCENT | {"arch_noise": 0.0}, **options)
 
 
 RANDOM_PLANS = 5
@@ -188,7 +191,7 @@ RANDOM_PLANS = 5
 METHODS = {
     "uniform": Method(uniform),
     "search": _searches(),
-    "search_proportional": _searches(choice="proportional"),
+    "search_descent": _searches(**DESCENT),
     "search_no_prior": _without_prior(),
     "search_independent": _without_prior(branches="independent"),
     "random_0": Method(partial(random_ranks, number=0)),

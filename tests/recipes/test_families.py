@@ -73,7 +73,7 @@ def test_the_whole_path(family, sources, tmp_path, monkeypatch, capsys):
     assert results["adapter"]["loss"] < results["base"]["loss"], "it learns"
     assert results["adapter"]["rows"] == 24
     ranks = Genotype.load(genotype).ranks.values()
-    assert any(ranks) and set(ranks) <= {0, 1, 2, 4}
+    assert any(ranks) and max(ranks) <= 4
 
     model = ModelConfig(folder)
     rows = list(load_splits(DataConfig(source["dataset"]), ["test"])["test"])

@@ -26,7 +26,7 @@ BENCHMARK = Path(__file__).parents[2] / "recipes" / "benchmark"
 PUBLISHED = BENCHMARK / "results" / "quality"
 CPU = torch.device("cpu")
 METHODS = {"uniform", "search", "search_independent", "search_slow", "search_fast"}
-METHODS |= {"search_proportional", "search_no_prior"}
+METHODS |= {"search_descent", "search_no_prior"}
 METHODS |= {"search_fast_independent", "search_gumbel", "search_softmax", "search_order2"}
 METHODS |= {"adalora", "eva", "eva_init", "svd", "gradient", "fisher", "attention", "mlp"}
 METHODS |= {f"random_{number}" for number in range(5)}
@@ -94,8 +94,9 @@ def test_every_method_has_a_plan_within_the_budget(records):
         assert 0 < record["loss"] < 10 and 0 <= record["exact_match"] <= 1
     plans = {r["method"]: r["ranks"] for r in records if r["stage"] == "find" and r["seed"] == 0}
     for method in METHODS - {"eva_init"}:  # EVA's plan
-        if method.startswith(("search", "random", "svd", "gradient", "fisher")):
+        if method.startswith(("search_", "random", "svd", "gradient", "fisher")):
             assert set(plans[method]) <= {0, 1, 2, 4}, method
+    assert set(plans["search"]) <= {0, 1, 2, 3, 4}
     assert len({tuple(ranks) for ranks in plans.values()}) > 12
     attention = [rank > 0 for rank in plans["attention"]]
     assert [rank > 0 for rank in plans["mlp"]] == [not on for on in attention]
@@ -162,7 +163,7 @@ def test_a_failing_method_leaves_its_traceback_and_not_the_others(everything, tm
     assert list(tmp_path.glob("tiny/uniform-r2-final-s0-*.json"))
 
 
-@pytest.mark.parametrize("method", ["svd", "search", "search_proportional"])
+@pytest.mark.parametrize("method", ["svd", "search", "search_descent"])
 def test_a_rate_that_is_too_high_is_a_result(everything, tmp_path, method):
     """Its weights are no numbers, and the choice of ranks from them used to have no end."""
     from quality import Task

@@ -36,7 +36,7 @@ def searched(launch, vision_folder, data_folder, tmp_path_factory):
 def test_what_it_leaves(searched, vision_folder):
     folder, _ = searched
     genotype = Genotype.load(folder / "genotype.json")
-    assert set(genotype.ranks.values()) <= {0, 2, 4} and len(genotype.ranks) > 20
+    assert max(genotype.ranks.values()) <= 4 and len(genotype.ranks) > 20
     assert genotype.num_parameters <= genotype.found_by["budget_parameters"]
     assert genotype.base_model == vision_folder
     config = load_config(folder / "config.yaml")
