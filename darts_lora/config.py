@@ -81,8 +81,8 @@ class SearchConfig:
     arch_weight_decay: float = 0.0
     """Weight decay of that optimizer."""
     # halves share the path of the weights, where two searches differ, and so show too little noise.
-    # With 4 and 16, in proportion, ranks 2 and 8: expected ranks of two seeds correlate by 0.59, 0.76
-    # and 0.73, 0.88 (E2E), 0.51, 0.65 and 0.66, 0.82 (LLaVA), at test losses that are level
+    # With 4 and 16, in proportion, ranks 2 and 8: expected ranks of two seeds correlate by 0.59,
+    # 0.76 and 0.73, 0.88 (E2E), 0.51, 0.65 and 0.66, 0.82 (LLaVA), at test losses that are level
     arch_noise: float = 16.0
     """How many times the noise that two halves of the architecture steps show alpha's gradients
     are taken to have: the more, the nearer each layer is drawn to those of its type and of near

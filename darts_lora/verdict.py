@@ -58,8 +58,8 @@ def verdict_text(figures: dict[str, Any]) -> str:
         first = f"The search learnt which layers need rank: {halves}."
     else:
         first = (
-            f"The ranks cannot be told from chance: {halves}. Search for more steps, or with larger "
-            "batches."
+            f"The ranks cannot be told from chance: {halves}. Search for more steps, or with "
+            "larger batches."
         )
     size = (
         f"Parameters: {figures['chosen_parameters']:,} chosen, "
