@@ -82,7 +82,8 @@ def discretize(
 def proportional_values(wanted: Tensor, costs: Tensor) -> Tensor:
     """Values of ascending ranks, (N, R), from their costs and what is `wanted` of each layer, (N,),
     in parameters: about wanted * log(cost), whose best choice within a budget is in proportion to
-    what is wanted. What a rank adds counts from its middle, so that the first has a value too."""
+    what is wanted. What a rank adds counts from its middle: whole ranks are shared out as seats are
+    by Sainte-Lague's method."""
     middle = (costs[:, 1:] + costs[:, :-1]) / 2
     gains = wanted[:, None] * costs.diff(dim=-1) / middle
     return torch.cat([torch.zeros_like(costs[:, :1]), gains.cumsum(-1)], -1)

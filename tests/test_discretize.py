@@ -59,6 +59,13 @@ def test_certain_layers_keep_their_ranks_and_undecided_ones_share_what_is_left()
         assert list(derived.ranks.values()) == ranks
 
 
+def test_whole_ranks_are_shared_out_as_seats_are_by_sainte_lague():
+    """0.6, 3.4 and 5 of 9: to the nearest; by d'Hondt's divisors they would be 0, 4 and 5."""
+    costs = rank_costs([(4, 4)] * 3, range(10))
+    wanted = 8 * torch.tensor([0.6, 3.4, 5.0], dtype=torch.float64)
+    assert choose(proportional_values(wanted, costs), costs, 9 * 8.0) == [1, 3, 5]
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_whole_ranks_are_in_proportion_to_what_is_wanted(seed):
     generator = torch.Generator().manual_seed(seed)

@@ -100,6 +100,7 @@ def test_no_validation_sample_ever_enters_a_weight_step(order):
         assert min(seen["alpha"]) >= 1000
 
 
+@pytest.mark.filterwarnings("error:Detected call of `lr_scheduler.step")
 @pytest.mark.parametrize("arch_update", ["gradient", "proportional"])
 def test_alpha_rests_during_warm_up_and_in_every_weight_step(arch_update):
     search = make(warmup_steps=5, arch_update=arch_update)
