@@ -47,7 +47,7 @@ class Allocation:
         self.supernet, self.prior, self.steps, self.taken = supernet, prior, steps, 0
         self.costs = supernet.costs.float()
         self.sums = torch.zeros(2, len(self.costs), 1)
-        self.places = self.costs[0] / self.costs[0, -1]  # of the candidates, from 0 to 1
+        self.places = self.costs[0] / self.costs[0, -1]  # the same in all layers, from 0 to 1
         dense = torch.linspace(-9, 9, SLOPES).sinh()  # around 0
         self.slopes = STEEPEST * dense / dense[-1]
         self.means = (self.slopes[:, None] * self.places).softmax(-1) @ self.places
