@@ -72,7 +72,9 @@ class Architect:
         )
         self.graphed: Callable[[Any], tuple[Tensor, list[Tensor]]] | None = None
         self.prior = Prior(list(supernet.layers), config.arch_noise, supernet.costs[:, -1])
-        average = (0.0 if config.joint else AVERAGE) if (a := config.arch_average) is None else a
+        average = config.arch_average
+        if average is None:
+            average = 0.0 if config.joint else AVERAGE
         self.mean = RunningMean(supernet.weight_parameters, average)
         self.allocation = None
         if supernet.arch_update == "proportional":

@@ -17,9 +17,10 @@ class DeriveRun:
     search_dir: str = "runs/search"
     """Folder of a finished search: its genotype.json holds the probabilities."""
     method: Literal["argmax", "budget", "proportional"] | None = None
-    """argmax: the most probable rank of each layer; budget: the best choice within the budget;
-    proportional: whole ranks within it, in proportion to the expected ones and further apart;
-    default: budget where one is known, else argmax."""
+    """argmax: the most probable rank of each layer; budget: the candidates within the budget that
+    share most parameters with a drawn architecture; proportional: ranks within it in proportion to
+    the expected ones, of nested branches between the candidates too; default: argmax without a
+    budget, else that of the two which suits the search's arch_update."""
     budget_rank: float | None = None
     """Budget: as many trainable parameters as a uniform LoRA of this rank."""
     budget_parameters: int | None = None
