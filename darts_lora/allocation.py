@@ -27,11 +27,11 @@ class Allocation:
     sum w log c. So there is no rate and no price: each step takes the mean of all steps so far.
 
     The supernet's own curve is bent more than that, it is thought since the columns of high ranks
-    are trained in few samples. Descent on its loss, to where a parameter is worth the same everywhere, thus
-    leaves layers too near each other; layers compared at the same rank have that in common. Hence
-    alpha begins with one mean rank everywhere, the budget's, and goes from there to the shares of
-    w by the fourth power of the part of its steps: most of w is seen where ranks are about even,
-    and the last weight steps are at the ranks that are found.
+    are trained in few samples. Descent on its loss, to where a parameter is worth the same
+    everywhere, thus leaves layers too near each other; layers compared at the same rank have that
+    in common. Hence alpha begins with one mean rank everywhere, the budget's, and goes from there
+    to the shares of w by the fourth power of the part of its steps: most of w is seen where ranks
+    are about even, and the last weight steps are at the ranks that are found.
 
     Args:
         supernet: with a budget; alpha is set to the even distribution.

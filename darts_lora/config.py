@@ -62,10 +62,10 @@ class SearchConfig:
     learning_rate_scale: float = 1 / 3
     """Factor on learning_rate, which is meant for a finetune of the budget's uniform rank, in a
     RankSearch: a supernet trained as fast follows its batches, and each seed finds other ranks."""
-    # alpha held still, at the mean of the weights, over descent at the weights, ranks 2 and 8: E2E -0.0016 +- 0.0040 and -0.0018 +-
-    # 0.0013, GSM8K -0.0002 and -0.0010, LLaVA -0.09 +- 0.10 and -0.09 +- 0.09, embedded -0.0046 +-
-    # 0.0035 and -0.0036 +- 0.0045 (test loss, shares.json); planted ranks, where a gain ends at a
-    # rank, are found by descent alone
+    # alpha held still, at the mean of the weights, over descent at the weights, ranks 2 and 8: E2E
+    # -0.0016 +- 0.0040 and -0.0018 +- 0.0013, GSM8K -0.0002 and -0.0010, LLaVA -0.09 +- 0.10 and
+    # -0.09 +- 0.09, embedded -0.0046 +- 0.0035 and -0.0036 +- 0.0045 (test loss, shares.json);
+    # planted ranks, where a gain ends at a rank, are found by descent alone
     arch_update: Literal["proportional", "gradient"] | None = None
     """How alpha moves. proportional: shares the budget among the layers in proportion to what the
     validation loss gains where a layer's parameters grow by a share, from one mean rank everywhere
