@@ -24,14 +24,15 @@ class Allocation:
     -E[c] (g . (c - E[c])) / Var[c], from alpha's gradient g. Where the loss falls with the log of
     the parameters, as it about does along a curve of uniform ranks, w is a constant of the layer,
     and of all ways to spend a budget the one with E[c] in proportion to w is best: maximise
-    sum w log c. So there is no rate and no price: each step takes the mean of all steps so far.
+    sum w log c. So there is no rate and no price: each step takes the mean of the steps so far.
 
     The supernet's own curve is bent more than that, it is thought since the columns of high ranks
     are trained in few samples. Descent on its loss, to where a parameter is worth the same
     everywhere, thus leaves layers too near each other; layers compared at the same rank have that
     in common. Hence alpha begins with one mean rank everywhere, the budget's, and goes from there
-    to the shares of w by the fourth power of the part of its steps: most of w is seen where ranks
-    are about even, and the last weight steps are at the ranks that are found.
+    to the shares of w by the fourth power of the part of its steps, and a step counts in the mean
+    by the part of the way that was then to go: w is seen where ranks are about even, and the last
+    weight steps are at the ranks that are found.
 
     Args:
         supernet: with a budget; alpha is set to the even distribution.
@@ -39,7 +40,7 @@ class Allocation:
         steps: over which alpha goes to the shares (count).
 
     Attributes:
-        sums: (2, N, 1), the layers' worths summed over even and odd steps.
+        sums: (2, N, 1), the layers' worths, weighted, summed over even and odd steps.
         taken: number of steps so far.
     """
 
@@ -62,15 +63,14 @@ class Allocation:
         around = self.costs - mean
         variance = (probabilities * around.square()).sum(-1, keepdim=True)
         worth = -mean * (gradient * around).sum(-1, keepdim=True) / variance.clamp_min(1e-6)
-        self.sums[self.taken % 2] += worth
+        self.sums[self.taken % 2] += (1 - self._way()) * worth
         self.taken += 1
         least, most = self.costs[:, 0], self.costs[:, -1]
         shares = share(self.worth(), least, most, self.supernet.budget)
-        way = min(self.taken / self.steps, 1.0) ** BEND
-        self._set(self._even().lerp(shares, way))
+        self._set(self._even().lerp(shares, self._way()))
 
     def worth(self) -> Tensor:
-        """Of each layer, (N,), as all steps so far and its like let expect."""
+        """Of each layer, (N,), summed, as the steps so far and its like let expect."""
         smoothed = self.prior.posterior(self.sums)(self.sums.sum(0))
         return (smoothed / self.prior.unit.to(smoothed).square())[:, 0]
 
@@ -81,6 +81,10 @@ class Allocation:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what state_dict gave."""
         self.sums, self.taken = state["sums"], state["taken"]
+
+    def _way(self) -> float:
+        """The part of the way from even to the shares that is gone."""
+        return min(self.taken / self.steps, 1.0) ** BEND
 
     def _follow(self, gradient: Tensor) -> None:
         """Move what is computed with to where the gradient is."""

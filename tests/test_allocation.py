@@ -84,7 +84,8 @@ def test_of_a_loss_in_the_log_of_parameters_it_finds_the_best_split(arch_noise):
     for _ in range(400):
         metrics = architect.step(log_loss(supernet, worth), None)
         assert float(metrics["expected_parameters"]) == pytest.approx(supernet.budget, rel=1e-4)
-    torch.testing.assert_close(architect.allocation.worth() / 400, worth, rtol=1e-6, atol=0)
+    counted = sum(1 - (step / 400) ** 4 for step in range(400))
+    torch.testing.assert_close(architect.allocation.worth() / counted, worth, rtol=1e-6, atol=0)
     size = (supernet.probabilities() * supernet.costs).sum(-1).detach()
     torch.testing.assert_close(size / supernet.budget, worth / worth.sum(), rtol=1e-3, atol=0)
 
@@ -97,6 +98,18 @@ def test_goes_from_even_to_the_shares_over_its_steps():
         way = min(step / 10, 1.0) ** 4
         expected = torch.tensor([2 + way, 2 - way])
         torch.testing.assert_close(mean_ranks(supernet), expected, rtol=1e-3, atol=0)
+
+
+def test_a_step_counts_by_the_way_that_was_to_go():
+    """What is seen at the end, where ranks are no longer even, hardly counts; after it, nothing."""
+    supernet, architect = make(steps=10, sizes=(16, 16))
+    early, late = torch.tensor([3.0, 1.0]), torch.tensor([0.0, 1.0])
+    for step in range(15):
+        architect.step(log_loss(supernet, early if step < 9 else late), None)
+    counted = [1 - (step / 10) ** 4 for step in range(10)]
+    worth = (sum(counted[:9]) * early + counted[9] * late) / sum(counted)
+    expected = 4 * worth / worth.sum()
+    torch.testing.assert_close(mean_ranks(supernet), expected, rtol=1e-3, atol=0)
 
 
 def test_noise_is_averaged_and_layers_are_drawn_to_their_type():
