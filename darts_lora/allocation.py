@@ -12,7 +12,7 @@ from darts_lora.prior import Prior
 from darts_lora.supernet import Supernet
 
 SLOPES = 4001  # of the table from a mean rank to alpha, between which it is linear
-BEND = 4  # of the way to the shares, half is still to come after 84 % of the steps
+HELD = 0.9  # of its steps, in which alpha stays even
 STEEPEST = 500.0  # slope of alpha over all candidates: the mean is as good as the last candidate
 
 
@@ -29,15 +29,14 @@ class Allocation:
     The supernet's own curve is bent more than that, it is thought since the columns of high ranks
     are trained in few samples. Descent on its loss, to where a parameter is worth the same
     everywhere, thus leaves layers too near each other; layers compared at the same rank have that
-    in common. Hence alpha begins with one mean rank everywhere, the budget's, and goes from there
-    to the shares of w by the fourth power of the part of its steps, and a step counts in the mean
-    by the part of the way that was then to go: w is seen where ranks are about even, and the last
-    weight steps are at the ranks that are found.
+    in common. Hence alpha stays at one mean rank everywhere, the budget's, for nine tenths of its
+    steps, and goes to the shares of w over the last; there a step counts in the mean by the part of
+    the way that is still to go. So the last weight steps are at about the ranks that are found.
 
     Args:
         supernet: with a budget; alpha is set to the even distribution.
         prior: draws layers to their like while the steps so far disagree.
-        steps: over which alpha goes to the shares (count).
+        steps: after which alpha is at the shares (count); stopped before, it may be still even.
 
     Attributes:
         sums: (2, N, 1), the layers' worths, weighted, summed over even and odd steps.
@@ -84,7 +83,7 @@ class Allocation:
 
     def _way(self) -> float:
         """The part of the way from even to the shares that is gone."""
-        return min(self.taken / self.steps, 1.0) ** BEND
+        return min(max(self.taken / self.steps - HELD, 0) / (1 - HELD), 1.0)
 
     def _follow(self, gradient: Tensor) -> None:
         """Move what is computed with to where the gradient is."""

@@ -84,30 +84,29 @@ def test_of_a_loss_in_the_log_of_parameters_it_finds_the_best_split(arch_noise):
     for _ in range(400):
         metrics = architect.step(log_loss(supernet, worth), None)
         assert float(metrics["expected_parameters"]) == pytest.approx(supernet.budget, rel=1e-4)
-    counted = sum(1 - (step / 400) ** 4 for step in range(400))
+    counted = 360 + sum(1 - step / 40 for step in range(40))  # in the last tenth alpha moves
     torch.testing.assert_close(architect.allocation.worth() / counted, worth, rtol=1e-6, atol=0)
     size = (supernet.probabilities() * supernet.costs).sum(-1).detach()
     torch.testing.assert_close(size / supernet.budget, worth / worth.sum(), rtol=1e-3, atol=0)
 
 
-def test_goes_from_even_to_the_shares_over_its_steps():
-    supernet, architect = make(steps=10, sizes=(16, 16))
+def test_stays_even_and_goes_to_the_shares_in_the_last_tenth_of_its_steps():
+    supernet, architect = make(steps=40, sizes=(16, 16))
     worth = torch.tensor([3.0, 1.0])
-    for step in range(1, 13):  # a trainer may take more than it said
+    for step in range(1, 45):  # a trainer may take more than it said
         architect.step(log_loss(supernet, worth), None)
-        way = min(step / 10, 1.0) ** 4
+        way = {37: 0.25, 38: 0.5, 39: 0.75}.get(step, float(step >= 40))
         expected = torch.tensor([2 + way, 2 - way])
         torch.testing.assert_close(mean_ranks(supernet), expected, rtol=1e-3, atol=0)
 
 
-def test_a_step_counts_by_the_way_that_was_to_go():
-    """What is seen at the end, where ranks are no longer even, hardly counts; after it, nothing."""
-    supernet, architect = make(steps=10, sizes=(16, 16))
+def test_a_step_counts_by_the_way_that_is_still_to_go():
+    """Worth is seen where ranks are even; what comes after alpha has arrived counts nothing."""
+    supernet, architect = make(steps=40, sizes=(16, 16))
     early, late = torch.tensor([3.0, 1.0]), torch.tensor([0.0, 1.0])
-    for step in range(15):
-        architect.step(log_loss(supernet, early if step < 9 else late), None)
-    counted = [1 - (step / 10) ** 4 for step in range(10)]
-    worth = (sum(counted[:9]) * early + counted[9] * late) / sum(counted)
+    for step in range(50):
+        architect.step(log_loss(supernet, early if step < 36 else late), None)
+    worth = 36 * early + (1 + 0.75 + 0.5 + 0.25) * late
     expected = 4 * worth / worth.sum()
     torch.testing.assert_close(mean_ranks(supernet), expected, rtol=1e-3, atol=0)
 
