@@ -25,7 +25,7 @@ def make(dtype=torch.float64, inner_learning_rate=0.05, **options):
     supernet.model.to(dtype)
     supernet._place_alpha(supernet.alpha.device, dtype)
     randomise(supernet)
-    return supernet, Architect(supernet, inner_learning_rate=inner_learning_rate, steps=10)
+    return supernet, Architect(supernet, inner_learning_rate=inner_learning_rate, steps=1)
 
 
 def batches(dtype=torch.float64, rows=8):
