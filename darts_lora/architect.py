@@ -39,11 +39,6 @@ class Architect:
         inner_learning_rate: step size of the unrolled weight step (order 2): use the learning rate
             of the weights.
         reduce: averages a gradient over processes, Tensor -> Tensor; None for one process.
-        steps: that alpha will take (count), over which a proportional one goes to what it finds;
-            "gradient" needs none.
-
-    Raises:
-        InputError: a proportional alpha without a number of steps.
 
     Attributes:
         allocation: sets alpha (arch_update "proportional"), which begins even; None: it descends.
@@ -60,7 +55,6 @@ class Architect:
         *,
         inner_learning_rate: float = 1e-3,
         reduce: Callable[[Tensor], Tensor] | None = None,
-        steps: int | None = None,
     ):
         config = supernet.config
         self.supernet, self.inner_learning_rate, self.reduce = supernet, inner_learning_rate, reduce
@@ -78,12 +72,7 @@ class Architect:
         self.mean = RunningMean(supernet.weight_parameters, average)
         self.allocation = None
         if supernet.arch_update == "proportional":
-            if steps is None:
-                raise InputError(
-                    "steps=None: alpha goes over its steps to what it finds (arch_update="
-                    "proportional); give their number, or use arch_update=gradient"
-                )
-            self.allocation = Allocation(supernet, self.prior, steps)
+            self.allocation = Allocation(supernet, self.prior)
         self.steps = 0
         self.gradient_sums = torch.zeros(2, *supernet.alpha.shape)
 
@@ -124,7 +113,7 @@ class Architect:
         self.gradient_sums[self.steps % 2] += gradient
         self.steps += 1
         if self.allocation is not None:
-            self.allocation.step(gradient)
+            self.allocation.update(self.gradient_sums)
         else:
             self._descend(gradient)
         return {
@@ -147,7 +136,6 @@ class Architect:
             "gradient_sums": self.gradient_sums,
             "mean": self.mean.values,
             "mean_steps": self.mean.steps,
-            "allocation": self.allocation.state_dict() if self.allocation else {},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -155,8 +143,6 @@ class Architect:
         self.optimizer.load_state_dict(state["optimizer"])
         self.steps, self.gradient_sums = state["steps"], state["gradient_sums"]
         self.mean.load(state["mean"], state["mean_steps"])
-        if self.allocation is not None:
-            self.allocation.load_state_dict(state["allocation"])
 
     def _gradients(
         self, loss_fn: Callable, batch: Any, parameters: Sequence[Tensor]

@@ -34,7 +34,6 @@ class BilevelStep:
         training: learning rate (of a finetune), accumulation and clipping of the weights.
         loss_fn: (model, batch) -> scalar loss.
         joint_loss_fn: (model, joint batch) -> losses of both halves of its rows.
-        arch_steps: that alpha will take (see Architect).
 
     Attributes:
         weights, architect: the steps, which own the optimizers.
@@ -48,7 +47,6 @@ class BilevelStep:
         training: TrainingConfig,
         loss_fn: Callable[[nn.Module, Any], Tensor],
         joint_loss_fn: Callable[[nn.Module, Any], tuple[Tensor, Tensor]],
-        arch_steps: int | None = None,
     ):
         self.supernet, self.accelerator = supernet, accelerator
         rate = training.learning_rate * supernet.config.learning_rate_scale
@@ -59,7 +57,6 @@ class BilevelStep:
             supernet,
             inner_learning_rate=training.learning_rate,
             reduce=(lambda g: accelerator.reduce(g, "mean")) if several else None,
-            steps=arch_steps,
         )
         self.val_loss_fn = partial(loss_fn, supernet.model)
         self.joint = None

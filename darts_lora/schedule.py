@@ -24,9 +24,6 @@ class Schedule:
         supernet: its config gives warmup_steps (default: a quarter), arch_every, the temperatures.
         steps: weight steps of the whole search.
 
-    Attributes:
-        arch_steps: how many of them an architecture step follows.
-
     Raises:
         InputError: the warm-up leaves no step for alpha.
     """
@@ -40,7 +37,6 @@ class Schedule:
                 f"warmup_steps={self.warmup_steps}: must be below max_steps={steps}, "
                 "or alpha is never trained"
             )
-        self.arch_steps = math.ceil((steps - self.warmup_steps) / supernet.config.arch_every)
 
     def enter(self, step: int) -> None:
         """Set relaxation and temperature of the supernet for weight step `step` (from 0)."""
@@ -56,8 +52,9 @@ class Schedule:
 
     def arch_scheduler(self, optimizer: torch.optim.Optimizer):
         """The scheduler of alpha's learning rate, over the architecture steps."""
-        name = self.supernet.config.arch_lr_scheduler
-        return get_scheduler(name, optimizer, 0, self.arch_steps)
+        config = self.supernet.config
+        steps = math.ceil((self.steps - self.warmup_steps) / config.arch_every)
+        return get_scheduler(config.arch_lr_scheduler, optimizer, 0, steps)
 
 
 def derive_genotype(supernet: Supernet, architect: Architect, schedule: Schedule) -> Genotype:

@@ -108,8 +108,7 @@ class RankSearch:
         if config.order == 2 and self.accelerator.is_fsdp2:
             raise InputError("order=2: needs whole weights on each process; use DDP, or order=1")
         set_seed(config.seed, device_specific=True)
-        arguments = self.training, loss_fn, joint_loss_fn, self.schedule.arch_steps
-        self.steps = BilevelStep(supernet, self.accelerator, *arguments)
+        self.steps = BilevelStep(supernet, self.accelerator, self.training, loss_fn, joint_loss_fn)
         self.weights, self.architect = self.steps.weights, self.steps.architect
         self.model = self.weights.model
         loaders = self.accelerator.prepare(train_dataloader, val_dataloader)

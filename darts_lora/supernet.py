@@ -35,6 +35,8 @@ class Supernet:
         layers: name -> MixedRankLinear, in the model's order (N of them).
         alpha: (N, K) float32 parameter, the architecture weights of all layers. It is no part of
             the model: what wraps or shards the model leaves it whole. `layer.alpha` is a row of it.
+        held: (N, K) logits that gates are drawn from in alpha's stead, whose gradient is then the
+            one there; None: gates are drawn from alpha itself.
         saved_modules: name -> module that is trained in full; the budget does not count it.
         costs: (N, K) float64, trainable parameters of each candidate.
         budget: trainable parameters, None without a budget.
@@ -91,6 +93,7 @@ class Supernet:
         self.alpha = nn.Parameter(torch.stack([layer.alpha.detach() for layer in layers]))
         for layer in layers:
             del layer.alpha
+        self.held: Tensor | None = None
         self._place_alpha(self.alpha.device)
         self._arch_gradients, self._weight_gradients, self._joint = False, True, False
         self._hook = model.register_forward_pre_hook(self._draw_gates, with_kwargs=True)
@@ -119,6 +122,8 @@ class Supernet:
     def _draw_gates(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         self._follow_weights()
         alpha = self.alpha if self._arch_gradients else self.alpha.detach()
+        if self.held is not None:
+            alpha = self.held + (alpha - alpha.detach())
         rows = _batch_rows(args, kwargs) if self.config.sampling == "example" else None
         if self._joint:
             rows = rows or 2  # one draw for each half
@@ -146,6 +151,8 @@ class Supernet:
         self.alpha.data = self.alpha.data.to(device, dtype)
         for layer, row in zip(self.layers.values(), self.alpha.detach(), strict=True):
             layer.alpha = row
+        if self.held is not None:
+            self.held = self.held.to(self.alpha)
         self._temperature = self._temperature.to(device)
         membership = next(iter(self.layers.values())).membership
         self._membership = self.config.scaling * membership.to(self.alpha)

@@ -69,7 +69,6 @@ class RankSearchCallback(TrainerCallback):
             self.supernet,
             inner_learning_rate=args.learning_rate,
             reduce=(lambda g: accelerator.reduce(g, "mean")) if several else None,
-            steps=self.schedule.arch_steps,
         )
         self.arch_scheduler = self.schedule.arch_scheduler(self.architect.optimizer)
 

@@ -98,7 +98,7 @@ def gradients_of_the_joined_batch(process: int) -> dict:
 
     search = make(loss=loss, warmup_steps=0)
     alone = Supernet(residual(WIDTH), search.supernet.config)
-    architect = Architect(alone, steps=10)
+    architect = Architect(alone)
     for supernet in (search.supernet, alone):
         randomise(supernet)
     own = [tensor[8 * process :][:8] for tensor in tensors]

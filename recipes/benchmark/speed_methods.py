@@ -105,7 +105,7 @@ def _ours(model, ranks, *, branches: str, graphs=False, dtype="float32", joint=F
     accelerator = Accelerator(cpu=next(model.parameters()).device.type == "cpu")
     training = TrainingConfig(learning_rate=1e-4, lr_scheduler="constant", max_grad_norm=0.0)
     weights = WeightStep(supernet, accelerator, training, model_loss)
-    architect, loss = Architect(supernet, steps=1000), partial(model_loss, model)
+    architect, loss = Architect(supernet), partial(model_loss, model)
     if joint:
         both = JointStep(weights, architect, halves_loss)
         both.graphed = Graphed(both.gradients) if graphs else None
