@@ -117,6 +117,12 @@ def test_gates_are_drawn_at_the_even_distribution_whatever_alpha_is():
     torch.testing.assert_close(drawn / rows, torch.full((2,), 2.0), rtol=0.1, atol=0)
 
 
+def test_what_gates_are_drawn_from_goes_where_alpha_goes():
+    supernet, _ = make()
+    supernet._place_alpha(supernet.alpha.device, torch.float64)
+    assert supernet.held.dtype == supernet.alpha.dtype == torch.float64
+
+
 def test_noise_is_averaged_and_layers_are_drawn_to_their_type():
     """Two types of layers, of which the second is worth three times as much."""
     names = [f"layers.{i}.{kind}" for i in range(20) for kind in ("a", "b")]
