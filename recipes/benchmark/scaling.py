@@ -76,7 +76,7 @@ def measure_steps(options: ScalingRun, accelerator: Accelerator) -> dict:
     config = SearchConfig(ranks, branches="nested", budget_rank=budget_rank, adapter_dtype=dtype)
     supernet = Supernet(make_model(shape, device), config)
     set_seed(0, device_specific=True)  # batches and samples are each process's own
-    steps = BilevelStep(supernet, accelerator, TrainingConfig(), model_loss, halves_loss, 1000)
+    steps = BilevelStep(supernet, accelerator, TrainingConfig(), model_loss, halves_loss)
     threads = f"cpu, {torch.get_num_threads()} threads"  # they decide a CPU's times
     record = {
         "shape": options.shape, "ranks": ranks, "adapter_dtype": dtype, "budget_rank": budget_rank,
