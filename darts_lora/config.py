@@ -248,7 +248,8 @@ class TrainingConfig:
     """How weights are trained, in a search and in a finetune alike."""
 
     max_steps: int = 1000
-    """Weight steps (optimizer steps)."""
+    """Weight steps (optimizer steps). A search needs at most as many as its finetune; of
+    SmolLM2-135M and a LLaVA of it half as many did as well."""
     batch_size: int = 16
     """Rows of a batch on each process."""
     gradient_accumulation_steps: int = 1
