@@ -4,7 +4,7 @@ Public names only; data sets and TensorBoard are imported by the rooms that use 
 from darts_lora.architect import Architect
 from darts_lora.config import SearchConfig
 from darts_lora.discretize import discretize
-from darts_lora.errors import InputError
+from darts_lora.errors import DivergedError, InputError
 from darts_lora.genotype import Genotype
 from darts_lora.mixed_linear import MixedRankLinear
 from darts_lora.search import RankSearch
@@ -14,6 +14,7 @@ from darts_lora.tables import show
 __version__ = "0.1.0"
 __all__ = [
     "Architect",
+    "DivergedError",
     "Genotype",
     "InputError",
     "MixedRankLinear",

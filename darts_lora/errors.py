@@ -1,9 +1,13 @@
-"""The one error class for bad input: names the option, the value and what would be right.
+"""The error class for bad input: names the option, the value and what would be right.
 Not here: checks themselves (each room checks its own input), nor errors of PyTorch or the model."""
 
 
 class InputError(ValueError):
     """Bad input from the user. Recipes print its message alone and exit with status 2."""
+
+
+class DivergedError(InputError):
+    """A training whose loss, or a gradient, is infinite or NaN: its learning rate is too high."""
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:

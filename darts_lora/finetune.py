@@ -30,7 +30,7 @@ from darts_lora.bounds import check_bounds
 from darts_lora.collator import Collator
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
 from darts_lora.data import Rows, make_collator, training_rows
-from darts_lora.errors import InputError
+from darts_lora.errors import DivergedError, InputError
 from darts_lora.files import check_writable, locked, remove, write_into, write_json, write_whole
 from darts_lora.genotype import Genotype
 from darts_lora.interruption import Stopped, StopRequest, told_as_input_errors, worker_context
@@ -92,8 +92,9 @@ def finetune(
         The trained model, and the record that stands in finetune.json.
 
     Raises:
-        InputError: bad input of any kind, before training starts; a live run in output_dir; a loss
-            that is not finite; no memory is left; a data worker died.
+        InputError: bad input of any kind, before training starts; a live run in output_dir; no
+            memory is left; a data worker died.
+        DivergedError: a loss that is not finite.
         Stopped: SIGTERM, SIGINT or max_runtime, as of RankSearch.run; the adapter so far is in
             output_dir/checkpoint.
     """
@@ -191,7 +192,7 @@ def train(
         of their last tenth), steps, seconds, versions.
 
     Raises:
-        InputError: a loss that is not finite; the adapter of output_dir/checkpoint stays.
+        DivergedError: a loss that is not finite; the adapter of output_dir/checkpoint stays.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     # Float32 adapters on a base in 16 bits: without autocast, PEFT copies activations to float32.
@@ -264,7 +265,7 @@ class _Trainer(Trainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         losses = self.accelerator.gather(loss.detach())
         if not torch.isfinite(losses).all():
-            raise InputError(
+            raise DivergedError(
                 f"the loss is {losses.sum().item()} at step {self.state.global_step + 1}: stopped; "
                 "lower the learning rate, or look at the data"
             )

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from darts_lora.bilevel import DDP_OPTIONS, BilevelStep
 from darts_lora.checkpoint import checkpoints, load_checkpoint, remove_checkpoints, save_checkpoint
 from darts_lora.config import TrainingConfig
-from darts_lora.errors import InputError
+from darts_lora.errors import DivergedError, InputError
 from darts_lora.files import check_writable, locked, remove, write_whole
 from darts_lora.genotype import Genotype
 from darts_lora.interruption import Stopped, StopRequest, told_as_input_errors
@@ -144,8 +144,8 @@ class RankSearch:
 
         Raises:
             InputError: nothing to resume from; an unfinished search or a live run in output_dir;
-                the loss became infinite or NaN (the message names the step); no memory is left;
-                a data worker died. The last checkpoint stays.
+                no memory is left; a data worker died. The last checkpoint stays, as it does with
+            DivergedError: the loss became infinite or NaN (the message names the step).
             Stopped: SIGTERM, SIGINT or max_runtime: the step was finished, a checkpoint written. As
                 a SystemExit it ends the process with the status that schedulers expect.
         """
@@ -265,7 +265,7 @@ class RankSearch:
         }
 
     def _stop_non_finite(self, what: str, step: int) -> None:
-        raise InputError(
+        raise DivergedError(
             f"learning_rate={self.training.learning_rate}: the {what} is infinite or NaN at step "
             f"{step}; lower the learning rate or use another mixed_precision; {self._kept()}"
         )

@@ -17,7 +17,14 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from darts_lora import Genotype, InputError, SearchConfig, Supernet, discretize
+from darts_lora import (
+    DivergedError,
+    Genotype,
+    InputError,
+    SearchConfig,
+    Supernet,
+    discretize,
+)
 from darts_lora import finetune as finetune_module
 from darts_lora.collator import Collator
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
@@ -316,7 +323,7 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_checkpoint(
 ):
     training = replace(TRAINING, max_steps=9, learning_rate=1e30, max_grad_norm=0, save_steps=1)
     config = FinetuneConfig(genotype, output_dir=str(tmp_path))
-    with pytest.raises(InputError, match=r"the loss is (nan|inf) at step [2-9]: stopped; lower"):
+    with pytest.raises(DivergedError, match=r"the loss is (nan|inf) at step [2-9]: stopped; lower"):
         finetune(config, base_config, data, training)
     assert weights(tmp_path / "checkpoint")
     assert not (tmp_path / "adapter_model.safetensors").exists()

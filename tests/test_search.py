@@ -17,7 +17,7 @@ import torch.utils.tensorboard
 from accelerate.state import AcceleratorState
 from torch.utils.data import DataLoader, TensorDataset
 
-from darts_lora import Genotype, InputError, RankSearch, SearchConfig, Supernet
+from darts_lora import DivergedError, Genotype, InputError, RankSearch, SearchConfig, Supernet
 from darts_lora.checkpoint import checkpoints
 from darts_lora.config import TrainingConfig
 from darts_lora.interruption import Stopped
@@ -385,7 +385,8 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_
         return loss_fn(model, batch) * (float("nan") if next(calls) == 7 else 1.0)
 
     search = make(tmp_path, loss=exploding, save_steps=4, warmup_steps=11)
-    with pytest.raises(InputError, match=r"learning_rate=0\.01: the training loss .* at step 7;"):
+    message = r"learning_rate=0\.01: the training loss .* at step 7;"
+    with pytest.raises(DivergedError, match=message):
         search.run()
     (kept,) = checkpoints(str(tmp_path))
     assert kept.endswith("step-0000004")

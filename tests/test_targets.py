@@ -14,7 +14,13 @@ from torch import nn
 from darts_lora import InputError
 from darts_lora.config import ModelConfig
 from darts_lora.models import load_model
-from darts_lora.targets import match_modules, match_saved_modules, model_parts, task_type
+from darts_lora.targets import (
+    check_matches,
+    match_modules,
+    match_saved_modules,
+    model_parts,
+    task_type,
+)
 from small_models import residual, vision_model, vision_processor
 
 PARTS = ("vision", "connector", "language")
@@ -211,3 +217,31 @@ def test_a_module_to_save_that_is_not_there():
         match_saved_modules(llama(), ["lm_hed"])
     with pytest.raises(InputError, match=r"'xyz' matches no module; nearest names: model, lm_head"):
         match_saved_modules(llama(), ["xyz"])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "targets", "message"),
+    [
+        (r"layers\.0\.mlp\.up_proj", r".*layers\.0\.mlp\.up_proj", None),
+        (
+            "up_proj",
+            r".*layers\.0\.mlp\.up_proj",
+            "the pattern 'up_proj' matches 2 modules, not one",
+        ),
+        (r"layers\.9", r".*layers\.0\.mlp\.up_proj", "matches 0 modules, not one"),
+        (r"layers\.0\.mlp\.up_proj", ".*up_proj", "target_modules matches 2 modules, not 1"),
+        (r"layers\.0\.mlp\.up_proj", r".*layers\.1\.mlp\.up_proj", "target_modules matches 1 mod"),
+    ],
+)
+def test_patterns_are_of_one_module_each_and_of_those_that_are_wanted(pattern, targets, message):
+    """`wanted` has one module, and PEFT, the oracle, adapts it alone where nothing is raised."""
+    model, wanted = llama(), ["model.layers.0.mlp.up_proj"]
+    config = LoraConfig(r=1, target_modules=targets, rank_pattern={pattern: 2})
+    if message:
+        with pytest.raises(InputError, match=re.escape(message)):
+            check_matches(model, config, wanted, [])
+        return
+    check_matches(model, config, wanted, [])
+    adapted = get_peft_model(model, config).base_model.model
+    ranks = {n: m.r["default"] for n, m in adapted.named_modules() if hasattr(m, "lora_A")}
+    assert ranks == {wanted[0]: 2}

@@ -28,7 +28,7 @@ from quality_rows import EncodedRows, mean_loss
 from quality_setting import Found, Setting
 from quality_training import Retrainer, Retraining
 
-from darts_lora import InputError, SearchConfig
+from darts_lora import DivergedError, InputError, SearchConfig
 from darts_lora.cli import run
 from darts_lora.collator import Collator
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
@@ -246,9 +246,7 @@ class Task:
         setting, started = self.setting(cell), time.perf_counter()
         try:
             found = METHODS[cell.method].find(setting)
-        except InputError as error:
-            if "infinite or NaN" not in str(error):
-                raise
+        except DivergedError as error:
             # a learning rate too high is a result: nothing is adapted
             found = Found(dict.fromkeys(self.retrainer.shapes, 0), {"diverged": str(error)})
         seconds = time.perf_counter() - started

@@ -27,7 +27,7 @@ from quality_training import Retraining
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from darts_lora import Genotype, InputError, RankSearch, Supernet
+from darts_lora import DivergedError, Genotype, RankSearch, Supernet
 from darts_lora.cost import rank_costs
 from darts_lora.data import hold_back
 
@@ -107,7 +107,7 @@ def svd(setting: Setting) -> Found:
     job = Retraining(plan, setting.indices, setting.seed, setting.rate)
     (trained,) = retrainer.retrain([job], setting.rows)
     if trained["train_loss"] is None:
-        raise InputError(f"find_rate={setting.rate}: the training loss is infinite or NaN")
+        raise DivergedError(f"find_rate={setting.rate}: the training loss is infinite or NaN")
     gains = {
         name: _filled(product_spectrum(b[:, : plan[name]], a[: plan[name]]), largest)
         for name, (a, b) in retrainer.trained().items()
