@@ -144,8 +144,9 @@ class RankSearch:
 
         Raises:
             InputError: nothing to resume from; an unfinished search or a live run in output_dir;
-                no memory is left; a data worker died. The last checkpoint stays, as it does with
-            DivergedError: the loss became infinite or NaN (the message names the step).
+                no memory is left; a data worker died. The last checkpoint stays.
+            DivergedError: the loss became infinite or NaN at the step that the message
+                names. The last checkpoint stays.
             Stopped: SIGTERM, SIGINT or max_runtime: the step was finished, a checkpoint written. As
                 a SystemExit it ends the process with the status that schedulers expect.
         """
