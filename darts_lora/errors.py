@@ -7,7 +7,7 @@ class InputError(ValueError):
 
 
 class DivergedError(InputError):
-    """A training whose loss, or a gradient, is infinite or NaN: its learning rate is too high."""
+    """A training whose loss or alpha is infinite or NaN, most often of too high a learning rate."""
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
