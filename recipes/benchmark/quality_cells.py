@@ -115,8 +115,9 @@ class Cell:
     @property
     def plan(self) -> Cell:
         """The cell that finds the plan which this one retrains."""
-        method = METHODS[self.method].plan_of or self.method
-        return Cell("find", method, self.budget, self.seed, self.find_rate)
+        method = METHODS[self.method]
+        seed = self.seed if method.plan_seed is None else method.plan_seed
+        return Cell("find", method.plan_of or self.method, self.budget, seed, self.find_rate)
 
 
 class Store:

@@ -168,6 +168,8 @@ class Method:
     for the budget's uniform plan."""
     plan_of: str | None = None
     """The method whose plans are retrained; default: its own."""
+    plan_seed: int | None = None
+    """The seed whose plan is retrained at every seed; default: each its own."""
     rates_of: str | None = None
     """The method whose tuned learning rates are used; default: its own."""
     first: Callable[[Setting], dict[str, Tensor]] | None = None
@@ -187,6 +189,7 @@ def _without_prior(**options) -> Method:
 
 
 RANDOM_PLANS = 5
+COMPARED = 2  # searches of which each plan is retrained with all seeds
 # What matters most first: a run that is cut off has compared the search with the first ones.
 METHODS = {
     "uniform": Method(uniform),
@@ -206,6 +209,10 @@ METHODS = {
     **{
         f"random_{i}": Method(partial(random_ranks, number=i), rates_of="random_0")
         for i in range(1, RANDOM_PLANS)
+    },
+    **{
+        f"search_seed_{i}": replace(_searches(), plan_of="search", plan_seed=i, rates_of="search")
+        for i in range(COMPARED)
     },
     "search_gumbel": _without_prior(relaxation="gumbel", temperature=TEMPERATURES["gumbel"]),
     "search_softmax": _without_prior(relaxation="softmax", temperature=TEMPERATURES["softmax"]),

@@ -26,7 +26,7 @@ BENCHMARK = Path(__file__).parents[2] / "recipes" / "benchmark"
 PUBLISHED = BENCHMARK / "results" / "quality"
 CPU = torch.device("cpu")
 METHODS = {"uniform", "search", "search_independent", "search_slow", "search_fast"}
-METHODS |= {"search_descent", "search_no_prior"}
+METHODS |= {"search_descent", "search_no_prior", "search_seed_0", "search_seed_1"}
 METHODS |= {"search_fast_independent", "search_gumbel", "search_softmax", "search_order2"}
 METHODS |= {"adalora", "eva", "eva_init", "svd", "gradient", "fisher", "attention", "mlp"}
 METHODS |= {f"random_{number}" for number in range(5)}
@@ -93,7 +93,7 @@ def test_every_method_has_a_plan_within_the_budget(records):
         assert 0.7 * budget < record["parameters"] <= budget, method
         assert 0 < record["loss"] < 10 and 0 <= record["exact_match"] <= 1
     plans = {r["method"]: r["ranks"] for r in records if r["stage"] == "find" and r["seed"] == 0}
-    for method in METHODS - {"eva_init"}:  # EVA's plan
+    for method in METHODS - {"eva_init", "search_seed_0", "search_seed_1"}:  # plans of others
         if method.startswith(("search_", "random", "svd", "gradient", "fisher")):
             assert set(plans[method]) <= {0, 1, 2, 4}, method
     assert set(plans["search"]) <= {0, 1, 2, 3, 4}
@@ -102,6 +102,26 @@ def test_every_method_has_a_plan_within_the_budget(records):
     assert [rank > 0 for rank in plans["mlp"]] == [not on for on in attention]
     searches = [r for r in records if r["stage"] == "find" and r["method"] == "search"]
     assert all(len(r["expected_ranks"]) == len(r["ranks"]) for r in searches)
+
+
+def test_the_plan_of_one_search_is_retrained_with_every_seed(everything, finished, records):
+    from quality_cells import Cell, Store, cells
+
+    options, store = (
+        replace(everything[0], methods=["search_seed_1"], seeds=[0, 1]),
+        Store(finished),
+    )
+    of_it = [cell for cell in cells(options, store) if cell.method != "uniform"]
+    (search,) = {cell for cell in of_it if cell.stage == "find" and cell.seed < 1000}
+    finals = [cell for cell in of_it if cell.method == "search_seed_1"]
+    assert (search.method, search.seed) == ("search", 1)
+    assert [(cell.stage, cell.seed, cell.plan) for cell in finals] == [
+        ("final", seed, search) for seed in (0, 1)
+    ]
+    found = {(r["stage"], r["method"], r["seed"]): r for r in records if r["budget"] == 2}
+    own, again = found["final", "search", 0], found["final", "search_seed_0", 0]
+    assert again["loss"] == pytest.approx(own["loss"], rel=1e-5)  # the same plan, seed and rate
+    assert Cell("final", "search", 2, 1, 0.01, 0.01).plan.seed == 1
 
 
 def test_a_second_run_computes_nothing(everything, finished, monkeypatch):
