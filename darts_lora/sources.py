@@ -40,10 +40,17 @@ def load_source(config: DataConfig) -> Source:
     """All splits of the data set that the options name.
 
     Raises:
-        InputError: it cannot be loaded, or a file is missing or empty.
+        InputError: it cannot be loaded, a file is missing or empty, or the embedded data are given
+            files.
     """
     name, files, options = config.dataset, config.data_files, {}
     if name == "embedded":
+        for option in ("data_files", "dataset_config"):
+            if getattr(config, option) is not None:
+                raise InputError(
+                    f"{option}={getattr(config, option)!r}: dataset='embedded' has its own; name "
+                    "what it is of by dataset (json, csv, parquet, a hub name or a folder)"
+                )
         files = {split: str(EMBEDDED / "data" / f"{split}.parquet") for split in ("train", "test")}
         name, options["cache_dir"] = "parquet", _temporary_cache()
     if "/" not in name and not os.path.isdir(name):  # a loader; else files are relative to name

@@ -162,6 +162,13 @@ def test_files_may_be_named_relative_to_a_folder(data_folder):
         load_splits(DataConfig(data_folder, "no.parquet"))
 
 
+@pytest.mark.parametrize("options", [{"data_files": "mine.jsonl"}, {"dataset_config": "main"}])
+def test_the_embedded_data_take_no_files_of_ones_own(options):
+    (given,) = options
+    with pytest.raises(InputError, match=f"{given}='.*': dataset='embedded' has its own; name"):
+        load_splits(DataConfig(**options))
+
+
 def test_missing_files_are_named(source):
     for files in ("no.json", [source, "no.json"], {"train": source, "test": "no.json"}):
         with pytest.raises(InputError, match=r"data_files: no such file: 'no\.json'"):
