@@ -42,16 +42,17 @@ def discretize(
         budget_rank, budget_parameters: the budget of this choice; default: the search's own.
 
     Raises:
-        InputError: a method that needs a budget without one, a budget that the candidate ranks
-            cannot meet, or a genotype without probabilities.
+        InputError: a method that needs a budget without one, argmax with one, a budget that the
+            candidate ranks cannot meet, or a genotype without probabilities.
     """
     genotype = searched if isinstance(searched, Genotype) else Genotype.from_supernet(searched)
     if None in (genotype.probabilities, genotype.shapes, genotype.candidates):
         raise InputError("genotype: holds no probabilities; give one that a search wrote")
     costs = rank_costs(genotype.shapes.values(), genotype.candidates)
     per_rank = sum(parameters_per_rank(*shape) for shape in genotype.shapes.values())
-    budget = resolve_budget(costs, per_rank, budget_rank, budget_parameters)
-    budget = genotype.found_by.get("budget_parameters") if budget is None else budget
+    budget = given = resolve_budget(costs, per_rank, budget_rank, budget_parameters)
+    if given is None:
+        budget = genotype.found_by.get("budget_parameters")
     probabilities = torch.tensor(
         [genotype.probabilities[name] for name in genotype.shapes], dtype=torch.float64
     )
@@ -59,7 +60,7 @@ def discretize(
         proportional = genotype.found_by.get("arch_update") == "proportional"
         method = "proportional" if proportional else "budget"
     method = method or "argmax"
-    _check_method(method, budget)
+    _check_method(method, budget, given)
     ranks = genotype.candidates
     if method == "argmax":
         choice = probabilities.argmax(-1).tolist()
@@ -113,9 +114,13 @@ def choose(values: Tensor, costs: Tensor, budget: float) -> list[int]:
     return _best_within_budget(values.numpy(), costs.cpu().numpy(), budget)
 
 
-def _check_method(method: str, budget: float | None) -> None:
+def _check_method(method: str, budget: float | None, given: float | None) -> None:
     if method not in get_args(Method):
         raise InputError(f"method={method!r}: must be one of {', '.join(get_args(Method))}")
+    if method == "argmax" and given is not None:
+        raise InputError(
+            "method='argmax': keeps to no budget; leave out budget_rank and budget_parameters"
+        )
     if method != "argmax" and budget is None:
         raise InputError(f"method={method!r}: give budget_rank or budget_parameters")
 

@@ -153,6 +153,9 @@ def test_a_genotype_can_be_discretized_again(tmp_path):
 def test_errors():
     with pytest.raises(InputError, match="method='proportional': give budget_rank"):
         discretize(searched(), "proportional")
+    for budget in ({"budget_rank": 1}, {"budget_parameters": 300}):
+        with pytest.raises(InputError, match="method='argmax': keeps to no budget; leave out"):
+            discretize(searched(), "argmax", **budget)
     with pytest.raises(InputError, match="method='best'"):
         discretize(searched(), "best")
     with pytest.raises(InputError, match=r"budget_rank=5: .* outside"):
