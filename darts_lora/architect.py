@@ -39,6 +39,8 @@ class Architect:
         inner_learning_rate: step size of the unrolled weight step (order 2): use the learning rate
             of the weights.
         reduce: averages a gradient over processes, Tensor -> Tensor; None for one process.
+        scaler: of the weights' losses in float16; alpha's are scaled alike, or small gradients
+            would be 0. One that overflows counts as 0. None: no scaling.
 
     Attributes:
         allocation: sets alpha (arch_update "proportional"), which begins even; None: it descends.
@@ -55,8 +57,9 @@ class Architect:
         *,
         inner_learning_rate: float = 1e-3,
         reduce: Callable[[Tensor], Tensor] | None = None,
+        scaler: torch.amp.GradScaler | None = None,
     ):
-        config = supernet.config
+        config, self.scaler = supernet.config, scaler
         self.supernet, self.inner_learning_rate, self.reduce = supernet, inner_learning_rate, reduce
         self.optimizer = SharedAdam(
             [supernet.alpha],
@@ -109,6 +112,8 @@ class Architect:
         """The part of `step` behind the gradient of the validation loss, (N, K); its result."""
         if self.reduce is not None:
             gradient = self.reduce(gradient)
+        if self.scaler is not None and not gradient.isfinite().all():
+            gradient = torch.zeros_like(gradient)  # weight steps overflow too, and lower the scale
         self.gradient_sums = self.gradient_sums.to(gradient.device)
         self.gradient_sums[self.steps % 2] += gradient
         self.steps += 1
@@ -152,9 +157,10 @@ class Architect:
             weights=any(p is not self.supernet.alpha for p in parameters)
         ):
             loss = loss_fn(batch)
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            scale = 1.0 if self.scaler is None else self.scaler.get_scale()
+            gradients = torch.autograd.grad(loss * scale, parameters, allow_unused=True)
         filled = [
-            torch.zeros_like(p) if g is None else g
+            torch.zeros_like(p) if g is None else g / scale
             for p, g in zip(parameters, gradients, strict=True)
         ]
         return loss.detach(), filled

@@ -57,6 +57,7 @@ class BilevelStep:
             supernet,
             inner_learning_rate=training.learning_rate,
             reduce=(lambda g: accelerator.reduce(g, "mean")) if several else None,
+            scaler=accelerator.scaler,
         )
         self.val_loss_fn = partial(loss_fn, supernet.model)
         self.joint = None

@@ -97,8 +97,11 @@ class RankSearch:
                 raise InputError(f"{name} data loader: gives no batch")
         if output_dir is not None:
             check_writable(output_dir)
+        precision = self.training.mixed_precision
+        if precision == "no" and getattr(supernet.model, "dtype", None) == torch.float16:
+            precision = "fp16"  # as in a finetune: small gradients would be 0 without loss scaling
         self.accelerator = accelerator or Accelerator(
-            mixed_precision=self.training.mixed_precision,
+            mixed_precision=precision,
             kwargs_handlers=[DDP_OPTIONS],
             # one order of rows for all processes, although each draws samples of its own
             dataloader_config=DataLoaderConfiguration(

@@ -239,6 +239,11 @@ def _trainable_copy(name: str, module: nn.Module) -> nn.Module:
     # Weights of torchao call themselves floating point, but are of a class of their own.
     if any(type(p) is not nn.Parameter or not p.is_floating_point() for p in module.parameters()):
         raise InputError(f"modules_to_save: {name} has quantized weights, which cannot be trained")
+    if any(p.dtype == torch.float16 for p in module.parameters()):
+        raise InputError(
+            f"modules_to_save: {name} is in float16, too coarse to be trained; load the model in "
+            "bfloat16 or float32 (dtype)"
+        )
     return copy.deepcopy(module).requires_grad_(True)
 
 

@@ -108,6 +108,28 @@ def test_the_gradient_is_taken_at_the_mean_of_the_weights(order):
     assert torch.allclose(seen, expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("order", [1, 2])
+def test_small_gradients_in_float16_are_scaled_as_the_weights_are(order):
+    supernet, exact = make(torch.float32, order=order)
+    val, train, alpha = *batches(torch.float32), supernet.alpha.detach().clone()
+    small = 2.0**-18
+
+    def loss_fn(batch):
+        with torch.autocast("cpu", torch.float16):
+            return loss_of(supernet)(batch) * small
+
+    wanted = alpha_gradient(exact, lambda batch: loss_of(supernet)(batch) * small, val, train)
+    found = {}
+    for scale in (None, 2.0**14, 2.0**60):
+        scaler = None if scale is None else torch.amp.GradScaler("cpu", init_scale=scale)
+        architect = Architect(supernet, inner_learning_rate=0.05, scaler=scaler)
+        supernet.alpha.data.copy_(alpha)
+        found[scale] = alpha_gradient(architect, loss_fn, val, train)
+    error = {s: float((g - wanted).norm() / wanted.norm()) for s, g in found.items()}
+    assert error[None] > 0.3 > 0.05 > error[2.0**14]
+    assert not found[2.0**60].any(), "what overflows counts as 0"
+
+
 def test_gradients_of_loss_and_cost_are_smoothed_alike():
     supernet, architect = make(arch_noise=3.0, budget_rank=1.0)
     train, val = batches()

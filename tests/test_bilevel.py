@@ -10,7 +10,7 @@ from darts_lora.config import TrainingConfig
 from small_models import residual
 
 
-def make(**options):
+def make(accelerator=None, **options):
     supernet = Supernet(residual(), SearchConfig(ranks=(0, 1, 2), **options))
     passes = []
     supernet.model.register_forward_pre_hook(lambda model, args: passes.append(len(args[0])))
@@ -22,7 +22,8 @@ def make(**options):
     def halves(model, batch):
         return [y.pow(2).mean() for y in model(batch).chunk(2)]
 
-    return BilevelStep(supernet, Accelerator(cpu=True), training, loss_fn, halves), passes
+    accelerator = accelerator or Accelerator(cpu=True)
+    return BilevelStep(supernet, accelerator, training, loss_fn, halves), passes
 
 
 def test_weights_train_at_a_part_of_a_finetunes_rate():
@@ -30,6 +31,13 @@ def test_weights_train_at_a_part_of_a_finetunes_rate():
         steps, _ = make(**options)
         (group,) = steps.weights.optimizer.param_groups
         assert group["lr"] == steps.architect.inner_learning_rate == pytest.approx(rate)
+
+
+def test_both_steps_scale_their_losses_alike():
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu")  # what fp16 has on a GPU
+    assert make(accelerator)[0].architect.scaler is accelerator.scaler
+    assert make()[0].architect.scaler is None
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,12 @@ import signal
 import sys
 import time
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
 import torch.utils.tensorboard
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -376,6 +378,22 @@ def test_bf16_computes_in_bf16_and_keeps_alpha_and_weights_in_float32():
     assert seen == {torch.bfloat16}
     parameters = search.supernet.weight_parameters() + search.supernet.arch_parameters()
     assert {p.dtype for p in parameters} == {torch.float32}
+
+
+@pytest.mark.parametrize("given, dtype, used", [
+    ("no", torch.float16, "fp16"), ("bf16", torch.float16, "bf16"),
+    ("no", torch.bfloat16, "no"), ("no", torch.float32, "no"),
+])  # fmt: skip
+def test_a_model_in_float16_is_searched_with_loss_scaling(given, dtype, used, monkeypatch):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    model = type("Half", (torch.nn.Sequential,), {"dtype": dtype})(residual(WIDTH))
+    with mock.patch("darts_lora.search.Accelerator", wraps=Accelerator) as made:
+        RankSearch(
+            Supernet(model, SearchConfig(ranks=(0, 2), budget_rank=1)), loader(), loader(),
+            training=TrainingConfig(max_steps=4, mixed_precision=given), loss_fn=loss_fn,
+        )  # fmt: skip
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert made.call_args.kwargs["mixed_precision"] == used
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path):

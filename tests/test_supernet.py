@@ -225,6 +225,12 @@ def test_a_classifiers_head_is_trained_in_a_copy_and_the_original_comes_back():
     assert not torch.equal(supernet.saved_modules["classifier"].weight, head.weight)
 
 
+def test_a_head_in_float16_is_not_trained():
+    with pytest.raises(InputError, match=r"modules_to_save: classifier is in float16, .* bfloat16"):
+        Supernet(bert().half(), config(budget_rank=1))
+    Supernet(bert().bfloat16(), config(budget_rank=1))
+
+
 def test_named_modules_are_trained_in_full_and_not_searched():
     supernet = Supernet(bert(), config(modules_to_save=["LayerNorm", "pooler"]))
     saved = list(supernet.saved_modules)
