@@ -266,7 +266,7 @@ class TrainingConfig:
     max_grad_norm: float = 1.0
     """Clip the norm of the weights' gradient to this; 0 switches clipping off."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    """Autocast of the forward pass."""
+    """Autocast of the forward pass; fp16, with loss scaling, where the model is in float16."""
     logging_steps: int = 10
     """Steps between two log entries."""
     save_steps: int = 500
