@@ -25,6 +25,7 @@ from darts_lora.errors import InputError, one_line
 from darts_lora.files import write_json
 from darts_lora.label_collator import LabelCollator
 from darts_lora.models import load_model
+from darts_lora.targets import check_fresh
 
 
 @dataclass
@@ -71,6 +72,7 @@ def evaluate(
     # Recomputing activations is for training; generation would lose its cache to it.
     base = load_model(replace(model, gradient_checkpointing=False))
     adapted = _load_adapter(base, config.adapter).to(accelerator.device)
+    check_fresh(adapted, f"adapter={config.adapter!r}")
     options = {
         "batch_size": config.eval_batch_size,
         "exact_match": config.exact_match,

@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from families import WORDS, deberta, make_family
 from peft import LoraConfig, get_peft_model
 
 from darts_lora import InputError
 from darts_lora.collator import IGNORED, Collator
+from darts_lora.config import DataConfig, ModelConfig
 from darts_lora.data import load_splits
 from darts_lora.evaluate import EvaluateConfig, evaluate, score
 from darts_lora.models import load_model, load_processor
@@ -124,6 +126,24 @@ def test_a_loss_that_is_not_finite_is_written_as_null(base_config, rows, collato
     model = load_model(base_config)
     torch.nn.init.constant_(model.lm_head.weight, float("nan"))
     assert score(model, rows, collator)["loss"] is None
+
+
+@pytest.mark.parametrize("saved", [["pooler.dense"], None])
+def test_what_a_checkpoint_lacks_must_come_with_the_adapter(tmp_path, saved):
+    base = ModelConfig(make_family(deberta, str(tmp_path / "base")), task="classification")
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        "".join(f'{{"text": "{w} is it", "label": {i % 2}}}\n' for i, w in enumerate(WORDS))
+    )
+    data = DataConfig("json", {"train": str(path), "test": str(path)})
+    config = LoraConfig(target_modules=["query_proj"], modules_to_save=saved, task_type="SEQ_CLS")
+    get_peft_model(load_model(base), config).save_pretrained(tmp_path / "adapter")
+    wanted = EvaluateConfig(str(tmp_path / "adapter"), compare_base=False)
+    if saved is None:
+        with pytest.raises(InputError, match=r"^adapter='.*no weights for pooler\.dense, and"):
+            evaluate(wanted, base, data)
+    else:
+        assert evaluate(wanted, base, data) == evaluate(wanted, base, data)
 
 
 @pytest.mark.parametrize("option", ["eval_batch_size", "max_new_tokens"])
