@@ -120,7 +120,8 @@ def score(
     """Loss and exact match of a model on rows, each row once, over all processes.
 
     An answer counts as exact where the greedy continuation of its prompt, without special tokens
-    and surrounding blanks, is the reference; a label where it is the most probable one.
+    and surrounding blanks, is the one that training teaches: the reference, with what the chat
+    template writes around it. A label counts where it is the most probable one.
 
     Returns:
         loss (mean per supervised token or row, natural log), exact_match (share of rows, in [0, 1];
@@ -170,12 +171,16 @@ def _row_losses(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Ten
 
 
 def _exact(
-    model: nn.Module, prompt: dict[str, Tensor], answers: list[str], tokenizer, longest: int | None
+    model: nn.Module,
+    prompt: dict[str, Tensor],
+    answers: list[list[int]],
+    tokenizer,
+    longest: int | None,
 ) -> list[float]:
     """1.0 for each row whose generated answer is the reference, else 0.0."""
     if longest is None:
         # One token more than the longest reference tells apart an answer that goes on.
-        longest = 1 + max(map(len, tokenizer(answers, add_special_tokens=False)["input_ids"]))
+        longest = 1 + max(map(len, answers))
     tokens = model.generate(
         **prompt,
         max_new_tokens=longest,
@@ -185,7 +190,8 @@ def _exact(
     )
     new = tokens[:, prompt["input_ids"].shape[1] :]
     texts = tokenizer.batch_decode(new, skip_special_tokens=True)
-    pairs = zip(texts, answers, strict=True)
+    wanted = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    pairs = zip(texts, wanted, strict=True)
     return [float(text.strip() == answer.strip()) for text, answer in pairs]
 
 

@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from families import WORDS, deberta, make_family
+from datasets import Dataset
+from families import TEXT, WORDS, deberta, make_family
 from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from darts_lora import InputError
 from darts_lora.collator import IGNORED, Collator
@@ -15,6 +17,7 @@ from darts_lora.config import DataConfig, ModelConfig
 from darts_lora.data import load_splits
 from darts_lora.evaluate import EvaluateConfig, evaluate, score
 from darts_lora.models import load_model, load_processor
+from small_models import make_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +109,26 @@ def test_the_tokenizers_end_token_ends_answers_too(base_config, answered, collat
     model = load_model(base_config)
     model.generation_config.eos_token_id = None
     assert score(model, answered, collator, max_new_tokens=4)["exact_match"] == 1.0
+
+
+def test_what_the_template_writes_before_an_answer_belongs_to_it():
+    """A model that learnt the rows by heart, of a template like Qwen3's with its empty <think>."""
+    tokenizer = make_tokenizer(
+        "{% for m in messages %}{% if m.role == 'user' %}[U]{% else %}[A]"
+        "{% if loop.last %}e e {% endif %}{% endif %}{{ m.content }}"
+        "{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}[A]{% endif %}"
+    )
+    model = LlamaForCausalLM(LlamaConfig(**TEXT))
+    rows = [{"prompt": a, "completion": b} for a, b in ("ab", "bc", "cd")]
+    collator, optimizer = Collator(tokenizer), torch.optim.AdamW(model.parameters(), 0.01)
+    for _ in range(40):
+        model(**collator(rows)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert score(model, Dataset.from_list(rows), collator)["exact_match"] == 1.0
+    other = [{**row, "completion": "a"} for row in rows]
+    assert score(model, Dataset.from_list(other), collator)["exact_match"] == 0.0
 
 
 def test_base_and_adapter_side_by_side(adapter, base_config, data, rows, collator):
