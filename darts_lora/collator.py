@@ -112,14 +112,29 @@ class Collator:
 
     def evaluation(self, rows: list[dict]) -> dict[str, Any]:
         """A batch for evaluation: "whole" as for training; but for rows of plain text also "prompt"
-        for `generate`, padded on the left, up to each row's last answer, and the "answers"."""
+        for `generate`, padded on the left, up to each row's last answer, and the "answers": the
+        tokens of each that are learnt, without the special ones and blanks at the end."""
         conversations = [self._conversation(row) for row in rows]
         if any(map(_is_plain, conversations)):
             return {"whole": self(rows)}
         questions = [conversation[:-1] for conversation in conversations]
         batch = self._encode(rows, questions, padding_side="left", add_generation_prompt=True)
-        answers = [_text(conversation[-1]["content"]) for conversation in conversations]
+        answers = list(map(self._last_answer, rows, conversations))
         return {"whole": self(rows), "prompt": batch, "answers": answers}
+
+    def _last_answer(self, row: dict, conversation: list[dict]) -> list[int]:
+        """What continues the prompt: templates may write more than the content (an empty <think>)
+        there."""
+        ids, mask = self._plain_mask(row, conversation)
+        prompt = self._tokens(row, conversation[:-1], add_generation_prompt=True)["input_ids"]
+        pairs = enumerate(zip(ids, prompt, strict=False))
+        start = next((i for i, (token, other) in pairs if token != other), len(prompt))
+        image_token = getattr(self.processor, "image_token_id", None)
+        learnt = zip(ids[start:], mask[start:], strict=True)
+        answer = [token for token, own in learnt if own and token != image_token]
+        while answer and not self.tokenizer.decode(answer[-1:], skip_special_tokens=True).strip():
+            answer.pop()
+        return answer
 
     def _conversation(self, row: dict) -> list[dict]:
         """The row's messages as the chat template wants them: processors take lists of parts."""

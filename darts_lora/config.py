@@ -28,7 +28,8 @@ class SearchConfig:
     """Layers to leave out, as in PEFT: a list of name suffixes or a regex."""
     modules_to_save: list[str] | None = None
     """Modules trained in full beside the adapters and saved with them, as in PEFT (name suffixes);
-    a classification model's head is always one. The budget does not count them."""
+    a classification model's head is always one, and so is what its checkpoint has no weights for
+    (mostly a pooler). The budget does not count them."""
     scaling: float = 2.0
     """The factor s = lora_alpha / r before every branch, the same for all ranks."""
     # nested: 1.001 of the oracle's loss on the hard planted problems, independent: 1.008 (5 seeds);

@@ -42,7 +42,9 @@ def make_collator(model: ModelConfig, data: DataConfig) -> Collator | LabelColla
         # RoBERTa has two positions more than it takes tokens: its tokenizer knows.
         known = getattr(processor, "model_max_length", context)
         context = known if context is None else min(context, known)
-        return LabelCollator(processor, data.max_length, model_config.label2id, context)
+        return LabelCollator(
+            processor, data.max_length, model_config.label2id, context, data.pad_to_multiple_of
+        )
     return Collator(processor, data.max_length, data.pad_to_multiple_of, context)
 
 

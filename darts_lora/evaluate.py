@@ -25,6 +25,7 @@ from darts_lora.errors import InputError, one_line
 from darts_lora.files import write_json
 from darts_lora.label_collator import LabelCollator
 from darts_lora.models import load_model
+from darts_lora.targets import check_fresh
 
 
 @dataclass
@@ -71,6 +72,7 @@ def evaluate(
     # Recomputing activations is for training; generation would lose its cache to it.
     base = load_model(replace(model, gradient_checkpointing=False))
     adapted = _load_adapter(base, config.adapter).to(accelerator.device)
+    check_fresh(adapted, f"adapter={config.adapter!r}")
     options = {
         "batch_size": config.eval_batch_size,
         "exact_match": config.exact_match,
@@ -118,7 +120,8 @@ def score(
     """Loss and exact match of a model on rows, each row once, over all processes.
 
     An answer counts as exact where the greedy continuation of its prompt, without special tokens
-    and surrounding blanks, is the reference; a label where it is the most probable one.
+    and surrounding blanks, is the one that training teaches: the reference, with what the chat
+    template writes around it. A label counts where it is the most probable one.
 
     Returns:
         loss (mean per supervised token or row, natural log), exact_match (share of rows, in [0, 1];
@@ -168,12 +171,16 @@ def _row_losses(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Ten
 
 
 def _exact(
-    model: nn.Module, prompt: dict[str, Tensor], answers: list[str], tokenizer, longest: int | None
+    model: nn.Module,
+    prompt: dict[str, Tensor],
+    answers: list[list[int]],
+    tokenizer,
+    longest: int | None,
 ) -> list[float]:
     """1.0 for each row whose generated answer is the reference, else 0.0."""
     if longest is None:
         # One token more than the longest reference tells apart an answer that goes on.
-        longest = 1 + max(map(len, tokenizer(answers, add_special_tokens=False)["input_ids"]))
+        longest = 1 + max(map(len, answers))
     tokens = model.generate(
         **prompt,
         max_new_tokens=longest,
@@ -183,7 +190,8 @@ def _exact(
     )
     new = tokens[:, prompt["input_ids"].shape[1] :]
     texts = tokenizer.batch_decode(new, skip_special_tokens=True)
-    pairs = zip(texts, answers, strict=True)
+    wanted = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    pairs = zip(texts, wanted, strict=True)
     return [float(text.strip() == answer.strip()) for text, answer in pairs]
 
 

@@ -37,7 +37,7 @@ from darts_lora.interruption import Stopped, StopRequest, told_as_input_errors, 
 from darts_lora.label_collator import LabelCollator
 from darts_lora.models import load_model
 from darts_lora.padded import save_padded
-from darts_lora.targets import match_modules, match_saved_modules, task_type
+from darts_lora.targets import check_fresh, match_modules, match_saved_modules, task_type
 
 SUPERNET_NAME = "supernet.safetensors"
 RESULTS = ("finetune.json", "evaluation.json", SAFETENSORS_WEIGHTS_NAME, "adapter_config.json")
@@ -142,7 +142,8 @@ def add_adapter(base: nn.Module, config: FinetuneConfig, genotype: Genotype | No
     """`base` with fresh or inherited LoRA weights.
 
     Raises:
-        InputError: layers that are not in the model, or no searched weights to inherit.
+        InputError: layers that are not in the model, no searched weights to inherit, or a genotype
+            that does not train what the model's checkpoint lacks.
     """
     if genotype is None:
         names = match_modules(base, config.target_modules)
@@ -153,6 +154,7 @@ def add_adapter(base: nn.Module, config: FinetuneConfig, genotype: Genotype | No
     genotype = genotype.with_shapes(base)
     lora_config = genotype.to_lora_config(base, task_type=task_type(base))
     model = get_peft_model(base, lora_config)
+    check_fresh(model, f"genotype={config.genotype!r}")
     if config.init == "inherit":
         _inherit(model, genotype, os.path.join(os.path.dirname(config.genotype), SUPERNET_NAME))
     if config.adapter_dtype == "bfloat16":

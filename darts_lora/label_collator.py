@@ -21,13 +21,19 @@ class LabelCollator:
         max_length: longest sequence in tokens.
         label_ids: name -> number of the model's classes; a label is one or the other.
         context: longest sequence that the model takes, if it says.
+        pad_to_multiple_of: batches are padded to a multiple of this many tokens.
     """
 
     def __init__(
-        self, tokenizer, max_length: int, label_ids: dict[str, int], context: int | None = None
+        self,
+        tokenizer,
+        max_length: int,
+        label_ids: dict[str, int],
+        context: int | None = None,
+        pad_to_multiple_of: int = 1,
     ):
         self.tokenizer, self.max_length, self.context = tokenizer, max_length, context
-        self.label_ids = label_ids
+        self.label_ids, self.pad_to_multiple_of = label_ids, pad_to_multiple_of
 
     def __call__(self, rows: list[dict]) -> dict[str, Tensor]:
         """A training batch, padded on the right.
@@ -42,7 +48,13 @@ class LabelCollator:
         labels = torch.tensor([self._label(row) for row in rows])
         texts = self._texts(rows)
         with naming(rows, "the tokenizer cannot take them"):
-            batch = self.tokenizer(*texts, padding=True, padding_side="right", return_tensors="pt")
+            batch = self.tokenizer(
+                *texts,
+                padding=True,
+                padding_side="right",
+                pad_to_multiple_of=self.pad_to_multiple_of,
+                return_tensors="pt",
+            )
         for row, length in zip(rows, batch["attention_mask"].sum(1).tolist(), strict=True):
             check_length(row, "text", length, self.max_length, self.context)
         return {**batch, "labels": labels}

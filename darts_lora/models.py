@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from torch import nn
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
@@ -44,12 +45,13 @@ EXTRAS = {
 
 def load_model(config: ModelConfig) -> PreTrainedModel:
     """The base model with its weights, in evaluation mode; on the CPU, or, quantized, on the device
-    of this process.
+    of this process. A classifier's `fresh_modules` names the modules that the checkpoint has no
+    weights for.
 
     Raises:
         InputError: the model is not there, or its files cannot be loaded.
     """
-    options = {"dtype": config.dtype}
+    options = {"dtype": config.dtype, "output_loading_info": True}
     if config.gguf_file is not None:
         options["gguf_file"] = config.gguf_file
     model_config = load_model_config(config)
@@ -59,12 +61,14 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
             options["quantization_config"] = _quantization(config, classifier)
         options["device_map"] = {"": PartialState().device}
     if config.num_labels is not None:
-        options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
-    model = _load(auto_class(model_config, config.task), config, config=model_config, **options)
+        options["ignore_mismatched_sizes"] = True
+    loader = auto_class(model_config, config.task)
+    model, info = _load(loader, config, config=model_config, **options)
     if config.num_labels is not None:
-        model, info = model
         _check_head(config, [key for key, *_ in info["mismatched_keys"]])
-    if classifier:  # models that take a decoder's last token find it by this
+    if classifier:
+        model.fresh_modules = _fresh_modules(config, model, info["missing_keys"])
+        # models that take a decoder's last token find it by this
         tokenizer = _tokenizer(load_processor(config))
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     for module in model.modules():
@@ -157,6 +161,23 @@ def _check_head(config: ModelConfig, mismatched: list[str]) -> None:
             f"{other[0]} is not that of the configuration); num_labels={config.num_labels} makes a "
             "new head alone"
         )
+
+
+def _fresh_modules(config: ModelConfig, model: PreTrainedModel, missing: set[str]) -> list[str]:
+    """The modules of weights that the checkpoint lacks. They were drawn at random, and are again at
+    the next load: whoever trains the model must train and save them as well."""
+    weights = [name for name, _ in model.named_parameters() if name in missing]
+    names = list(dict.fromkeys(name.rpartition(".")[0] for name in weights))
+    for name in names:
+        module = model.get_submodule(name)
+        # bitsandbytes leaves such weights whole, but in a layer that cannot compute with them
+        if config.quantization and isinstance(module, nn.Linear) and type(module) is not nn.Linear:
+            raise InputError(
+                f"quantization={config.quantization!r}: the checkpoint "
+                f"{config.model_name_or_path!r} has no weights for {name}; leave quantization out, "
+                "or save the model once by AutoModelForSequenceClassification and name that folder"
+            )
+    return names
 
 
 def _quantization(config: ModelConfig, classifier: bool) -> BitsAndBytesConfig | TorchAoConfig:

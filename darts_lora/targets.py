@@ -7,8 +7,9 @@ import difflib
 import re
 from collections.abc import Collection
 
-from peft import LoraConfig, TaskType
+from peft import LoraConfig, PeftModel, TaskType
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils import ModulesToSaveWrapper
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 from transformers import PreTrainedModel
@@ -39,6 +40,7 @@ def match_modules(
     lora = LoraConfig(
         target_modules="all-linear" if named_parts else target_modules,
         exclude_modules=exclude_modules,
+        modules_to_save=_fresh(model) or None,
         task_type=task_type(model),
     )
     lora = _maybe_include_all_linear_layers(lora, model)
@@ -106,7 +108,8 @@ def task_type(model: nn.Module) -> TaskType | None:
 
 def match_saved_modules(model: nn.Module, modules_to_save: list[str] | None) -> list[str]:
     """Names of the modules that are trained in full and saved with the adapter, as PEFT matches
-    them: by the end of their names. The head of a classification model is always one of them.
+    them: by the end of their names. The head of a classification model is always one of them, and
+    so is what its checkpoint has no weights for.
 
     Raises:
         InputError: a name that matches no module.
@@ -120,8 +123,33 @@ def match_saved_modules(model: nn.Module, modules_to_save: list[str] | None) -> 
                 f"{', '.join(near)}"
             )
     keys = [*(modules_to_save or ()), *(SEQ_CLS_HEAD_NAMES if task_type(model) else ())]
-    matched = [name for name in names if name.endswith(tuple(keys))]
+    fresh = _fresh(model)
+    matched = [name for name in names if name.endswith(tuple(keys)) or name in fresh]
     return [name for name in matched if not any(_is_inside(name, outer) for outer in matched)]
+
+
+def check_fresh(model: PeftModel, source: str) -> None:
+    """What the base's checkpoint has no weights for is trained in full and saved with the adapter.
+
+    Args:
+        source: the option, and its value, that says what is saved.
+
+    Raises:
+        InputError: it is not, and so would be another one at each load.
+    """
+    base = model.get_base_model()
+    modules = base.named_modules()
+    saved = [name for name, module in modules if isinstance(module, ModulesToSaveWrapper)]
+    for name in _fresh(base):
+        if not any(name == outer or _is_inside(name, outer) for outer in saved):
+            raise InputError(
+                f"{source}: the model's checkpoint has no weights for {name}, and modules_to_save "
+                "does not name it; search and finetune with this model anew"
+            )
+
+
+def _fresh(model: nn.Module) -> list[str]:
+    return getattr(model, "fresh_modules", [])  # load_model's
 
 
 def check_matches(

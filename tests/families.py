@@ -163,6 +163,13 @@ def bert(folder: str) -> None:
     tokenizer().save_pretrained(folder)
 
 
+def deberta(folder: str) -> None:
+    """As DeBERTa is published: without the pooler and the head of a classifier."""
+    config = t.DebertaV2Config(**{k: v for k, v in TEXT.items() if k != "num_key_value_heads"})
+    t.DebertaV2ForMaskedLM(config).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+
+
 TEXT_FAMILIES = {
     "llama": text_family(t.LlamaConfig),
     "qwen2": text_family(t.Qwen2Config),

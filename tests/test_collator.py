@@ -63,12 +63,41 @@ def test_prompts_are_padded_on_the_left_up_to_the_last_answer():
     rows = [{"messages": turns("a b", "c d", "e", "f")}, {"prompt": "a", "completion": "b c"}]
     whole = Collator(make_tokenizer(UNMARKED)).evaluation(rows)
     batch = whole["prompt"]
-    assert whole["answers"] == ["f", "b c"] and set(whole) == {"whole", "prompt", "answers"}
+    assert whole["answers"] == [[11], [7, 8]] and set(whole) == {"whole", "prompt", "answers"}
     assert batch["input_ids"].tolist() == [
         [1, 4, 6, 7, 5, 8, 9, 2, 4, 10, 5],
         [0, 0, 0, 0, 0, 0, 0, 1, 4, 6, 5],
     ]
     assert batch["attention_mask"][1].tolist() == [0] * 7 + [1] * 4
+
+
+THINKING = "{% if loop.index0 == 3 %}e e {% endif %}"  # as Qwen3's template writes an empty <think>
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (UNMARKED.replace("[A]", "[A]" + THINKING, 1), [10, 10, 6, 7]),
+        (TEMPLATE.replace("{% generation %}", "{% generation %}" + THINKING), [10, 10, 6, 7]),
+        # written by the prompt, so no part of what continues it
+        (
+            TEMPLATE.replace("{% generation %}", "{% generation %}" + THINKING).replace(
+                "[A]{% endif %}", "[A]e e {% endif %}"
+            ),
+            [6, 7],
+        ),
+        (UNMARKED.replace("{{ eos_token }}", "{{ eos_token }}{{ eos_token }}"), [6, 7]),
+        (UNMARKED.replace("{{ eos_token }}", ""), [6, 7]),
+        (None, [6, 7]),
+    ],
+)  # fmt: skip
+def test_answers_are_what_is_learnt_behind_the_prompt(template, expected):
+    collator = Collator(make_tokenizer(template))
+    rows = [{"messages": turns("c ", "d d ", "c ", "a b")}]
+    whole = collator.evaluation(rows)
+    assert whole["answers"] == [expected]
+    learnt = [token for token in whole["whole"]["labels"][0].tolist() if token not in (IGNORED, 2)]
+    assert learnt[-len(expected) :] == expected
 
 
 def test_a_model_without_a_chat_template_takes_the_texts_as_they_are():
@@ -209,7 +238,7 @@ def test_parts_without_a_chat_template():
     assert batch["input_ids"].tolist() == [[1, 6, 7, 8, 2]]
     assert batch["labels"].tolist() == [[IGNORED] * 3 + [8, 2]]
     whole = collator.evaluation(rows)
-    assert whole["prompt"]["input_ids"].tolist() == [[1, 6, 7]] and whole["answers"] == ["c"]
+    assert whole["prompt"]["input_ids"].tolist() == [[1, 6, 7]] and whole["answers"] == [[8]]
 
 
 def test_images_without_a_chat_template(llava):

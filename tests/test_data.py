@@ -11,12 +11,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
+from families import TEXT_FAMILIES, bert, make_family
 
 from darts_lora import RankSearch, SearchConfig, Supernet
 from darts_lora.collator import Collator
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
 from darts_lora.data import (
     load_splits,
+    make_collator,
     make_dataloader,
     search_dataloaders,
     split_record,
@@ -45,6 +47,19 @@ def source(tmp_path):
     """A jsonl file of 40 prompt/completion rows."""
     rows = [{"prompt": f"q{i}", "completion": f"a{i}"} for i in range(40)]
     return write(tmp_path / "rows.jsonl", rows)
+
+
+@pytest.mark.parametrize(
+    ("make", "rows"),
+    [
+        (bert, [{"text": "red green", "label": 0}, {"text": "red", "label": 1}]),
+        (TEXT_FAMILIES["llama"], [{"prompt": "is it", "completion": "red"}]),
+    ],
+)
+def test_batches_have_few_shapes_whatever_the_task(tmp_path, make, rows):
+    model = ModelConfig(make_family(make, str(tmp_path)))
+    batch = make_collator(model, DataConfig(pad_to_multiple_of=16))(rows)
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (len(rows), 16)
 
 
 def test_the_embedded_splits_are_disjoint_and_the_same_each_time():

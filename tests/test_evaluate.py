@@ -6,13 +6,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from datasets import Dataset
+from families import TEXT, WORDS, deberta, make_family
 from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from darts_lora import InputError
 from darts_lora.collator import IGNORED, Collator
+from darts_lora.config import DataConfig, ModelConfig
 from darts_lora.data import load_splits
 from darts_lora.evaluate import EvaluateConfig, evaluate, score
 from darts_lora.models import load_model, load_processor
+from small_models import make_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +111,26 @@ def test_the_tokenizers_end_token_ends_answers_too(base_config, answered, collat
     assert score(model, answered, collator, max_new_tokens=4)["exact_match"] == 1.0
 
 
+def test_what_the_template_writes_before_an_answer_belongs_to_it():
+    """A model that learnt the rows by heart, of a template like Qwen3's with its empty <think>."""
+    tokenizer = make_tokenizer(
+        "{% for m in messages %}{% if m.role == 'user' %}[U]{% else %}[A]"
+        "{% if loop.last %}e e {% endif %}{% endif %}{{ m.content }}"
+        "{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}[A]{% endif %}"
+    )
+    model = LlamaForCausalLM(LlamaConfig(**TEXT))
+    rows = [{"prompt": a, "completion": b} for a, b in ("ab", "bc", "cd")]
+    collator, optimizer = Collator(tokenizer), torch.optim.AdamW(model.parameters(), 0.01)
+    for _ in range(40):
+        model(**collator(rows)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert score(model, Dataset.from_list(rows), collator)["exact_match"] == 1.0
+    other = [{**row, "completion": "a"} for row in rows]
+    assert score(model, Dataset.from_list(other), collator)["exact_match"] == 0.0
+
+
 def test_base_and_adapter_side_by_side(adapter, base_config, data, rows, collator):
     folder, parameters = adapter
     results = evaluate(EvaluateConfig(str(folder)), base_config, data)
@@ -124,6 +149,24 @@ def test_a_loss_that_is_not_finite_is_written_as_null(base_config, rows, collato
     model = load_model(base_config)
     torch.nn.init.constant_(model.lm_head.weight, float("nan"))
     assert score(model, rows, collator)["loss"] is None
+
+
+@pytest.mark.parametrize("saved", [["pooler.dense"], None])
+def test_what_a_checkpoint_lacks_must_come_with_the_adapter(tmp_path, saved):
+    base = ModelConfig(make_family(deberta, str(tmp_path / "base")), task="classification")
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        "".join(f'{{"text": "{w} is it", "label": {i % 2}}}\n' for i, w in enumerate(WORDS))
+    )
+    data = DataConfig("json", {"train": str(path), "test": str(path)})
+    config = LoraConfig(target_modules=["query_proj"], modules_to_save=saved, task_type="SEQ_CLS")
+    get_peft_model(load_model(base), config).save_pretrained(tmp_path / "adapter")
+    wanted = EvaluateConfig(str(tmp_path / "adapter"), compare_base=False)
+    if saved is None:
+        with pytest.raises(InputError, match=r"^adapter='.*no weights for pooler\.dense, and"):
+            evaluate(wanted, base, data)
+    else:
+        assert evaluate(wanted, base, data) == evaluate(wanted, base, data)
 
 
 @pytest.mark.parametrize("option", ["eval_batch_size", "max_new_tokens"])

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers as t
-from families import bert, make_family
+from families import bert, deberta, make_family
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -103,14 +103,18 @@ def test_the_padded_folder_gives_the_same_logits_by_one_rank(
     assert {min(value.shape) for value in wide.values()} == {4}
 
 
-def test_a_classifiers_head_is_trained_and_saved_with_the_adapter(tmp_path):
-    folder = make_family(bert, str(tmp_path / "bert"))
+def label_data(folder):
     rows = [{"text": f"it is {c}", "label": i} for i, c in enumerate(("red", "green", "blue"))]
     for split in ("train", "test"):
         text = "".join(json.dumps(row) + "\n" for row in 4 * rows)
-        (tmp_path / f"{split}.jsonl").write_text(text)
-    files = {split: str(tmp_path / f"{split}.jsonl") for split in ("train", "test")}
-    data, model = DataConfig("json", files), ModelConfig(folder)
+        (folder / f"{split}.jsonl").write_text(text)
+    return DataConfig(
+        "json", {split: str(folder / f"{split}.jsonl") for split in ("train", "test")}
+    )
+
+
+def test_a_classifiers_head_is_trained_and_saved_with_the_adapter(tmp_path):
+    data, model = label_data(tmp_path), ModelConfig(make_family(bert, str(tmp_path / "bert")))
     config = FinetuneConfig(None, rank=2, output_dir=str(tmp_path / "out"))
     trained, record = finetune(config, model, data, TRAINING)
     head = load_model(model).classifier
@@ -124,6 +128,34 @@ def test_a_classifiers_head_is_trained_and_saved_with_the_adapter(tmp_path):
     ids = torch.randint(0, 11, (4, 7))
     loaded = PeftModel.from_pretrained(load_model(model), tmp_path / "out").eval()
     assert torch.allclose(loaded(ids).logits, trained.eval()(ids).logits, atol=1e-6)
+
+
+@pytest.mark.parametrize("searched", [False, True])
+def test_what_a_checkpoint_lacks_is_trained_and_saved_with_the_adapter(tmp_path, searched):
+    """Each load draws DeBERTa's pooler anew: the adapter must bring the one that was trained."""
+    folder, path = make_family(deberta, str(tmp_path / "deberta")), None
+    model = ModelConfig(folder, task="classification", num_labels=3)
+    if searched:
+        path = str(tmp_path / "genotype.json")
+        supernet = Supernet(load_model(model), SearchConfig(ranks=(1, 2)))
+        assert list(supernet.saved_modules) == ["pooler.dense", "classifier"]
+        found = Genotype.from_supernet(supernet)
+        found.save(path)
+    config = FinetuneConfig(path, rank=2, output_dir=str(tmp_path / "out"))
+    trained, _ = finetune(config, model, label_data(tmp_path), TRAINING)
+    pooler = trained.base_model.model.pooler.dense
+    assert not torch.equal(pooler.weight, pooler.original_module.weight)
+    saved = weights(tmp_path / "out")["base_model.model.pooler.dense.weight"]
+    assert torch.equal(saved, pooler.weight)
+    ids = torch.randint(0, 11, (4, 7))
+    loaded = PeftModel.from_pretrained(load_model(model), tmp_path / "out").eval()
+    assert torch.allclose(loaded(ids).logits, trained.eval()(ids).logits, atol=1e-6)
+    if searched:
+        old = replace(found, modules_to_save=["classifier"])
+        with pytest.raises(
+            InputError, match=r"^genotype='old\.json': .* no weights for pooler\.dense"
+        ):
+            add_adapter(load_model(model), FinetuneConfig("old.json"), old)
 
 
 def test_a_head_of_two_layers_is_trained_in_full_without_a_genotype():

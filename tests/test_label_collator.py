@@ -32,6 +32,15 @@ def test_labels_against_a_hand_made_expectation(side):
     assert all(torch.equal(whole["whole"][name], batch[name]) for name in batch)
 
 
+def test_batches_are_padded_to_a_multiple():
+    collator = LabelCollator(make_tokenizer(None), 8, LABELS, pad_to_multiple_of=4)
+    rows = [{"text": "a b c d e", "label": 0}, {"text": "a", "label": 1}]
+    for made, length in ((rows, 8), (rows[1:], 4)):
+        batch = collator(made)
+        assert batch["input_ids"].shape == batch["attention_mask"].shape == (len(made), length)
+        assert batch["attention_mask"].sum(1).tolist() == [5, 1][-len(made) :]
+
+
 def test_pairs_of_texts_are_one_sequence():
     rows = [
         {"text": "a b", "text_pair": "c", "label": 0},

@@ -10,7 +10,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from families import IMAGE_FAMILIES, TEXT_FAMILIES, TORCHVISION_FAMILIES, bert, make_family
+from families import IMAGE_FAMILIES, TEXT_FAMILIES, TORCHVISION_FAMILIES, bert, deberta, make_family
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -130,7 +130,7 @@ def test_the_longest_sequence_is_that_of_the_text(config, length):
 def test_a_classifier_from_a_folder(tmp_path):
     folder = make_family(bert, str(tmp_path))
     model = load_model(ModelConfig(folder))
-    assert model.config.num_labels == 3
+    assert model.config.num_labels == 3 and model.fresh_modules == []
     reference = AutoModelForSequenceClassification.from_pretrained(folder)
     ids = torch.randint(0, 64, (2, 5))
     assert torch.equal(model(ids).logits, reference.eval()(ids).logits)
@@ -141,7 +141,7 @@ def test_another_number_of_labels_makes_a_new_head_and_nothing_else_new(tmp_path
     config = ModelConfig(folder, num_labels=5)
     model, reference = load_model(config), load_model(ModelConfig(folder))
     assert load_model_config(config).num_labels == 5
-    assert model.classifier.weight.shape == (5, 16)
+    assert model.classifier.weight.shape == (5, 16) and model.fresh_modules == []
     assert (reference.classifier.weight.shape, model.config.num_labels) == ((3, 16), 5)
     for name, value in model.bert.state_dict().items():
         assert torch.equal(value, reference.bert.state_dict()[name]), name
@@ -149,6 +149,28 @@ def test_another_number_of_labels_makes_a_new_head_and_nothing_else_new(tmp_path
     path.write_text(json.dumps({**json.loads(path.read_text()), "intermediate_size": 12}))
     with pytest.raises(InputError, match=r"the shape of bert\.\S+ is not that .* new head alone"):
         load_model(config)
+
+
+def test_what_a_classifiers_checkpoint_lacks_is_named(tmp_path):
+    config = ModelConfig(make_family(deberta, str(tmp_path)), task="classification")
+    first, second = load_model(config), load_model(config)
+    assert first.fresh_modules == ["pooler.dense", "classifier"]
+    drawn = {
+        name for name, p in first.named_parameters() if not p.equal(second.get_parameter(name))
+    }
+    assert drawn == {"pooler.dense.weight", "classifier.weight"}, "biases are 0"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_that_is_left_out_or_tied_is_not_new(text_model, tmp_path, tied):
+    source = load_model(ModelConfig(text_model))
+    source.config.tie_word_embeddings = tied
+    source.tie_weights()
+    source.save_pretrained(tmp_path)
+    load_processor(ModelConfig(text_model)).save_pretrained(tmp_path)
+    assert not hasattr(load_model(ModelConfig(str(tmp_path))), "fresh_modules")
+    model = load_model(ModelConfig(str(tmp_path), task="classification"))
+    assert model.fresh_modules == ["score"]
 
 
 @pytest.mark.parametrize("pad_token_id", [None, 1])

@@ -5,7 +5,7 @@ import contextlib
 
 import pytest
 import torch
-from families import TEXT_FAMILIES, bert, make_family
+from families import TEXT_FAMILIES, bert, deberta, make_family
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
 
@@ -140,6 +140,23 @@ def test_an_adapters_gradients_before_and_after_an_evaluation(folder, kind, dtyp
     gradients(model, parameters)
     model.train()
     check_close(gradients(model, parameters), before, 1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_checkpoint_lacks_is_trained_whole_or_refused(kind, tmp_path):
+    folder = make_family(deberta, str(tmp_path))
+    config = ModelConfig(folder, task="classification", quantization=kind)
+    if kind != "int8":  # bitsandbytes has no layer for it
+        with pytest.raises(
+            InputError, match=rf"^quantization='{kind}': .* for pooler\.dense; leave"
+        ):
+            load_model(config)
+        return
+    supernet = supernet_over(load_model(config))
+    ids = IDS.to(supernet.model.device)
+    supernet.model(input_ids=ids, labels=ids[:, 0] % 2).loss.backward()
+    for parameter in supernet.saved_modules["pooler.dense"].parameters():
+        assert parameter.grad.abs().max() > 0
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -15,6 +15,7 @@ from darts_lora import InputError
 from darts_lora.config import ModelConfig
 from darts_lora.models import load_model
 from darts_lora.targets import (
+    check_fresh,
     check_matches,
     match_modules,
     match_saved_modules,
@@ -209,6 +210,33 @@ def test_modules_inside_others_are_not_saved_twice():
     found = match_saved_modules(llama(), ["layers.0.mlp", "proj"])
     assert "model.layers.0.mlp" in found and "model.layers.1.mlp.up_proj" in found
     assert not [n for n in found if n.startswith("model.layers.0.mlp.")]
+
+
+def test_what_a_checkpoint_lacks_is_trained_in_full_and_not_searched():
+    model = CLASSIFIERS["bert"]()
+    assert "bert.pooler.dense" in match_modules(model, "all-linear")
+    assert match_saved_modules(model, None) == ["classifier"]
+    model.fresh_modules = ["bert.pooler.dense", "classifier"]
+    assert match_saved_modules(model, None) == ["bert.pooler.dense", "classifier"]
+    assert match_saved_modules(model, ["pooler"]) == ["bert.pooler", "classifier"]
+    for targets in ("all-linear", ["query", "dense"]):
+        found = match_modules(model, targets)
+        assert "bert.pooler.dense" not in found and len(found) > 2
+
+
+@pytest.mark.parametrize(
+    ("saved", "lacking"),
+    [(["pooler.dense"], None), (["pooler"], None), (["LayerNorm"], "pooler.dense")],
+)
+def test_an_adapter_must_have_what_the_checkpoint_lacks(saved, lacking):
+    model = CLASSIFIERS["bert"]()
+    model.fresh_modules = ["bert.pooler.dense", "classifier"]
+    peft = LoraConfig(target_modules=["query"], modules_to_save=saved, task_type="SEQ_CLS")
+    adapted = get_peft_model(model, peft)
+    if lacking is None:
+        return check_fresh(adapted, "adapter='x'")
+    with pytest.raises(InputError, match=rf"^adapter='x': .*no weights for bert\.{lacking}, and"):
+        check_fresh(adapted, "adapter='x'")
 
 
 def test_a_module_to_save_that_is_not_there():
