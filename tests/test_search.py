@@ -45,13 +45,13 @@ def loss_fn(model, batch):
     return (model(batch[1]) - batch[2]).pow(2).mean()
 
 
-def make(output_dir=None, loss=loss_fn, train=None, course=None, **options):
+def make(output_dir=None, loss=loss_fn, train=None, course=None, model=None, **options):
     names = TrainingConfig.__dataclass_fields__
     training = {key: options.pop(key) for key in list(options) if key in names}
     training = {"max_steps": 12, "learning_rate": 0.01, "logging_steps": 4, **training}
     config = SearchConfig(**{"ranks": (0, 1, 2, 4), "budget_rank": 2, **options})
     return RankSearch(
-        Supernet(residual(WIDTH), config),
+        Supernet(residual(WIDTH) if model is None else model, config),
         loader() if train is None else train,
         loader(first=1000, seed=1),
         training=TrainingConfig(**training),
