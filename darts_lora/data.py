@@ -202,6 +202,13 @@ def _cut(
     return kept, held
 
 
+def process_share(rows: Rows, process: int, processes: int) -> Rows:
+    """Every `processes`-th row, from row `process` on: the shares of all have each row once."""
+    if isinstance(rows, IterableDataset):
+        return rows.filter(lambda _, i: i % processes == process, with_indices=True)
+    return rows.select(range(process, len(rows), processes))
+
+
 def make_dataloader(
     dataset: Rows,
     collate: Callable[[list[dict]], Any],

@@ -244,6 +244,7 @@ def _arguments(training: TrainingConfig, output_dir: str, seed: int) -> Training
         save_strategy="no",  # its checkpoints are pickles; _SaveAdapter writes safetensors
         dataloader_num_workers=training.num_workers,
         dataloader_pin_memory=torch.cuda.is_available(),
+        accelerator_config={"dispatch_batches": False},  # of a stream: batches are of all lengths
         remove_unused_columns=False,  # the collator reads the columns
         label_names=["labels"],
         report_to=["tensorboard"] if find_spec("tensorboard") else [],

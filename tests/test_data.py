@@ -18,6 +18,7 @@ from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
 from darts_lora.data import (
     load_splits,
     make_dataloader,
+    process_share,
     search_dataloaders,
     split_record,
     training_rows,
@@ -383,6 +384,17 @@ def test_another_library_may_read_a_stream_with_more_workers(stream):
     rows = training_rows(stream())
     loader = torch.utils.data.DataLoader(rows, 8, collate_fn=numbers, num_workers=2)
     assert sorted(chain(*loader)) == list(range(400))
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["", "stream"])
+def test_the_shares_of_processes_have_each_row_once(stream, streaming):
+    config = stream(max_test_samples=7, test_split=None)
+    config.streaming = streaming
+    rows = load_splits(config, ["test"])["test"]
+    for processes, sizes in ((1, [7]), (3, [3, 2, 2]), (8, [1] * 7 + [0])):
+        shares = [numbers(process_share(rows, i, processes)) for i in range(processes)]
+        assert [len(share) for share in shares] == sizes
+        assert sorted(chain(*shares)) == numbers(rows)
 
 
 def test_search_dataloaders_of_streams(stream):
