@@ -227,7 +227,7 @@ def train(
 
 
 def _arguments(training: TrainingConfig, output_dir: str, seed: int) -> TrainingArguments:
-    return TrainingArguments(
+    args = TrainingArguments(
         output_dir=output_dir,
         max_steps=training.max_steps,
         per_device_train_batch_size=training.batch_size,
@@ -251,6 +251,9 @@ def _arguments(training: TrainingConfig, output_dir: str, seed: int) -> Training
         use_cpu=PartialState().device.type == "cpu",  # else it refuses bf16 there
         seed=seed,
     )
+    # One process uses one GPU, as in a search; the Trainer would feed all of them (DataParallel).
+    args._n_gpu = min(args.n_gpu, 1)
+    return args
 
 
 class _Trainer(Trainer):
