@@ -415,6 +415,9 @@ def test_options_that_cannot_work_are_refused_before_any_step(tmp_path):
         make(warmup_steps=12)
     with pytest.raises(InputError, match=r"train data loader: gives no batch"):
         make(train=loader(rows=4))
+    incomplete = DataLoader(split(12, 0, 0), 8)
+    with pytest.raises(InputError, match=r"joint=true: the train split's last batch"):
+        make(train=incomplete, joint=True)
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"output_dir=.*file'?.*: cannot be written"):
         make(tmp_path / "file" / "below")
