@@ -21,8 +21,11 @@ from darts_lora.supernet import Supernet
 from darts_lora.weights import WeightStep
 
 # Every layer's membership is a constant buffer: not to be sent anew before each forward. Gradients
-# are views of what DDP reduces: no second copy of them.
-DDP_OPTIONS = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+# are views of what DDP reduces: no second copy of them. Layers may rest: the last ones of a vision
+# tower that is read before its end, all of it on rows without images.
+DDP_OPTIONS = DistributedDataParallelKwargs(
+    broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=True
+)
 
 
 class BilevelStep:

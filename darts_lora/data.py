@@ -3,8 +3,10 @@ Not here: where rows come from (sources.py), what they mean (rows.py), batches (
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -204,6 +206,13 @@ def _cut(
     return kept, held
 
 
+def process_share(rows: Rows, process: int, processes: int) -> Rows:
+    """Every `processes`-th row, from row `process` on: the shares of all have each row once."""
+    if isinstance(rows, IterableDataset):
+        return rows.filter(lambda _, i: i % processes == process, with_indices=True)
+    return rows.select(range(process, len(rows), processes))
+
+
 def make_dataloader(
     dataset: Rows,
     collate: Callable[[list[dict]], Any],
@@ -216,11 +225,16 @@ def make_dataloader(
 ) -> DataLoader:
     """Batches of `batch_size` rows through `collate`; `seed` fixes the order of all epochs.
 
-    `drop_last` leaves an incomplete batch out, but never the only one. A stream is shuffled within
-    a buffer of rows (anew after its `set_epoch`), never drops the last batch, and has one worker at
-    most.
+    `drop_last` leaves an incomplete batch out, but never the only one (of a stream: of all
+    processes together). A stream is shuffled within a buffer of rows (anew after its `set_epoch`),
+    and has one worker at most.
     """
     stream = isinstance(dataset, IterableDataset)
+    if drop_last and stream:
+        whole = batch_size * int(os.environ.get("WORLD_SIZE", "1"))
+        drop_last = len(list(islice(dataset, whole))) == whole
+    elif drop_last:
+        drop_last = len(dataset) >= batch_size
     if stream and shuffle:
         dataset = dataset.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
     if stream:
@@ -234,7 +248,7 @@ def make_dataloader(
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         multiprocessing_context=worker_context(num_workers),
-        drop_last=drop_last and not stream and len(dataset) >= batch_size,
+        drop_last=drop_last,
         pin_memory=torch.cuda.is_available(),
     )
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -20,7 +21,7 @@ from tqdm import tqdm
 from darts_lora.bounds import check_bounds
 from darts_lora.collator import IGNORED, Collator
 from darts_lora.config import DataConfig, ModelConfig
-from darts_lora.data import Rows, load_splits, make_collator, make_dataloader
+from darts_lora.data import Rows, load_splits, make_collator, make_dataloader, process_share
 from darts_lora.errors import InputError, one_line
 from darts_lora.files import write_json
 from darts_lora.label_collator import LabelCollator
@@ -130,21 +131,22 @@ def score(
     """
     accelerator = accelerator or Accelerator()
     model.eval()
+    # accelerate's shares repeat rows, and of a stream it does not know which
+    rows = process_share(rows, accelerator.process_index, accelerator.num_processes)
     loader = make_dataloader(rows, collator.evaluation if exact_match else collator, batch_size)
-    loader = accelerator.prepare_data_loader(loader, device_placement=True)
-    totals = torch.zeros(4, dtype=torch.float64)
+    totals = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
     quiet = {"disable": not accelerator.is_main_process}
     quiet["mininterval"] = 0.5 if sys.stderr.isatty() else 10  # few lines in a file
     for batch in tqdm(loader, name, unit="batch", **quiet):
-        batch = batch if exact_match else {"whole": batch}
+        batch = send_to_device(batch if exact_match else {"whole": batch}, accelerator.device)
         losses, tokens, right = _row_losses(model, batch["whole"])
         if "answers" in batch:
             prompt, answers = batch["prompt"], batch["answers"]
             right = _exact(model, prompt, answers, collator.tokenizer, max_new_tokens)
             right = torch.tensor(right, device=losses.device)
         values = torch.stack([losses, tokens, right, torch.ones_like(losses)], dim=1)
-        totals += accelerator.gather_for_metrics(values).double().sum(0).cpu()
-    loss, tokens, right, count = totals.tolist()
+        totals += values.double().sum(0)
+    loss, tokens, right, count = accelerator.reduce(totals).tolist()
     return {
         "loss": loss / tokens if math.isfinite(loss) else None,
         "exact_match": right / count if math.isfinite(right) else None,

@@ -229,7 +229,7 @@ def train(
 
 
 def _arguments(training: TrainingConfig, output_dir: str, seed: int) -> TrainingArguments:
-    return TrainingArguments(
+    args = TrainingArguments(
         output_dir=output_dir,
         max_steps=training.max_steps,
         per_device_train_batch_size=training.batch_size,
@@ -246,12 +246,16 @@ def _arguments(training: TrainingConfig, output_dir: str, seed: int) -> Training
         save_strategy="no",  # its checkpoints are pickles; _SaveAdapter writes safetensors
         dataloader_num_workers=training.num_workers,
         dataloader_pin_memory=torch.cuda.is_available(),
+        accelerator_config={"dispatch_batches": False},  # of a stream: batches are of all lengths
         remove_unused_columns=False,  # the collator reads the columns
         label_names=["labels"],
         report_to=["tensorboard"] if find_spec("tensorboard") else [],
         use_cpu=PartialState().device.type == "cpu",  # else it refuses bf16 there
         seed=seed,
     )
+    # One process uses one GPU, as in a search; the Trainer would feed all of them (DataParallel).
+    args._n_gpu = min(args.n_gpu, 1)
+    return args
 
 
 class _Trainer(Trainer):

@@ -211,12 +211,15 @@ class _Mixture(torch.autograd.Function):
             h if wants_gates or wants_arch_gates else None, gated if wants_b else None,
         )  # fmt: skip
         ctx.x_shape, ctx.dtypes = x.shape, (x.dtype, a.dtype, b.dtype)
+        ctx.set_materialize_grads(False)
         return out.view(*x.shape[:-1], out.shape[1])
 
     @staticmethod
     def backward(ctx, out):
         if torch.is_grad_enabled():
             raise RuntimeError("MixedRankLinear: gradients of gradients are not implemented")
+        if out is None:  # under DDP, of a layer that the loss does not depend on: no zeros
+            return (None,) * 9
         flat, a, b, gates, weight, h, gated = ctx.saved_tensors
         wants_x, wants_a, wants_b, wants_gates, wants_arch_gates, wants_y = ctx.needs_input_grad[:6]
         x_dtype, a_dtype, b_dtype = ctx.dtypes

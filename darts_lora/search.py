@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from darts_lora.bilevel import DDP_OPTIONS, BilevelStep
@@ -40,7 +40,7 @@ from darts_lora.resume import (
     restore,
 )
 from darts_lora.schedule import Schedule, derive_genotype
-from darts_lora.stream import BatchStream
+from darts_lora.stream import BatchStream, check_batches
 from darts_lora.supernet import Supernet
 
 
@@ -70,8 +70,9 @@ class RankSearch:
             of batch. What cannot be captured runs as ever, after one line that says why.
 
     Raises:
-        InputError: a data loader without a batch, a warm-up that leaves no architecture step, an
-            output_dir that cannot be written.
+        InputError: a data loader without a batch for each process, or with config.joint an
+            incomplete one; a warm-up that leaves no architecture step, an output_dir that cannot be
+            written.
     """
 
     def __init__(
@@ -92,9 +93,6 @@ class RankSearch:
         self.output_dir = output_dir
         config = supernet.config
         self.schedule = Schedule(supernet, self.training.max_steps)
-        for name, loader in (("train", train_dataloader), ("validation", val_dataloader)):
-            if not isinstance(loader.dataset, IterableDataset) and len(loader) == 0:
-                raise InputError(f"{name} data loader: gives no batch")
         if output_dir is not None:
             check_writable(output_dir)
         precision = self.training.mixed_precision
@@ -114,7 +112,10 @@ class RankSearch:
         self.steps = BilevelStep(supernet, self.accelerator, self.training, loss_fn, joint_loss_fn)
         self.weights, self.architect = self.steps.weights, self.steps.architect
         self.model = self.weights.model
-        loaders = self.accelerator.prepare(train_dataloader, val_dataloader)
+        given = train_dataloader, val_dataloader
+        loaders = self.accelerator.prepare(*given)
+        for split, *pair in zip(("train", "validation"), given, loaders, strict=True):
+            check_batches(split, *pair, config.joint)
         self.streams = self.train_stream, self.val_stream = tuple(map(BatchStream, loaders))
         self.arch_scheduler = self.schedule.arch_scheduler(self.architect.optimizer)
         self.schedulers = self.weights.scheduler, self.arch_scheduler

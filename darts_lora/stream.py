@@ -1,4 +1,4 @@
-"""BatchStream: a data loader's batches without end, from any position.
+"""BatchStream: a data loader's batches without end, from any position; whether it has any.
 Not here: what is in a batch (collator.py) and how rows are split (data.py)."""
 
 from __future__ import annotations
@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from itertools import chain, islice
 from typing import Any
 
-from accelerate import skip_first_batches
-from torch.utils.data import DataLoader
+from accelerate import PartialState, skip_first_batches
+from torch.utils.data import DataLoader, IterableDataset
 
 from darts_lora.errors import InputError
 
@@ -56,3 +56,32 @@ class BatchStream:
         rest = skip_first_batches(self.dataloader, taken)
         rest.set_epoch(epoch)
         return iter(rest)
+
+
+def check_batches(split: str, given: DataLoader, prepared: DataLoader, joint: bool) -> None:
+    """Whether a search can take batches from a data loader, as far as that is known beforehand.
+
+    Args:
+        split: its name, train or validation.
+        given, prepared: the loader before and after accelerate prepared it.
+        joint: batches must be full: rows of two are joined in pairs.
+
+    Raises:
+        InputError: some process would get no batch, or the last batch of an epoch is incomplete.
+    """
+    unsized, processes = isinstance(given.dataset, IterableDataset), PartialState().num_processes
+    if not unsized and len(prepared) == 0:
+        if len(given) == 0:
+            raise InputError(f"{split} data loader: gives no batch")
+        raise InputError(
+            f"num_processes={processes}, batch_size={given.batch_size}: the {split} split has a "
+            f"whole batch for {len(given)} of the processes only; lower one of the two, or "
+            f"{'raise' if split == 'validation' else 'lower'} validation_fraction"
+        )
+    filled = processes > 1 or given.drop_last or given.batch_size is None  # accelerate fills up
+    if joint and not filled and (unsized or len(given.sampler) % given.batch_size):
+        raise InputError(
+            f"joint=true: the {split} split's last batch has fewer rows than "
+            f"batch_size={given.batch_size}; use drop_last, or lower batch_size where the split is "
+            "smaller than one batch, or joint=false"
+        )

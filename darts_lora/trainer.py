@@ -38,8 +38,8 @@ class RankSearchCallback(TrainerCallback):
         genotype: the result, once trainer.train() is through.
 
     Raises:
-        InputError: the trainer has another model or no eval_dataset; order 2, joint; on training: a
-            warm-up that leaves no architecture step.
+        InputError: the trainer has another model, no eval_dataset or several GPUs in one process;
+            order 2, joint; on training: a warm-up that leaves no architecture step.
     """
 
     def __init__(
@@ -54,6 +54,12 @@ class RankSearchCallback(TrainerCallback):
             raise InputError("order=2: needs training batches beside; use RankSearch, or order=1")
         if supernet.config.joint:
             raise InputError("joint=true: a Trainer takes its own passes; use RankSearch, or false")
+        if trainer.args.n_gpu > 1:
+            raise InputError(
+                f"n_gpu={trainer.args.n_gpu}: one process would copy the model to all GPUs in each "
+                "step (DataParallel), without the branches; start one process for each GPU by "
+                "`accelerate launch`, or show it one by CUDA_VISIBLE_DEVICES=0"
+            )
         if trainer.eval_dataset is None:
             raise InputError("eval_dataset=None: the trainer needs rows to train alpha on")
         self.trainer, self.supernet, self.loss_fn = trainer, supernet, loss_fn

@@ -3,6 +3,7 @@ Not here: what a row is (test_rows.py), and becomes (test_collator.py)."""
 
 import json
 import random
+import shutil
 from dataclasses import replace
 from functools import partial
 from itertools import chain, combinations, islice
@@ -20,6 +21,7 @@ from darts_lora.data import (
     load_splits,
     make_collator,
     make_dataloader,
+    process_share,
     search_dataloaders,
     split_record,
     training_rows,
@@ -390,10 +392,15 @@ def test_every_epoch_of_a_streams_loader_has_each_row_of_its_part_once(stream, w
             assert epochs[0] != epochs[1] != numbers(part)
 
 
-def test_a_streams_loader_shuffles_by_its_seed_and_keeps_the_last_batch(stream):
+def test_a_streams_loader_shuffles_by_its_seed_and_never_drops_all(stream, monkeypatch):
     part = load_splits(stream())["train"]
     assert loaded(part) == loaded(part) != loaded(part, seed=1)
-    assert len(loaded(part, drop_last=True)[0]) == len(numbers(part))
+    rows = len(numbers(part))
+    assert rows % 8 and len(loaded(part, drop_last=True)[0]) == rows - rows % 8
+    few = part.take(15)
+    assert len(loaded(few, drop_last=True)[0]) == 8 and len(loaded(few.take(7), drop_last=True)[0])
+    monkeypatch.setenv("WORLD_SIZE", "2")  # accelerate would drop less than a batch of each
+    assert len(loaded(few, drop_last=True)[0]) == 15
     plain = make_dataloader(part, numbers, 8)
     assert list(chain(*plain)) == numbers(part)
     assert plain.num_workers == 0
@@ -407,13 +414,25 @@ def test_another_library_may_read_a_stream_with_more_workers(stream):
     assert sorted(chain(*loader)) == list(range(400))
 
 
+@pytest.mark.parametrize("streaming", [False, True], ids=["", "stream"])
+def test_the_shares_of_processes_have_each_row_once(stream, streaming):
+    config = stream(max_test_samples=7, test_split=None)
+    config.streaming = streaming
+    rows = load_splits(config, ["test"])["test"]
+    for processes, sizes in ((1, [7]), (3, [3, 2, 2]), (8, [1] * 7 + [0])):
+        shares = [numbers(process_share(rows, i, processes)) for i in range(processes)]
+        assert [len(share) for share in shares] == sizes
+        assert sorted(chain(*shares)) == numbers(rows)
+
+
 def test_search_dataloaders_of_streams(stream):
     splits = load_splits(stream())
     loaders = search_dataloaders(splits, numbers, TrainingConfig(batch_size=16, num_workers=2), 0)
     train, validation = (list(loader) for loader in loaders)
-    assert {len(batch) for batch in train[:-1] + validation[:-1]} == {16}
-    assert sorted(chain(*train)) == numbers(splits["train"])
-    assert sorted(chain(*validation)) == numbers(splits["validation"])
+    assert {len(batch) for batch in train + validation} == {16}, "as joint passes need them"
+    for name, batches in (("train", train), ("validation", validation)):
+        rows = numbers(splits[name])
+        assert len(set(chain(*batches)) & set(rows)) == len(rows) - len(rows) % 16
 
 
 def test_a_stream_of_batches_goes_on_where_another_stopped(stream):
@@ -424,9 +443,9 @@ def test_a_stream_of_batches_goes_on_where_another_stopped(stream):
         return BatchStream(Accelerator(cpu=True).prepare(loader))
 
     whole, moved = batches(), batches()
-    epoch = -(-len(numbers(splits["train"])) // 8)
+    epoch = len(numbers(splits["train"])) // 8
     taken = [next(whole)["row"].tolist() for _ in range(2 * epoch)]
-    assert sorted(chain(*taken[:epoch])) == sorted(chain(*taken[epoch:]))
+    assert all(len(set(chain(*rows))) == 8 * epoch for rows in (taken[:epoch], taken[epoch:]))
     assert taken[:epoch] != taken[epoch:], "each epoch has an order of its own"
     moved.move_to((1, 2))
     assert [next(moved)["row"].tolist() for _ in range(2)] == taken[epoch + 2 : epoch + 4]
@@ -453,6 +472,38 @@ def test_a_search_on_streams_keeps_validation_rows_out_of_the_weights(stream):
     assert set(genotype.ranks.values()) <= {0, 1, 2}
     assert seen[False] == set(numbers(parts["train"])), "several epochs"
     assert seen[True] == set(numbers(parts["validation"]))
+
+
+def test_a_joint_search_on_streams_takes_whole_batches_and_goes_on_exactly(stream, tmp_path):
+    """Over several epochs of validation rows, whose number is no multiple of a batch's."""
+    parts = load_splits(stream(max_train_samples=40))
+    training = TrainingConfig(max_steps=30, batch_size=8, logging_steps=8, save_steps=12)
+
+    def halves_loss(model, batch):
+        return [y.pow(2).mean() for y in model(batch["x"]).chunk(2)]
+
+    def search(folder):
+        supernet = Supernet(residual(), SearchConfig(ranks=(0, 1, 2), budget_rank=1, joint=True))
+        return RankSearch(
+            supernet,
+            *search_dataloaders(parts, tensors, training, 0),
+            training=training,
+            output_dir=str(folder),
+            loss_fn=lambda model, batch: model(batch["x"]).pow(2).mean(),
+            joint_loss_fn=halves_loss,
+        )
+
+    assert len(numbers(parts["validation"])) % 8
+    whole = search(tmp_path / "whole")
+    whole.run()
+    assert whole.val_stream.position[0] >= 2
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step-0000030")
+    resumed = search(tmp_path / "cut")
+    resumed.run(resume=True)
+    assert resumed.val_stream.position == whole.val_stream.position
+    for key, value in whole.supernet.state_dict().items():
+        assert torch.equal(value, resumed.supernet.state_dict()[key])
 
 
 def test_a_saved_data_set_as_a_stream(tmp_path):

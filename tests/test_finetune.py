@@ -8,6 +8,7 @@ import re
 import resource
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -287,6 +288,22 @@ def test_training_and_validation_rows_are_all_used_and_test_rows_never(
     held = split_record(load_splits(data, ["test"]), data)["test"] if test_split is None else []
     assert len(held) == (4 if test_split is None else 0)
     assert sorted(seen + held) == list(range(40))
+
+
+def test_one_process_uses_one_of_several_gpus(monkeypatch, genotype, base_config, data, tmp_path):
+    """The machine is pretended; what runs is on the CPU."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    gpu = SimpleNamespace(device=SimpleNamespace(type="cuda"), is_main_process=True)
+    monkeypatch.setattr(finetune_module, "PartialState", lambda: gpu)
+    batches, call = [], Collator.__call__
+
+    def count(collator, rows):
+        batches.append(len(rows))
+        return call(collator, rows)
+
+    monkeypatch.setattr(Collator, "__call__", count)
+    finetune(FinetuneConfig(genotype, output_dir=str(tmp_path)), base_config, data, TRAINING)
+    assert len(batches) >= 3 and set(batches) == {TRAINING.batch_size}
 
 
 def test_a_uniform_rank_uses_the_layers_of_the_genotype(genotype, base_config):

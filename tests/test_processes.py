@@ -55,6 +55,17 @@ def test_gradients_are_those_of_one_process_on_the_joined_batch(seen):
         assert all(d <= 1e-6 * max(s, 1) for d, s in zip(differences, sizes, strict=True))
 
 
+def test_layers_without_a_gradient_are_those_of_one_process(seen):
+    """As a vision layer behind the one that LLaVA reads, or all of them on rows without images."""
+    for process in seen:
+        for step, used in zip(process["resting"], ([0, 1, 2], [1, 2]), strict=True):
+            resting = [[i not in used] * 2 for i in range(4) for _ in "AB"]
+            assert step["none"] == resting, "no zeros either: AdamW would decay these weights"
+            differences, sizes = step["differences"], step["sizes"]
+            assert min(sizes) > 1e-3
+            assert all(d <= 1e-6 * max(s, 1) for d, s in zip(differences, sizes, strict=True))
+
+
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_a_resumed_search_ends_as_one_in_one_go(seen, kind):
     (whole,) = {json.dumps(process[kind]["whole"]) for process in seen}

@@ -47,13 +47,13 @@ def loss_fn(model, batch):
     return (model(batch[1]) - batch[2]).pow(2).mean()
 
 
-def make(output_dir=None, loss=loss_fn, train=None, course=None, **options):
+def make(output_dir=None, loss=loss_fn, train=None, course=None, model=None, **options):
     names = TrainingConfig.__dataclass_fields__
     training = {key: options.pop(key) for key in list(options) if key in names}
     training = {"max_steps": 12, "learning_rate": 0.01, "logging_steps": 4, **training}
     config = SearchConfig(**{"ranks": (0, 1, 2, 4), "budget_rank": 2, **options})
     return RankSearch(
-        Supernet(residual(WIDTH), config),
+        Supernet(residual(WIDTH) if model is None else model, config),
         loader() if train is None else train,
         loader(first=1000, seed=1),
         training=TrainingConfig(**training),
@@ -433,6 +433,9 @@ def test_options_that_cannot_work_are_refused_before_any_step(tmp_path):
         make(warmup_steps=12)
     with pytest.raises(InputError, match=r"train data loader: gives no batch"):
         make(train=loader(rows=4))
+    incomplete = DataLoader(split(12, 0, 0), 8)
+    with pytest.raises(InputError, match=r"joint=true: the train split's last batch"):
+        make(train=incomplete, joint=True)
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"output_dir=.*file'?.*: cannot be written"):
         make(tmp_path / "file" / "below")

@@ -113,6 +113,10 @@ def test_what_cannot_be_searched(tmp_path):
     with pytest.raises(InputError, match="eval_dataset=None"):
         RankSearchCallback(make_trainer(model, train, None, tmp_path), supernet)
     trainer = make_trainer(model, train, validation, tmp_path, steps=8)
+    trainer.args._n_gpu = 2  # what one process on a machine of two GPUs has
+    with pytest.raises(InputError, match=r"n_gpu=2: .*`accelerate launch`.*CUDA_VISIBLE_DEVICES=0"):
+        RankSearchCallback(trainer, supernet)
+    trainer.args._n_gpu = 1
     RankSearchCallback(trainer, supernet, model_loss)
     with pytest.raises(InputError, match="warmup_steps=8: must be below max_steps=8"):
         trainer.train()

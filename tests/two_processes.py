@@ -24,7 +24,7 @@ from darts_lora import search as search_module
 from darts_lora import supernet as supernet_module
 from darts_lora.interruption import Stopped
 from darts_lora.resume import full
-from small_models import randomise, residual
+from small_models import Residual, randomise, residual
 
 
 def accelerator(sharded: bool, **options) -> Accelerator:
@@ -120,6 +120,53 @@ def gradients_of_the_joined_batch(process: int) -> dict:
     }
 
 
+class Chosen(Residual):
+    """Each batch says which of the blocks it goes through; the last one's output is shown alone."""
+
+    def forward(self, x, blocks):
+        for i in blocks:
+            x = x + torch.tanh(self.blocks[i](x))
+        return {"y": x, "shown": self.blocks[3](x)}
+
+
+def gradients_of_layers_that_rest(process: int) -> list[dict]:
+    """Of two steps of two batches each, by two processes, and by one on all four: some layers are
+    used by one process alone, some in no batch that is reduced, some never."""
+
+    def loss(model, batch):
+        numbers[0] = batch[0]
+        return (model(batch[1], batch[3])["y"] - batch[2]).pow(2).mean()
+
+    numbers, tensors, found = [None], split(32, 0, seed=5).tensors, []
+    supernet_module.sample = partial(fixed_sample, numbers)
+    options = {"gradient_accumulation_steps": 2, "model": Chosen(WIDTH)}
+    search = make(loss=loss, **options)
+    alone = Supernet(Chosen(WIDTH), search.supernet.config)
+    alone.model.load_state_dict(search.supernet.model.state_dict())
+    for supernet in (search.supernet, alone):
+        randomise(supernet)
+    search.weights.update = lambda: None  # the gradients stay
+    for blocks in ([[0, 1], [0], [0, 2], [0]], [[1], [1, 2], [1], [1]]):  # each process has two
+        batches = [[t[8 * i :][:8] for t in tensors] + [own] for i, own in enumerate(blocks)]
+        search.weights.step(iter(batches[2 * process :][:2]))
+        for batch in batches:
+            (loss(alone.model, batch) / 4).backward()
+        pairs = zip(search.supernet.weight_parameters(), alone.weight_parameters(), strict=True)
+        gradients = [(ours.grad, whole.grad) for ours, whole in pairs]
+        used = [pair for pair in gradients if None not in pair]
+        found.append(
+            {
+                "none": [[g is None for g in pair] for pair in gradients],
+                "differences": [float((ours - whole).abs().max()) for ours, whole in used],
+                "sizes": [float(whole.abs().max()) for _, whole in used],
+            }
+        )
+        for supernet in (search.supernet, alone):
+            supernet.model.zero_grad(set_to_none=True)
+    supernet_module.sample = sample
+    return found
+
+
 sample = supernet_module.sample
 OPTIONS = {"max_steps": 6, "warmup_steps": 2, "save_steps": 3, "gradient_accumulation_steps": 2}
 
@@ -183,6 +230,7 @@ def main(folder: Path) -> None:
     with under(sharded=False):
         seen["shared"] = rows_and_samples()
         seen["joined"] = gradients_of_the_joined_batch(process)
+        seen["resting"] = gradients_of_layers_that_rest(process)
         seen["ddp"] = whole_and_resumed(folder / "ddp")
         seen["stop"] = stop(process)
         seen["diverge"] = diverge(process, folder / "diverge")

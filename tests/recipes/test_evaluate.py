@@ -2,6 +2,7 @@
 Not here: how loss and exact match are counted (../test_evaluate.py)."""
 
 import json
+import shutil
 
 import pytest
 
@@ -42,3 +43,17 @@ def test_the_table_shows_the_files_numbers(evaluated):
         ):
             assert f" {text} " in line
     assert "Traceback" not in done.stderr
+
+
+def test_two_processes_count_each_row_of_a_stream_once(evaluated, finetuned, launch, tmp_path):
+    """Of 12 rows one has 6, and batches of 5: the last ones are not full."""
+    folder = tmp_path / "adapter"
+    shutil.copytree(finetuned[0], folder)
+    launch(
+        *("evaluate", "--adapter", folder, "--eval_batch_size", 5, "--streaming", "true"),
+        processes=2,
+    )
+    results = json.loads((folder / "evaluation.json").read_text())
+    for name, alone in evaluated[1].items():
+        assert results[name].pop("loss") == pytest.approx(alone["loss"], abs=1e-5)
+        assert results[name] == {key: alone[key] for key in results[name]}

@@ -54,3 +54,11 @@ def test_bad_input_is_one_line_and_status_2(launch, tmp_path):
     assert "Traceback" not in done.stderr
     assert line.startswith("error: genotype='nowhere.json': no such file; run ")
     assert not list(tmp_path.iterdir())
+
+
+def test_two_processes_train_on_a_stream(launch, search_dir, tmp_path):
+    """Their batches are of different lengths, each padded for itself."""
+    options = ("--genotype", search_dir / "genotype.json", "--output_dir", tmp_path)
+    launch("finetune", *options, "--streaming", "true", "--batch_size", 2, processes=2)
+    assert json.loads((tmp_path / "finetune.json").read_text())["steps"] == 4
+    assert (tmp_path / "adapter_model.safetensors").exists()
