@@ -12,12 +12,14 @@ import shlex
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from darts_lora import InputError
 from darts_lora.checkpoint import checkpoints
@@ -83,6 +85,7 @@ def _start(folder: Path, search: str, resume: bool = False) -> int:
     try:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         torch.set_num_threads(1)  # threads of the forking process are not here
+        _set_lock(tqdm, threading.RLock())
         folder.parent.mkdir(exist_ok=True)
         log = os.open(folder.parent / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
@@ -95,6 +98,13 @@ def _start(folder: Path, search: str, resume: bool = False) -> int:
         status = stopped.code
     finally:
         os._exit(status)  # nothing of the forking process's is tidied up here
+
+
+def _set_lock(bars: type[tqdm], lock: threading.RLock) -> None:
+    """Forked processes share tqdm's own: one that is killed within would hold up all others."""
+    bars.set_lock(lock)
+    for kind in bars.__subclasses__():
+        _set_lock(kind, lock)
 
 
 def _status(child: int, until: Callable[[], bool]) -> int | None:

@@ -3,8 +3,13 @@ Not here: 20 kills of the embedded default (run by hand), stops in good order (t
 
 import importlib.util
 import json
+import os
+import signal
+import threading
+import time
 
 import pytest
+from datasets.utils import tqdm as datasets_bar
 from recipes.conftest import ROOT
 
 
@@ -15,6 +20,30 @@ def kill_test():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_a_search_that_is_killed_within_a_bars_lock_holds_up_no_other(kill_test, tmp_path):
+    def start(within):
+        if child := os.fork():
+            return child
+        kill_test._set_lock(kill_test.tqdm, threading.RLock())
+        with datasets_bar.get_lock():
+            (tmp_path / "within").touch()
+            time.sleep(60 * within)
+        os._exit(0)
+
+    datasets_bar.get_lock()  # made here, and shared
+    killed = start(within=True)
+    while not (tmp_path / "within").exists():
+        time.sleep(0.01)
+    os.kill(killed, signal.SIGKILL)
+    os.waitpid(killed, 0)
+    other, deadline = start(within=False), time.monotonic() + 10
+    while not (ended := os.waitpid(other, os.WNOHANG)[0]) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if not ended:
+        os.kill(other, signal.SIGKILL)
+    assert ended
 
 
 def test_a_killed_search_ends_bitwise_as_the_other(kill_test, vision_folder, data_folder, tmp_path):
