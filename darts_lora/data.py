@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset, concatenate_datasets
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from darts_lora.collator import Collator
@@ -206,11 +206,11 @@ def _cut(
     return kept, held
 
 
-def process_share(rows: Rows, process: int, processes: int) -> Rows:
+def process_share(rows: Rows, process: int, processes: int) -> Rows | Subset:
     """Every `processes`-th row, from row `process` on: the shares of all have each row once."""
     if isinstance(rows, IterableDataset):
         return rows.filter(lambda _, i: i % processes == process, with_indices=True)
-    return rows.select(range(process, len(rows), processes))
+    return Subset(rows, range(process, len(rows), processes))  # of lists too
 
 
 def make_dataloader(
