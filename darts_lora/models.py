@@ -102,12 +102,19 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
     """transformers' configuration of the model; reads no weights.
 
     Raises:
-        InputError: the model is not there, or its configuration cannot be read.
+        InputError: the model is not there, its configuration cannot be read, or num_labels is
+            given for what is no classifier.
     """
     options = {} if config.num_labels is None else {"num_labels": config.num_labels}
     if config.gguf_file is not None:
         options["gguf_file"] = config.gguf_file
-    return _load(AutoConfig, config, **options)
+    found = _load(AutoConfig, config, **options)
+    if config.num_labels is not None and not is_classifier(found, config.task):
+        raise InputError(
+            f"num_labels={config.num_labels}: with task={config.task!r} this model generates text "
+            "and has no classes; use task=classification, or leave num_labels out"
+        )
+    return found
 
 
 def auto_class(config: PretrainedConfig, task: str = "auto") -> type:

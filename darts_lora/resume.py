@@ -4,6 +4,7 @@ whether it may. Not here: files (checkpoint.py), what is done with it (search.py
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,11 @@ def check_start(output_dir: str | None, resume: bool) -> None:
     if resume and not checkpoints(output_dir):
         raise InputError(f"resume: there is no checkpoint in {output_dir!r}; start without it")
     done = steps_done(output_dir)
-    if not resume and done is not None and done[0] < done[1]["max_steps"]:
+    if resume or done is None:
+        return
+    if done[0] < done[1]["max_steps"] or not os.path.exists(
+        os.path.join(output_dir, "genotype.json")
+    ):
         raise InputError(
             f"output_dir={output_dir!r}: an unfinished search is there (step {done[0]} of "
             f"{done[1]['max_steps']}); go on with --resume, name another folder, or remove its "

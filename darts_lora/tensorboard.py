@@ -47,14 +47,15 @@ class SearchViews:
     Args:
         output_dir: tensorboard/ goes there.
         supernet: what is searched.
-        first_step: where this run starts; what an earlier run wrote behind it is taken back.
+        first_step: where this run starts; what an earlier run wrote behind it is taken back (from
+            0 on: all of it).
         steps: of the whole search: images are spread over them.
     """
 
     def __init__(self, output_dir: str, supernet: Supernet, first_step: int = 0, steps: int = 1):
         self.output_dir, self.supernet = output_dir, supernet
         self.parts = layer_parts(supernet)
-        purge = first_step + 1 if first_step else None
+        purge = first_step + 1 if first_step else 0  # a search before this one, too
         self.writer = SummaryWriter(os.path.join(output_dir, "tensorboard"), purge_step=purge)
         self.writer.add_custom_scalars(LAYOUT)
         self.started, self.drawing = time.monotonic(), 0.0

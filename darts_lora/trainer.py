@@ -39,7 +39,7 @@ class RankSearchCallback(TrainerCallback):
 
     Raises:
         InputError: the trainer has another model, no eval_dataset or several GPUs in one process;
-            order 2, joint; on training: a warm-up that leaves no architecture step.
+            order 2, joint; on training: a warm-up that leaves no architecture step, a resumption.
     """
 
     def __init__(
@@ -67,6 +67,11 @@ class RankSearchCallback(TrainerCallback):
         trainer.add_callback(self)
 
     def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step > 0:
+            raise InputError(
+                f"resume_from_checkpoint: begins at step {state.global_step}, but a trainer's "
+                "checkpoints hold no alpha; train anew without it, or use RankSearch, which resumes"
+            )
         accelerator = self.trainer.accelerator
         several = accelerator.num_processes > 1
         self.schedule = Schedule(self.supernet, state.max_steps)
@@ -75,6 +80,7 @@ class RankSearchCallback(TrainerCallback):
             self.supernet,
             inner_learning_rate=args.learning_rate,
             reduce=(lambda g: accelerator.reduce(g, "mean")) if several else None,
+            scaler=accelerator.scaler,
         )
         self.arch_scheduler = self.schedule.arch_scheduler(self.architect.optimizer)
 

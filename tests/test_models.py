@@ -161,6 +161,13 @@ def test_what_a_classifiers_checkpoint_lacks_is_named(tmp_path):
     assert drawn == {"pooler.dense.weight", "classifier.weight"}, "biases are 0"
 
 
+@pytest.mark.parametrize("task", ["auto", "generation"])
+def test_a_number_of_labels_is_for_classifiers(text_model, task):
+    with pytest.raises(InputError, match=r"num_labels=3: .* task='.*' .* use task=classification"):
+        load_model_config(ModelConfig(text_model, task=task, num_labels=3))
+    load_model_config(ModelConfig(text_model, task="classification", num_labels=3))
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_head_that_is_left_out_or_tied_is_not_new(text_model, tmp_path, tied):
     source = load_model(ModelConfig(text_model))

@@ -80,6 +80,9 @@ def test_where_a_search_may_start(tmp_path):
         for step in (4, 10):
             save_checkpoint(folder, {"step": step}, {"max_steps": 10})
         check_start(folder, resume=True)
+        with pytest.raises(InputError, match=r"\(step 10 of 10\)"):  # killed before its result
+            check_start(folder, resume=False)
+        (tmp_path / "genotype.json").touch()
         check_start(folder, resume=False)  # that one is finished
         (tmp_path / "checkpoints" / "step-0000010" / "checkpoint.json").write_text("")
         with pytest.raises(

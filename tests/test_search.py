@@ -251,6 +251,11 @@ def test_an_unfinished_search_is_not_overwritten_and_a_finished_one_leaves_nothi
     make(tmp_path).run(resume=True)
     results = [tmp_path / "genotype.json", tmp_path / "supernet.safetensors"]
     assert all(path.exists() for path in results)
+    results[0].rename(tmp_path / "kept")  # as one that was killed before it could write this
+    with pytest.raises(InputError, match=r"an unfinished search is there \(step 12 of 12\); go on"):
+        make(tmp_path, seed=1).run()
+    make(tmp_path).run(resume=True)
+    assert results[0].read_bytes() == (tmp_path / "kept").read_bytes()
     with pytest.raises(Stopped):
         make(tmp_path, seed=1, loss=at_call(5, ask_to_stop)).run()
     assert not any(path.exists() for path in results)

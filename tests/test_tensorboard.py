@@ -127,6 +127,15 @@ def test_images_never_take_more_than_their_share_of_a_quick_run(tmp_path):
     assert drawn == [10, 1010], "the first, and one when the run has become long enough"
 
 
+def test_a_new_search_takes_back_what_one_before_it_wrote(tmp_path):
+    for steps in ((10, 20, 30), (10, 20)):
+        views = SearchViews(str(tmp_path), Alpha(4))
+        for step in steps:
+            views.write({"step": step, "train_loss": 1.0})
+        views.close()
+    assert [event.step for event in read(tmp_path).Scalars("loss/train")] == [10, 20]
+
+
 def test_a_resumed_search_takes_back_what_came_after_its_checkpoint(tmp_path):
     supernet = Alpha(4)
     views = SearchViews(str(tmp_path), supernet)

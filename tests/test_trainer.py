@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from darts_lora import InputError, SearchConfig, Supernet
 from darts_lora.trainer import RankSearchCallback
@@ -120,6 +120,12 @@ def test_what_cannot_be_searched(tmp_path):
     RankSearchCallback(trainer, supernet, model_loss)
     with pytest.raises(InputError, match="warmup_steps=8: must be below max_steps=8"):
         trainer.train()
+    callback = trainer.callback_handler.callbacks[-1]
+    with pytest.raises(InputError, match=r"resume_from_checkpoint: begins at step 3, .* no alpha"):
+        callback.on_train_begin(trainer.args, TrainerState(global_step=3, max_steps=9), None)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu")  # what fp16 has on a GPU
+    callback.on_train_begin(trainer.args, TrainerState(max_steps=9), None)
+    assert callback.architect.scaler is trainer.accelerator.scaler
     second = Supernet(Regression(), SearchConfig(ranks=(0, 1), order=2))
     with pytest.raises(InputError, match="order=2: needs training batches"):
         RankSearchCallback(make_trainer(second.model, train, validation, tmp_path), second)
