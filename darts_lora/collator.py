@@ -218,14 +218,39 @@ class Collator:
             if message["role"] != "assistant":
                 continue
             before = self._tokens(row, conversation[:i], add_generation_prompt=True)["input_ids"]
-            until = self._tokens(row, conversation[: i + 1])["input_ids"]
-            if ids[: len(before)] != before or ids[: len(until)] != until:
+            end = self._answer_end(row, conversation, ids, i)
+            if ids[: len(before)] != before or end is None:
                 raise InputError(
                     f"{row_name(row)}: the chat template does not continue its own prompt; "
                     "give it a {% generation %} block around the answer"
                 )
-            mask[len(before) : len(until)] = [True] * (len(until) - len(before))
+            mask[len(before) : end] = [True] * (end - len(before))
         return ids, mask
+
+    def _answer_end(
+        self, row: dict, conversation: list[dict], ids: list[int], i: int
+    ) -> int | None:
+        """Where the answer that is message i ends among the conversation's tokens; None if unsure.
+
+        Templates like Qwen3's write an empty <think> into an answer behind the last question alone.
+        An earlier one is as in the whole only with the next question behind it, whose own length
+        shows where it is asked twice.
+        """
+        until = self._tokens(row, conversation[: i + 1])["input_ids"]
+        if ids[: len(until)] == until:
+            return len(until)
+        asked, question = conversation[: i + 2], conversation[i + 1 : i + 2]
+        if [message["role"] for message in question] != ["user"]:
+            return None
+        try:
+            once, twice = (self._tokens(row, c)["input_ids"] for c in (asked, asked + question))
+        except InputError:  # no two questions on end
+            return None
+        turn = twice[len(once) :]
+        end = len(once) - len(turn)
+        found = ids[: len(once)] == once and once + turn == twice and once[end:] == turn
+        # It ends as it does at the end: a template may join questions into one turn.
+        return end if found and turn and once[end - 1] == until[-1] else None
 
     def _tokens(self, row: dict, conversation: list[dict], **options) -> dict:
         with naming([row], "the chat template cannot take it"):
