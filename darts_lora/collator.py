@@ -91,8 +91,8 @@ class Collator:
         return {**batch, "labels": labels}
 
     def check(self, rows: Iterable[dict], limit: int = 10_000) -> float:
-        """Read the first `limit` rows' texts (no images) and raise what a batch of them would; of a
-        stream, whose rows cost more, a fortieth of that.
+        """Read the first `limit` rows' texts (no images that the model takes) and raise what a
+        batch of them would; of a stream, whose rows cost more, a fortieth of that.
 
         Returns:
             The share of the text's tokens that the loss counts, in (0, 1].
@@ -101,7 +101,8 @@ class Collator:
             InputError: as for a batch.
         """
         learnt = tokens = 0
-        for row in first_rows(rows, limit):
+        # A model for text refuses the first image, so none is read for nothing.
+        for row in first_rows(rows, limit, images=not self.multimodal):
             plain, mask = self._plain_mask(row, self._conversation(row))
             check_length(row, row_layout(row)[-1], len(plain), self.max_length, self.context)
             _check_learnt(row, any(mask))
@@ -140,6 +141,7 @@ class Collator:
         """The row's messages as the chat template wants them: processors take lists of parts."""
         messages = [{"role": m["role"], "content": m["content"]} for m in row_messages(row)]
         if not self.multimodal:
+            _check_text_only(row, messages)
             return [{**m, "content": _text(m["content"])} for m in messages]
         for message in messages:
             message["content"] = _parts(message["content"])
@@ -273,6 +275,22 @@ def _check_learnt(row: dict, learnt: bool) -> None:
     if not learnt:
         where = row_name(row, row_layout(row)[-1])
         raise InputError(f"{where}: no token to learn from, all labels are masked")
+
+
+def _check_text_only(row: dict, messages: list[dict]) -> None:
+    """InputError where the row has images or the like, which a tokenizer would lose."""
+    for column in IMAGE_COLUMNS:
+        if row.get(column):
+            raise InputError(
+                f"{row_name(row, column)}: the model takes text only; leave out the column, or "
+                "choose a model for images (model_name_or_path)"
+            )
+    for part in (p for m in messages if not isinstance(m["content"], str) for p in m["content"]):
+        if part["type"] == "image" or (part["type"] != "text" and not part.get("text")):
+            raise InputError(
+                f"{row_name(row)}: the model takes text only, a message has a part of type "
+                f"{part['type']!r}; leave it out, or choose a model for it (model_name_or_path)"
+            )
 
 
 def _is_plain(conversation: list[dict]) -> bool:
