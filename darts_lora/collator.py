@@ -91,8 +91,8 @@ class Collator:
         return {**batch, "labels": labels}
 
     def check(self, rows: Iterable[dict], limit: int = 10_000) -> float:
-        """Read the first `limit` rows' texts (no images) and raise what a batch of them would; of a
-        stream, whose rows cost more, a fortieth of that.
+        """Read the first `limit` rows' texts (no images that the model takes) and raise what a
+        batch of them would; of a stream, whose rows cost more, a fortieth of that.
 
         Returns:
             The share of the text's tokens that the loss counts, in (0, 1].
@@ -101,7 +101,8 @@ class Collator:
             InputError: as for a batch.
         """
         learnt = tokens = 0
-        for row in first_rows(rows, limit):
+        # A model for text refuses the first image, so none is read for nothing.
+        for row in first_rows(rows, limit, images=not self.multimodal):
             plain, mask = self._plain_mask(row, self._conversation(row))
             check_length(row, row_layout(row)[-1], len(plain), self.max_length, self.context)
             _check_learnt(row, any(mask))
@@ -140,6 +141,7 @@ class Collator:
         """The row's messages as the chat template wants them: processors take lists of parts."""
         messages = [{"role": m["role"], "content": m["content"]} for m in row_messages(row)]
         if not self.multimodal:
+            _check_text_only(row, messages)
             return [{**m, "content": _text(m["content"])} for m in messages]
         for message in messages:
             message["content"] = _parts(message["content"])
@@ -218,14 +220,39 @@ class Collator:
             if message["role"] != "assistant":
                 continue
             before = self._tokens(row, conversation[:i], add_generation_prompt=True)["input_ids"]
-            until = self._tokens(row, conversation[: i + 1])["input_ids"]
-            if ids[: len(before)] != before or ids[: len(until)] != until:
+            end = self._answer_end(row, conversation, ids, i)
+            if ids[: len(before)] != before or end is None:
                 raise InputError(
                     f"{row_name(row)}: the chat template does not continue its own prompt; "
                     "give it a {% generation %} block around the answer"
                 )
-            mask[len(before) : len(until)] = [True] * (len(until) - len(before))
+            mask[len(before) : end] = [True] * (end - len(before))
         return ids, mask
+
+    def _answer_end(
+        self, row: dict, conversation: list[dict], ids: list[int], i: int
+    ) -> int | None:
+        """Where the answer that is message i ends among the conversation's tokens; None if unsure.
+
+        Templates like Qwen3's write an empty <think> into an answer behind the last question alone.
+        An earlier one is as in the whole only with the next question behind it, whose own length
+        shows where it is asked twice.
+        """
+        until = self._tokens(row, conversation[: i + 1])["input_ids"]
+        if ids[: len(until)] == until:
+            return len(until)
+        asked, question = conversation[: i + 2], conversation[i + 1 : i + 2]
+        if [message["role"] for message in question] != ["user"]:
+            return None
+        try:
+            once, twice = (self._tokens(row, c)["input_ids"] for c in (asked, asked + question))
+        except InputError:  # no two questions on end
+            return None
+        turn = twice[len(once) :]
+        end = len(once) - len(turn)
+        found = ids[: len(once)] == once and once + turn == twice and once[end:] == turn
+        # It ends as it does at the end: a template may join questions into one turn.
+        return end if found and turn and once[end - 1] == until[-1] else None
 
     def _tokens(self, row: dict, conversation: list[dict], **options) -> dict:
         with naming([row], "the chat template cannot take it"):
@@ -248,6 +275,22 @@ def _check_learnt(row: dict, learnt: bool) -> None:
     if not learnt:
         where = row_name(row, row_layout(row)[-1])
         raise InputError(f"{where}: no token to learn from, all labels are masked")
+
+
+def _check_text_only(row: dict, messages: list[dict]) -> None:
+    """InputError where the row has images or the like, which a tokenizer would lose."""
+    for column in IMAGE_COLUMNS:
+        if row.get(column):
+            raise InputError(
+                f"{row_name(row, column)}: the model takes text only; leave out the column, or "
+                "choose a model for images (model_name_or_path)"
+            )
+    for part in (p for m in messages if not isinstance(m["content"], str) for p in m["content"]):
+        if part["type"] == "image" or (part["type"] != "text" and not part.get("text")):
+            raise InputError(
+                f"{row_name(row)}: the model takes text only, a message has a part of type "
+                f"{part['type']!r}; leave it out, or choose a model for it (model_name_or_path)"
+            )
 
 
 def _is_plain(conversation: list[dict]) -> bool:

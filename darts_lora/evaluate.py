@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
+from transformers import GenerationConfig
 
 from darts_lora.bounds import check_bounds
 from darts_lora.collator import IGNORED, Collator
@@ -183,18 +185,31 @@ def _exact(
     if longest is None:
         # One token more than the longest reference tells apart an answer that goes on.
         longest = 1 + max(map(len, answers))
-    tokens = model.generate(
-        **prompt,
-        max_new_tokens=longest,
-        do_sample=False,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=_end_tokens(model, tokenizer),
-    )
+    options = {"max_new_tokens": longest, "pad_token_id": tokenizer.pad_token_id}
+    with _greedy(model):
+        end = _end_tokens(model, tokenizer)
+        tokens = model.generate(**prompt, **options, do_sample=False, eos_token_id=end)
     new = tokens[:, prompt["input_ids"].shape[1] :]
     texts = tokenizer.batch_decode(new, skip_special_tokens=True)
     wanted = tokenizer.batch_decode(answers, skip_special_tokens=True)
     pairs = zip(texts, wanted, strict=True)
     return [float(text.strip() == answer.strip()) for text, answer in pairs]
+
+
+@contextmanager
+def _greedy(model: nn.Module):
+    """Without what the checkpoint's generation_config asks for beside its tokens: penalties, beams.
+
+    It is put into the model: one that `generate` is given is filled up from the model's.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    own = base.generation_config
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+    base.generation_config = GenerationConfig(**{name: getattr(own, name) for name in names})
+    try:
+        yield
+    finally:
+        base.generation_config = own
 
 
 def _end_tokens(model: nn.Module, tokenizer) -> list[int] | None:

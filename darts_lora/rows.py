@@ -22,6 +22,7 @@ SOURCE = "row_source"  # and what that source is: its file, or data set and spli
 IMAGE_COLUMNS = ("images", "image")
 # messages; prompt and completion; the_cauldron's question-answer pairs; text without a prompt
 LAYOUTS = (("messages",), ("prompt", "completion"), ("texts",), ("text",))
+_EMPTY = (None, "", [], {})  # values that stand for nothing: Arrow gives all rows the same keys
 LABELLED = (("text", "label"),)  # the layout of a classification
 
 
@@ -56,9 +57,15 @@ def row_messages(row: dict) -> list[dict[str, Any]]:
     A row of plain `text` is one message of the assistant.
 
     Raises:
-        InputError: the row has no layout, values of another type, or no answer at its end.
+        InputError: the row has no layout, values of another type, what would be lost (tools, keys
+            of a message beside role and content), or no answer at its end.
     """
     layout = row_layout(row)
+    if layout != ("text",) and row.get("tools") not in _EMPTY:
+        raise InputError(
+            f"{row_name(row, 'tools')}: would be lost, no chat template is given tools; write them "
+            "into a message, or leave out the column"
+        )
     if layout == ("texts",):
         messages = [message for pair in _pairs(row) for message in pair]
     elif layout == ("text",):
@@ -172,6 +179,13 @@ def _turns(row: dict, column: str, role: str) -> list[dict]:
                 f"{row_name(row, column)}: each message must have a role and a content, which is "
                 f"text or a list of typed parts; found {message!r:.100}"
             )
+        for key, more in message.items():
+            if key not in ("role", "content") and more not in _EMPTY:
+                raise InputError(
+                    f"{row_name(row, column)}: {key!r} of a message would be lost, its role and "
+                    "content alone are taken; write it into the content, or leave it out; found "
+                    f"{more!r:.60}"
+                )
     return value
 
 
@@ -198,9 +212,11 @@ def naming(rows: list[dict], what: str, note: str = ""):
         raise InputError(f"{names}: {what} ({one_line(error)}{note})") from error
 
 
-def first_rows(rows: Iterable[dict], limit: int) -> Iterable[dict]:
-    """The first rows, without their images."""
-    if getattr(rows, "column_names", None):  # a data set: do not read images for nothing
+def first_rows(rows: Iterable[dict], limit: int, images: bool = False) -> Iterable[dict]:
+    """The first rows, without their images unless asked for."""
+    if not images and getattr(
+        rows, "column_names", None
+    ):  # a data set: do not read images for nothing
         rows = rows.remove_columns([c for c in IMAGE_COLUMNS if c in rows.column_names])
     return islice(rows, limit if hasattr(rows, "__len__") else max(limit // 40, 1))
 

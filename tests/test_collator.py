@@ -100,6 +100,47 @@ def test_answers_are_what_is_learnt_behind_the_prompt(template, expected):
     assert learnt[-len(expected) :] == expected
 
 
+# As Qwen3's: the empty <think> ("e e") stands behind the last question alone.
+LAST_QUESTION = (
+    "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}"
+    "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+)
+LAST_THINKS = LAST_QUESTION + UNMARKED.replace(
+    "[A]", "[A]{% if loop.index0 > ns.last %}e e {% endif %}", 1
+)
+
+
+def test_all_answers_are_learnt_where_the_last_one_alone_thinks():
+    collator = Collator(make_tokenizer(LAST_THINKS))
+    rows = [{"messages": turns("a ", "b ", "a ", "b ", "c", "d")}, {"messages": turns("a", "b")}]
+    batch, x = collator(rows), IGNORED
+    assert batch["input_ids"].tolist() == [
+        [1, 4, 6, 5, 7, 2, 4, 6, 5, 7, 2, 4, 8, 5, 10, 10, 9, 2],
+        [1, 4, 6, 5, 10, 10, 7, 2] + [0] * 10,
+    ]
+    assert batch["labels"].tolist() == [
+        [x, x, x, x, 7, 2, x, x, x, 7, 2, x, x, x, 10, 10, 9, 2],
+        [x, x, x, x, 10, 10, 7, 2] + [x] * 10,
+    ]
+    assert collator.evaluation(rows)["answers"] == [[10, 10, 9], [10, 10, 7]]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("[U]", "{% if m == loop.previtem %}{{ raise_exception('no') }}{% endif %}[U]"),
+        ("[U]", "{% if m != loop.previtem %}[U]{% endif %}"),  # one turn of both
+        ("[U]", "{% if loop.last and loop.length > 1 %}f {% endif %}[U]"),
+    ],
+    ids=["alternate", "merged", "last"],
+)
+def test_an_answer_whose_end_is_unsure_is_refused(old, new):
+    collator = Collator(make_tokenizer(LAST_THINKS.replace(old, new)))
+    collator([{"messages": turns("a", "b")}])
+    with pytest.raises(InputError, match="does not continue its own prompt"):
+        collator([{"messages": turns("a ", "b ", "c ", "d ")}])
+
+
 def test_a_model_without_a_chat_template_takes_the_texts_as_they_are():
     batch = Collator(make_tokenizer(None))([{"prompt": "a b ", "completion": "c"}])
     assert batch["input_ids"].tolist() == [[1, 6, 7, 8, 2]]

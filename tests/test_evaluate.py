@@ -111,6 +111,30 @@ def test_the_tokenizers_end_token_ends_answers_too(base_config, answered, collat
     assert score(model, answered, collator, max_new_tokens=4)["exact_match"] == 1.0
 
 
+@pytest.mark.parametrize("adapted", [False, None, "CAUSAL_LM"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1e4},
+        {"no_repeat_ngram_size": 1},
+        {"num_beams": 3, "length_penalty": -9.0},
+        {"suppress_tokens": list(range(6, 15))},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_the_checkpoints_generation_config_does_not_steer_answers(
+    base_config, answered, collator, options, adapted
+):
+    model = load_model(base_config)
+    if adapted is not False:  # one that changes nothing
+        model = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type=adapted))
+    for name, value in options.items():
+        setattr(model.generation_config, name, value)
+    given = model.generation_config.to_dict()
+    assert score(model, answered, collator, max_new_tokens=4)["exact_match"] == 1.0
+    assert model.generation_config.to_dict() == given
+
+
 def test_what_the_template_writes_before_an_answer_belongs_to_it():
     """A model that learnt the rows by heart, of a template like Qwen3's with its empty <think>."""
     tokenizer = make_tokenizer(

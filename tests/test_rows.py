@@ -337,6 +337,18 @@ BAD_ROWS = {  # layout of the good rows, what differs in row 3, the column, what
     "too long a text": ("text", {"text": LONG}, "text", "602 tokens, the model takes 512;"),
     "too long messages": ("messages", {"messages": [USER, ASSISTANT | {"content": LONG}]},
                           "messages", "609 tokens, the model takes 512;"),
+    "tool calls": ("messages", {"messages": [USER, {**ASSISTANT, "content": "", "tool_calls": [
+                                {"type": "function", "function": {"name": "look"}}]}]},
+                   "messages", "'tool_calls' of a message would be lost"),
+    "reasoning": ("messages", {"messages": [USER, {**ASSISTANT, "reasoning_content": "red"}]},
+                  "messages", "'reasoning_content' of a message would be lost"),
+    "a name": ("prompt and completion of messages", {"prompt": [{**USER, "name": "it"}]}, "prompt",
+               "'name' of a message would be lost"),
+    "tools": ("prompt and completion", {"tools": [{"type": "function"}]}, "tools", "would be lost"),
+    "an image for a model of text": ("messages", {"image": "red.png"}, "image",
+                                     "the model takes text only; leave out the column"),
+    "images for a model of text": ("text", {"images": ["red.png"]}, "images",
+                                   "the model takes text only; leave out the column"),
 }  # fmt: skip
 
 
@@ -349,6 +361,31 @@ def test_a_bad_row_is_named_by_file_number_and_column(models, tmp_path, case, st
     message = refused(source, models["text"], streaming=streaming)
     assert message.startswith(f"{source[1]}, row 3, column {column!r}: ")
     assert text in message
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_parts_that_a_model_of_text_would_lose(models, tmp_path, kind):
+    texts, other = PARTS[0]["content"], {"type": kind, "text": None}
+    bad = {"messages": [{**USER, "content": [other, *texts]}, PARTS[1]]}
+    source = write_jsonl(tmp_path, [LAYOUTS["messages of parts"]] * 3 + [bad] * 3)
+    wanted = f"row 3: the model takes text only, a message has a part of type {kind!r}; "
+    assert wanted in refused(source, models["text"])
+
+
+def test_images_for_a_model_of_text_are_told_before_training_of_tables_too(models, tmp_path):
+    folder, _ = image_folder(tmp_path)
+    message = refused((folder, None), models["text"])
+    assert "row 0, column 'image': the model takes text only; " in message
+
+
+@pytest.mark.parametrize("writer", [w for w in WRITERS if w is not write_csv])
+def test_what_is_empty_or_beside_the_messages_is_not_lost(models, tmp_path, writer):
+    empty = {"tool_calls": [], "name": None, "reasoning_content": ""}
+    row = {"messages": [{**USER, **empty}, {**ASSISTANT, **empty}]}
+    row |= {"tools": None, "images": [], "image": None, "id": "x", "source": {"name": "made"}}
+    rows, collator = rows_and_collator(writer(tmp_path, [row] * 6), models["text"])
+    assert [collator.tokenizer.decode(ids) for ids in collator(rows)["input_ids"]] == [CHAT] * 6
+    collator.check(rows)
 
 
 @pytest.mark.parametrize("writer", WRITERS, ids=lambda writer: writer.__name__[6:])
