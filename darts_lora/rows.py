@@ -76,10 +76,13 @@ def row_messages(row: dict) -> list[dict[str, Any]]:
 
 def row_prompt(row: dict) -> bytes:
     """A digest (16 bytes) of what the model is given before the answer: messages and images, these
-    as they are stored; of a row of plain `text` the text. A row that has none of them is alone."""
+    as they are stored; of a row of plain `text` the text, of a labelled one its `text_pair` too. A
+    row that has none of them is alone."""
     try:
         messages = row_messages(row)
         given = messages if row_layout(row) == ("text",) else messages[:-1]
+        if row_layout(row) == ("text",) and "label" in row and row.get("text_pair") is not None:
+            given = [*given, row["text_pair"]]
     except InputError:  # whoever uses the row says so
         given = row.get(ROW)
     digest = hashlib.blake2b(repr(given).encode("utf-8", "surrogatepass"), digest_size=16)

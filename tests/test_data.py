@@ -139,6 +139,17 @@ def test_another_image_is_another_prompt(data_folder):
     assert texts[0] == texts[2] != texts[1], "of a text without a prompt all counts"
 
 
+def test_of_labelled_pairs_both_texts_are_the_prompt(tmp_path):
+    """A few questions over many documents are not split by question."""
+    rows = [{"text": f"q{i % 3}", "text_pair": f"d{i}", "label": i % 2} for i in range(90)]
+    parts = load_splits(DataConfig("json", write(tmp_path / "rows.jsonl", rows)))
+    assert {name: len(part) for name, part in parts.items()} == {"train": 63, "validation": 27}
+    assert all(set(part["text"]) == {"q0", "q1", "q2"} for part in parts.values())
+    pairs = [row_prompt(row | {"label": 1 - row["label"]}) for row in rows]
+    assert pairs == [row_prompt(row) for row in rows] and len(set(pairs)) == 90
+    assert row_prompt({**rows[0], "text_pair": None}) == row_prompt({"text": "q0", "label": 0})
+
+
 def test_prompts_that_cannot_be_split_are_refused(tmp_path):
     def config(*prompts):
         rows = [{"prompt": prompt, "completion": f"a{i}"} for i, prompt in enumerate(prompts)]
