@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import re
 from collections.abc import Iterable
@@ -94,6 +95,14 @@ def row_prompt(row: dict) -> bytes:
                 stored = stored.tobytes()
             digest.update(stored if isinstance(stored, bytes) else repr(stored).encode())
     return digest.digest()
+
+
+def row_text(row: dict) -> str:
+    """All that the row says, answer or label included, as JSON; without images and its source."""
+    columns = {column for layout in (*LAYOUTS, *LABELLED) for column in layout} | {"text_pair"}
+    said = {column: row[column] for column in sorted(columns) if column in row}
+    # a value that is not JSON's by its type: an object's repr may differ in each process
+    return json.dumps(said, default=lambda value: type(value).__name__)
 
 
 def row_images(row: dict) -> list[Image.Image]:

@@ -36,7 +36,8 @@ NAMES = ("train", "validation", "test")
 
 
 def row_numbers(splits):
-    return split_record(splits, DataConfig())
+    record = split_record(splits, DataConfig())
+    return {name: record[name] for name in splits}
 
 
 def write(path, rows):
@@ -83,6 +84,23 @@ def test_rows_are_the_ones_that_the_indices_name(source):
     assert sorted(chain(*indices.values())) == list(range(40))
     for split in splits.values():
         assert split["prompt"] == [f"q{i}" for i in split[ROW]]
+
+
+def test_other_rows_of_the_same_numbers_have_another_record(tmp_path):
+    def record(rows, name="rows.jsonl"):
+        config = DataConfig("json", write(tmp_path / name, rows))
+        return split_record(load_splits(config), config)
+
+    rows = [{"prompt": f"q{i}", "completion": f"a{i}"} for i in range(40)]
+    found = record(rows)
+    assert record(rows, "moved.jsonl") == found
+    for other in (
+        [{**row, "prompt": row["prompt"].upper()} for row in rows],
+        [*rows[:-1], {**rows[-1], "completion": "mended"}],
+    ):
+        changed = record(other)
+        assert changed.pop("digest") != found["digest"]
+        assert changed == {name: found[name] for name in ("train", "validation")}
 
 
 def test_sample_limits_come_before_the_split(source):

@@ -44,6 +44,7 @@ def test_what_it_leaves(searched, vision_folder):
     rows = json.loads((folder / "split.json").read_text())
     assert len(rows["train"]) == 27 and len(rows["validation"]) == 13, "by whole prompts"
     assert not set(rows["train"]) & set(rows["validation"])
+    assert re.fullmatch("[0-9a-f]{16}", rows["digest"])
     assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == [
         "step-0000004",
         "step-0000008",
