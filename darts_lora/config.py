@@ -210,7 +210,8 @@ class DataConfig:
     train_split: str = "train"
     """Split that training and validation rows are taken from."""
     test_split: str | None = "test"
-    """Split that evaluation uses; none: hold test_fraction of the training split back."""
+    """Split that evaluation uses; null: hold test_fraction of the training split back, from the
+    search on."""
     validation_fraction: float = 0.3
     """Share of the training split that is kept for the architecture steps, in (0, 1)."""
     test_fraction: float = 0.1

@@ -3,6 +3,7 @@ Not here: where rows come from (sources.py), what they mean (rows.py), batches (
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -25,7 +26,7 @@ from darts_lora.models import (
     load_model_config,
     load_processor,
 )
-from darts_lora.rows import ROW, row_prompt
+from darts_lora.rows import ROW, first_rows, row_prompt, row_text
 from darts_lora.sources import Rows, is_empty, load_source, source_split
 
 SHUFFLE_BUFFER = 1000  # rows of a stream that are shuffled among each other
@@ -88,8 +89,8 @@ def training_rows(config: DataConfig, seed: int = 0) -> Rows:
 
 
 def split_record(splits: dict[str, Rows], config: DataConfig) -> dict[str, Any]:
-    """How a run's rows were split, for its folder: row numbers of each split in the source; for
-    streams the rule."""
+    """How a run's rows were split, for its folder: row numbers of each split in the source, and a
+    digest of what the rows say, by which others of the same numbers show; for streams the rule."""
     if config.streaming:
         rule = "u = random.Random(f'{split_seed} {i}').random(), i the row's number or (split_by "
         rule += "prompt) the digest of its prompt; test below test_fraction (0 with a test_split), "
@@ -97,7 +98,18 @@ def split_record(splits: dict[str, Rows], config: DataConfig) -> dict[str, Any]:
         options = ("split_by", "split_seed", "test_split", "test_fraction", "validation_fraction")
         options += ("max_train_samples",)
         return {"rule": rule} | {name: getattr(config, name) for name in options}
-    return {name: list(split[ROW]) for name, split in splits.items()}
+    numbers = {name: list(split[ROW]) for name, split in splits.items()}
+    return {**numbers, "digest": rows_digest(splits.values())}
+
+
+def rows_digest(splits: Iterable[Dataset], limit: int = 10_000) -> str:
+    """Of the texts of the first rows of each split: those that a run checks at its start as well,
+    so that it costs no more than a second; images are not read."""
+    digest = hashlib.blake2b(digest_size=8)
+    for split in splits:
+        for row in first_rows(split, limit):
+            digest.update(row_text(row).encode())
+    return digest.hexdigest()
 
 
 def _drawn_parts(train: Dataset, config: DataConfig) -> dict[str, Dataset]:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from darts_lora.bounds import check_bounds
+from darts_lora.cli import CONFIG_NAME, load_config
 from darts_lora.collator import IGNORED, Collator
 from darts_lora.config import DataConfig, ModelConfig
 from darts_lora.data import Rows, load_splits, make_collator, make_dataloader, process_share
@@ -29,6 +30,10 @@ from darts_lora.files import write_json
 from darts_lora.label_collator import LabelCollator
 from darts_lora.models import load_model
 from darts_lora.targets import check_fresh
+
+# Which rows of the training split are held back as test rows (test_split null).
+HELD_BACK_BY = ("test_split", "test_fraction", "split_seed", "split_by", "max_train_samples")
+HELD_BACK_BY += ("streaming",)
 
 
 @dataclass
@@ -61,13 +66,15 @@ def evaluate(
         classification, the share of right labels), trainable_parameters (count), rows (count).
 
     Raises:
-        InputError: no adapter there, an adapter of another model, or bad data.
+        InputError: no adapter there, an adapter of another model, bad data, or test rows that the
+            adapter may have been trained on.
     """
     if not os.path.isfile(os.path.join(config.adapter, "adapter_config.json")):
         raise InputError(
             f"adapter={config.adapter!r}: no adapter_config.json there; run "
             "`accelerate launch recipes/finetune.py` first, or name the folder with --adapter"
         )
+    _check_unseen(config.adapter, data)
     accelerator = Accelerator()
     rows = load_splits(data, ["test"])["test"]
     collator = make_collator(model, data)
@@ -92,6 +99,23 @@ def evaluate(
     if accelerator.is_main_process:
         write_json(os.path.join(config.adapter, "evaluation.json"), results)
     return results
+
+
+def _check_unseen(adapter: str, data: DataConfig) -> None:
+    """InputError where rows of the training split are held back now that were not in the adapter's
+    run, as its config.yaml says; a finetune that looks for a test split trains on all of them."""
+    path = os.path.join(adapter, CONFIG_NAME)
+    if data.test_split is not None or not os.path.isfile(path):
+        return
+    trained = load_config(path)
+    for name in HELD_BACK_BY:
+        ours = getattr(data, name)
+        if ours != trained.get(name, ours):
+            raise InputError(
+                f"{name}={ours!r}: the adapter was trained with {name}={trained[name]!r}, so rows "
+                "held back now may be rows that it has seen; keep that, or name a split or file of "
+                "other rows by test_split or data_files"
+            )
 
 
 def _load_adapter(base: nn.Module, folder: str) -> PeftModel:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import re
 from collections.abc import Iterable
@@ -83,10 +84,13 @@ def row_messages(row: dict) -> list[dict[str, Any]]:
 
 def row_prompt(row: dict) -> bytes:
     """A digest (16 bytes) of what the model is given before the answer: messages and images, these
-    as they are stored; of a row of plain `text` the text. A row that has none of them is alone."""
+    as they are stored; of a row of plain `text` the text, of a labelled one its `text_pair` too. A
+    row that has none of them is alone."""
     try:
         messages = row_messages(row)
         given = messages if row_layout(row) == ("text",) else messages[:-1]
+        if row_layout(row) == ("text",) and "label" in row and row.get("text_pair") is not None:
+            given = [*given, row["text_pair"]]
     except InputError:  # whoever uses the row says so
         given = row.get(ROW)
     digest = hashlib.blake2b(repr(given).encode("utf-8", "surrogatepass"), digest_size=16)
@@ -98,6 +102,14 @@ def row_prompt(row: dict) -> bytes:
                 stored = stored.tobytes()
             digest.update(stored if isinstance(stored, bytes) else repr(stored).encode())
     return digest.digest()
+
+
+def row_text(row: dict) -> str:
+    """All that the row says, answer or label included, as JSON; without images and its source."""
+    columns = {column for layout in (*LAYOUTS, *LABELLED) for column in layout} | {"text_pair"}
+    said = {column: row[column] for column in sorted(columns) if column in row}
+    # a value that is not JSON's by its type: an object's repr may differ in each process
+    return json.dumps(said, default=lambda value: type(value).__name__)
 
 
 def row_images(row: dict) -> list[Image.Image]:

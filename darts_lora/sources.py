@@ -128,7 +128,11 @@ def source_split(source: Source, config: DataConfig, option: str) -> Rows:
     """
     name = getattr(config, option)
     if name not in source.splits:
-        hint = "; null holds rows of the training split back" if option == "test_split" else ""
+        hint = (
+            "; null holds rows of the training split back, from the search on"
+            if option == "test_split"
+            else ""
+        )
         has = f"data set {config.dataset!r} has only {', '.join(source.splits)}"
         raise InputError(f"{option}={name!r}: {has}{hint}")
     split = _keep_encoded(source.splits[name])

@@ -103,7 +103,8 @@ def _course(
     model: ModelConfig, data: DataConfig, rows: dict[str, Any], training: TrainingConfig
 ) -> dict[str, Any]:
     """What a resumed search must share of model and data, and a name of the split into rows."""
-    free = ("gradient_checkpointing", "trust_remote_code", "max_test_samples")
+    # a longer row than max_length is an error, no shorter batch
+    free = ("gradient_checkpointing", "trust_remote_code", "max_test_samples", "max_length")
     options = {n: v for n, v in {**asdict(model), **asdict(data)}.items() if n not in free}
     if data.streaming:  # workers share a stream's files: their number decides the order
         options["num_workers"] = training.num_workers

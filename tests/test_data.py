@@ -36,7 +36,8 @@ NAMES = ("train", "validation", "test")
 
 
 def row_numbers(splits):
-    return split_record(splits, DataConfig())
+    record = split_record(splits, DataConfig())
+    return {name: record[name] for name in splits}
 
 
 def write(path, rows):
@@ -83,6 +84,23 @@ def test_rows_are_the_ones_that_the_indices_name(source):
     assert sorted(chain(*indices.values())) == list(range(40))
     for split in splits.values():
         assert split["prompt"] == [f"q{i}" for i in split[ROW]]
+
+
+def test_other_rows_of_the_same_numbers_have_another_record(tmp_path):
+    def record(rows, name="rows.jsonl"):
+        config = DataConfig("json", write(tmp_path / name, rows))
+        return split_record(load_splits(config), config)
+
+    rows = [{"prompt": f"q{i}", "completion": f"a{i}"} for i in range(40)]
+    found = record(rows)
+    assert record(rows, "moved.jsonl") == found
+    for other in (
+        [{**row, "prompt": row["prompt"].upper()} for row in rows],
+        [*rows[:-1], {**rows[-1], "completion": "mended"}],
+    ):
+        changed = record(other)
+        assert changed.pop("digest") != found["digest"]
+        assert changed == {name: found[name] for name in ("train", "validation")}
 
 
 def test_sample_limits_come_before_the_split(source):
@@ -137,6 +155,17 @@ def test_another_image_is_another_prompt(data_folder):
     assert row_prompt(answered) == row_prompt(row)
     texts = [row_prompt({"text": text}) for text in ("a", "b", "a")]
     assert texts[0] == texts[2] != texts[1], "of a text without a prompt all counts"
+
+
+def test_of_labelled_pairs_both_texts_are_the_prompt(tmp_path):
+    """A few questions over many documents are not split by question."""
+    rows = [{"text": f"q{i % 3}", "text_pair": f"d{i}", "label": i % 2} for i in range(90)]
+    parts = load_splits(DataConfig("json", write(tmp_path / "rows.jsonl", rows)))
+    assert {name: len(part) for name, part in parts.items()} == {"train": 63, "validation": 27}
+    assert all(set(part["text"]) == {"q0", "q1", "q2"} for part in parts.values())
+    pairs = [row_prompt(row | {"label": 1 - row["label"]}) for row in rows]
+    assert pairs == [row_prompt(row) for row in rows] and len(set(pairs)) == 90
+    assert row_prompt({**rows[0], "text_pair": None}) == row_prompt({"text": "q0", "label": 0})
 
 
 def test_prompts_that_cannot_be_split_are_refused(tmp_path):

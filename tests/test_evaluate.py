@@ -2,6 +2,7 @@
 Not here: the recipe around it (recipes/test_evaluate.py)."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from darts_lora import InputError
+from darts_lora.cli import save_config
 from darts_lora.collator import IGNORED, Collator
 from darts_lora.config import DataConfig, ModelConfig
 from darts_lora.data import load_splits
@@ -191,6 +193,31 @@ def test_what_a_checkpoint_lacks_must_come_with_the_adapter(tmp_path, saved):
             evaluate(wanted, base, data)
     else:
         assert evaluate(wanted, base, data) == evaluate(wanted, base, data)
+
+
+@pytest.mark.parametrize(
+    ("trained", "wanted", "told"),
+    [
+        ({}, {"test_split": None}, "test_split=None: .* trained with test_split='test', so rows"),
+        ({"test_split": None}, {"test_split": None, "split_seed": 1}, "split_seed=1: .*seed=0"),
+        ({"test_split": None}, {"test_split": None, "streaming": True}, "streaming=True: .*=False"),
+        ({"test_split": None}, {"test_split": None}, None),
+        ({"test_split": None}, {"split_seed": 1}, None),
+    ],
+)
+def test_rows_that_the_adapter_may_have_seen_are_not_held_back(
+    adapter, base_config, data, tmp_path, trained, wanted, told
+):
+    folder = str(shutil.copytree(adapter[0], tmp_path / "adapter"))
+    data = replace(data, split_by="row")
+    save_config(folder, replace(data, **trained))
+    options = EvaluateConfig(folder, compare_base=False, exact_match=False)
+    if told is None:
+        result = evaluate(options, base_config, replace(data, **wanted))["adapter"]
+        assert result["rows"] == (4 if "test_split" in wanted else 12)
+        return
+    with pytest.raises(InputError, match=told):
+        evaluate(options, base_config, replace(data, **wanted))
 
 
 @pytest.mark.parametrize("option", ["eval_batch_size", "max_new_tokens"])

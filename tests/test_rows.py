@@ -17,7 +17,7 @@ from darts_lora.config import DataConfig, ModelConfig
 from darts_lora.data import load_splits, make_collator
 from darts_lora.errors import InputError
 from darts_lora.label_collator import LabelCollator
-from darts_lora.rows import ROW, SOURCE, row_images
+from darts_lora.rows import ROW, SOURCE, row_images, row_text
 from small_models import COLOURS
 
 QUESTION, ANSWER = "which colour is it please", "very red"
@@ -548,3 +548,13 @@ def test_a_gap_in_a_csv_column_of_labels_is_what_is_named(models, tmp_path):
     rows, collator = rows_and_collator(source, models["labels"])
     good = [row for row in rows if row[ROW] != 3]
     assert collator(good)["labels"].tolist() == [0, 1, 2, 0, 1]
+
+
+def test_what_a_row_says_is_the_same_in_each_process():
+    """Whatever types it holds, an image in a message among them, and wherever it was read."""
+    pixels = [PILImage.new("RGB", (1, 1)) for _ in range(2)]
+    rows = [{"messages": [{"role": "user", "content": "a", "image": x}]} for x in pixels]
+    first = row_text({**rows[0], "row_source": "a.jsonl", "row_index": 1, "image": pixels[0]})
+    assert first == row_text(rows[1]) and '"content": "a"' in first
+    pair = {"text": "a", "text_pair": "b", "label": 0}
+    assert len({row_text(pair | other) for other in ({}, {"text_pair": "c"}, {"label": 1})}) == 3

@@ -44,6 +44,7 @@ def test_what_it_leaves(searched, vision_folder):
     rows = json.loads((folder / "split.json").read_text())
     assert len(rows["train"]) == 27 and len(rows["validation"]) == 13, "by whole prompts"
     assert not set(rows["train"]) & set(rows["validation"])
+    assert re.fullmatch("[0-9a-f]{16}", rows["digest"])
     assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == [
         "step-0000004",
         "step-0000008",
@@ -68,11 +69,12 @@ def test_what_the_user_sees(searched):
 
 
 def test_resume_ends_as_the_run_in_one_go(searched, launch, vision_folder, data_folder, tmp_path):
+    """Also with a larger max_length, as a row that is too long asks for."""
     folder, _ = searched
     whole = Genotype.load(folder / "genotype.json")
     middle = "checkpoints/step-0000004"
     shutil.copytree(folder / middle, tmp_path / middle)
-    launch("search", *options(vision_folder, data_folder, tmp_path), "--resume")
+    launch("search", *options(vision_folder, data_folder, tmp_path, max_length=64), "--resume")
     assert Genotype.load(tmp_path / "genotype.json") == whole
 
 
@@ -102,9 +104,10 @@ def test_sigterm_to_the_whole_job_then_a_resume_with_other_options(
     assert "Traceback" not in told
 
     config = (tmp_path / "config.yaml").read_text()
-    changed = options(vision_folder, data_folder, tmp_path, max_steps=2000, max_length=40)
+    changed = options(vision_folder, data_folder, tmp_path, max_steps=2000, pad_to_multiple_of=8)
     done = launch("search", *changed, "--resume", alone=True, status=2)
-    assert "error: max_length=40: the search to resume has max_length=32; go on with" in done.stderr
+    told = "error: pad_to_multiple_of=8: the search to resume has pad_to_multiple_of=1; go on with"
+    assert told in done.stderr
     assert (tmp_path / "config.yaml").read_text() == config
 
 
