@@ -226,9 +226,7 @@ def naming(rows: list[dict], what: str, note: str = ""):
 
 def first_rows(rows: Iterable[dict], limit: int, images: bool = False) -> Iterable[dict]:
     """The first rows, without their images unless asked for."""
-    if not images and getattr(
-        rows, "column_names", None
-    ):  # a data set: do not read images for nothing
+    if getattr(rows, "column_names", None) and not images:  # of a data set, not read for nothing
         rows = rows.remove_columns([c for c in IMAGE_COLUMNS if c in rows.column_names])
     return islice(rows, limit if hasattr(rows, "__len__") else max(limit // 40, 1))
 
