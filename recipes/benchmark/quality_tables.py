@@ -119,8 +119,13 @@ def _markdown(title: str, columns: Sequence[str], rows: list[list[str]]) -> str:
 def draw(records: list[Record], path: Path, title: str) -> None:
     """Loss, and exact match where it was measured, against trainable parameters; bars are 95 %
     intervals over seeds, of the uniform curve and the search alone. Other methods stand side by
-    side to the right of their parameters, or they would hide each other."""
-    judged = [r for r in records if r["stage"] == "final" and r["loss"] is not None]
+    side to the right of their parameters, or they would hide each other. Plans of single searches
+    are in the tables alone: they are the search's."""
+    judged = [
+        r for r in records
+        if r["stage"] == "final" and r["loss"] is not None
+        and not r["method"].startswith("search_seed_")
+    ]  # fmt: skip
     measured = any(r.get("exact_match") is not None for r in judged)
     keys = ["loss"] + ["exact_match"] * measured
     figure, panels = plt.subplots(1, len(keys), figsize=(6.5 * len(keys), 4.5), squeeze=False)
