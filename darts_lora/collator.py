@@ -49,6 +49,9 @@ class Collator:
         max_length: longest sequence in tokens, images included.
         pad_to_multiple_of: training batches are padded to a multiple of this many tokens.
         context: longest sequence that the model takes, if it says.
+
+    Raises:
+        InputError: a processor that writes labels itself, as PaliGemma's does.
     """
 
     def __init__(
@@ -58,6 +61,11 @@ class Collator:
         pad_to_multiple_of: int = 1,
         context: int | None = None,
     ):
+        if "labels" in getattr(processor, "model_input_names", ()):
+            raise InputError(
+                f"{type(processor).__name__}: writes labels of its own, as PaliGemma's does, whose "
+                "prompts attend both ways; such models are not supported"
+            )
         self.processor, self.max_length, self.context = processor, max_length, context
         self.pad_to_multiple_of = pad_to_multiple_of
         self.tokenizer = getattr(processor, "tokenizer", processor)
@@ -189,7 +197,9 @@ class Collator:
             )
         for row, length in zip(rows, batch["attention_mask"].sum(1).tolist(), strict=True):
             check_length(row, row_layout(row)[-1], length, self.max_length, self.context)
-        batch.pop("token_type_ids", None)
+        kinds = batch.pop("token_type_ids", None)
+        if self.multimodal and kinds is not None and kinds.any():  # a tokenizer's own are all 0
+            batch["token_type_ids"] = kinds  # where Gemma 3 attends both ways: within an image
         return dict(batch)
 
     def _answer_mask(self, row: dict, conversation: list[dict], tokens: list[int]) -> list[bool]:

@@ -45,7 +45,8 @@ def tokenizer(image: str = "<image>") -> t.PreTrainedTokenizerFast:
         "image_token": image, "video_token": "<|video_pad|>",
         "vision_bos_token": "<|vision_start|>", "vision_eos_token": "<|vision_end|>",
         "fake_image_token": "<fake_token_around_image>", "global_image_token": "<global-img>",
-        "end_of_utterance_token": "</s>",
+        "end_of_utterance_token": "</s>", "boi_token": "<|vision_start|>",
+        "eoi_token": "<|vision_end|>",
     }  # fmt: skip
     return t.PreTrainedTokenizerFast(
         tokenizer_object=fast, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
@@ -109,6 +110,29 @@ def idefics(prefix: str):
         ).save_pretrained(folder)
 
     return make
+
+
+def gemma3(folder: str) -> None:
+    from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+
+    text = tokenizer()
+    text.chat_template = TEMPLATE.format(image=text.boi_token)
+    config = t.Gemma3Config(
+        vision_config=t.SiglipVisionConfig(**VISION),
+        text_config=t.Gemma3TextConfig(**TEXT, head_dim=8),
+        mm_tokens_per_image=4,
+        image_token_index=text.convert_tokens_to_ids("<image>"),
+        boi_token_index=text.boi_token_id,
+        eoi_token_index=text.eoi_token_id,
+    )
+    model = t.Gemma3ForConditionalGeneration(config)
+    with torch.no_grad():  # 0, or no image would be seen
+        model.model.multi_modal_projector.mm_input_projection_weight.normal_()
+    model.save_pretrained(folder)
+    images = Gemma3ImageProcessorPil(size={"height": 16, "width": 16})
+    t.Gemma3Processor(
+        images, text, image_seq_length=4, chat_template=text.chat_template
+    ).save_pretrained(folder)
 
 
 def qwen_vl(version: str):
@@ -177,7 +201,7 @@ TEXT_FAMILIES = {
     "mistral": text_family(t.MistralConfig),
     "gpt2": text_family(t.GPT2Config),
 }
-IMAGE_FAMILIES = {"llava": llava, "idefics3": idefics("Idefics3")}
+IMAGE_FAMILIES = {"llava": llava, "idefics3": idefics("Idefics3"), "gemma3": gemma3}
 TORCHVISION_FAMILIES = {
     "smolvlm": idefics("SmolVLM"),
     "qwen2_vl": qwen_vl("2"),

@@ -5,15 +5,17 @@ import re
 
 import pytest
 import torch
+from families import IMAGE_FAMILIES, make_family
 from PIL import Image
-from transformers import CLIPImageProcessorPil, LlavaProcessor
+from transformers import CLIPImageProcessorPil, LlavaProcessor, PaliGemmaProcessor
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from darts_lora.collator import IGNORED, Collator
 from darts_lora.config import DataConfig, ModelConfig
 from darts_lora.data import load_splits
 from darts_lora.errors import InputError
 from darts_lora.label_collator import LabelCollator
-from darts_lora.models import load_processor
+from darts_lora.models import load_model, load_processor
 from darts_lora.rows import ROW
 from small_models import make_tokenizer, vision_model, vision_processor, vision_rows
 
@@ -183,6 +185,39 @@ def test_answers_are_found_behind_expanded_image_tokens(llava, template):
         [x, x, x, x, x, x, x, x, 6, 7, 2, x, x, x, x, x, x, x, x],
         [x, x, x, x, x, x, x, x, 8, 2, x, x, x, x, x, x, x, 9, 2],
     ]
+
+
+def test_gemma_3_attends_both_ways_within_an_image(tmp_path):
+    config = ModelConfig(make_family(IMAGE_FAMILIES["gemma3"], str(tmp_path)))
+    processor, model = load_processor(config), load_model(config).eval()
+    rows = list(vision_rows(2))
+    batch, image_token = Collator(processor)(rows), processor.tokenizer.image_token_id
+    assert (batch["token_type_ids"] == 1).sum() == 8
+    causal = {key: value for key, value in batch.items() if key != "token_type_ids"}
+    turns = [
+        [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+        for messages in (row["messages"] for row in rows)
+    ]
+    for row, conversation in zip(rows, turns, strict=True):
+        conversation[0]["content"].insert(0, {"type": "image", "image": row["image"]})
+    own = processor.apply_chat_template(
+        turns, tokenize=True, return_dict=True, return_tensors="pt",
+        processor_kwargs={"padding": True, "padding_side": "right"},
+    )  # fmt: skip
+    with torch.no_grad():
+        logits, wanted, other = (model(**inputs).logits for inputs in (batch, own, causal))
+    assert torch.equal(logits, wanted) and not torch.allclose(logits, other, atol=1e-3)
+    prompt = Collator(processor).evaluation(rows)["prompt"]
+    assert torch.equal(prompt["token_type_ids"] == 1, prompt["input_ids"] == image_token)
+    of_text = Collator(processor)([{"messages": row["messages"]} for row in rows])
+    assert "token_type_ids" not in of_text, "nothing attends both ways"
+
+
+def test_a_processor_with_labels_of_its_own_is_refused():
+    images = SiglipImageProcessorPil()
+    images.image_seq_length = 4
+    with pytest.raises(InputError, match="PaliGemmaProcessor: writes labels of its own"):
+        Collator(PaliGemmaProcessor(images, make_tokenizer(None)))
 
 
 def test_the_embedded_rows_marks_and_prefixes_agree():
