@@ -242,9 +242,11 @@ def test_plans_are_found_while_a_stack_is_not_full(tmp_path, monkeypatch):
     assert computed == [[trained[1]]]
 
 
-def test_tables_show_what_is_finished(finished, capsys):
+def test_tables_show_what_is_finished(finished, capsys, monkeypatch):
     import quality_tables
 
+    figures = []
+    monkeypatch.setattr(quality_tables.plt, "close", figures.append)
     quality_tables.main(quality_tables.TablesRun(str(finished.parent)))
     text = (finished.parent / "tables.md").read_text()
     rows = {line.split(" | ")[1]: line.split(" | ") for line in text.splitlines() if " | " in line}
@@ -253,6 +255,11 @@ def test_tables_show_what_is_finished(finished, capsys):
     assert {"search", "search_independent", "adalora", "eva_init", "svd"} <= set(rows)
     assert (finished.parent / "tiny.png").stat().st_size > 10_000
     assert "tiny: the search" in capsys.readouterr().out
+    (legend,) = (panel.get_legend() for panel in figures[0].axes if panel.get_legend())
+    drawn = {text.get_text() for text in legend.get_texts()}
+    single = {"search_seed_0", "search_seed_1"}
+    compared = {name for name in rows if name.isidentifier() and name != "method"}
+    assert single < compared and drawn == compared - single
 
 
 def test_a_rate_that_is_no_longer_the_best_does_not_count(finished, tmp_path):
