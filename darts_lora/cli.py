@@ -31,6 +31,7 @@ from darts_lora.interruption import Stopped, told_as_input_errors
 
 CONFIG_NAME = "config.yaml"
 MAX_DEPTH = 20  # of lists and mappings in a configuration: options have three
+RIGHTS = {"trust_remote_code": False}  # options that permit something -> the value that does not
 
 
 class _Dumper(yaml.SafeDumper):
@@ -65,6 +66,8 @@ def run(
 
     `previous` names the option of `own` that says where the run before left its result: a folder,
     or a file in it; that folder's config.yaml gives the values of the third kind, if it is there.
+    It may be of a folder that was downloaded, so it grants no rights: where it does, the user must
+    say so too.
 
     `default_config` is the file of `--config` for a command line that names neither a config, a
     model nor a data set: the settings of the embedded default.
@@ -127,6 +130,8 @@ def parse(
         values = _values(parser, args, classes, given)
         if previous is not None:
             inherited = _inherited(parser, values[previous], shared)
+            named = {*given, *vars(parser.parse_args(args, defaults=False))}
+            _refuse_rights({n: v for n, v in inherited.items() if n not in named}, values[previous])
             values = _values(parser, args, classes, {**inherited, **given})
     except (ArgumentError, TypeError, ValueError, RecursionError) as error:
         raise error if isinstance(error, InputError) else InputError(one_line(error)) from error
@@ -195,6 +200,25 @@ def _inherited(
     names = {f.name for c in classes for f in fields(c)}
     options = {name: value for name, value in load_config(path).items() if name in names}
     return _checked_options(parser, path, options)
+
+
+def _refuse_rights(inherited: dict[str, Any], source: str) -> None:
+    """Raises InputError where the run before would grant a right that the user did not."""
+    for name, harmless in RIGHTS.items():
+        if inherited.get(name, harmless) != harmless:
+            raise InputError(
+                f"{name}: the config.yaml of {source!r} has {inherited[name]!r}, which only you "
+                f"may grant; add --{name} if you trust the model's code, or --{name} "
+                f"{str(harmless).lower()}"
+            )
+
+
+def rights(*configs) -> str:
+    """The flags of the rights that these options (dataclass objects) have, for a printed command:
+    the next run does not inherit them."""
+    values = {name: value for config in configs for name, value in asdict(config).items()}
+    granted = [n for n, harmless in RIGHTS.items() if values.get(n, harmless) != harmless]
+    return "".join(f" --{name}" for name in granted)
 
 
 def load_config(path: str) -> dict[str, Any]:

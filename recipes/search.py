@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from transformers import set_seed
 
 from darts_lora import RankSearch, SearchConfig, Supernet
-from darts_lora.cli import is_main_process, run, save_config
+from darts_lora.cli import is_main_process, rights, run, save_config
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
 from darts_lora.data import load_splits, make_collator, search_dataloaders, split_record
 from darts_lora.files import check_writable, locked, write_json
@@ -96,7 +96,8 @@ def _search(
         show(genotype)
         print(verdict_text(genotype.found_by["verdict"]))
         path = os.path.join(options.output_dir, "genotype.json")
-        print(f"Genotype: {path}. Next: accelerate launch recipes/finetune.py --genotype {path}")
+        command = f"accelerate launch recipes/finetune.py --genotype {path}{rights(model)}"
+        print(f"Genotype: {path}. Next: {command}")
 
 
 def _course(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from darts_lora.cli import load_config, parse, run, save_config
+from darts_lora.cli import load_config, parse, rights, run, save_config
 from darts_lora.config import DataConfig, ModelConfig, SearchConfig, TrainingConfig
 from darts_lora.errors import InputError
 
@@ -80,6 +80,25 @@ def test_the_run_before_may_be_named_by_its_folder_or_be_missing(tmp_path, previ
     assert training.batch_size == 7
     _, training = parse([], Own, TrainingConfig, previous="source")
     assert training == TrainingConfig()
+
+
+@pytest.mark.parametrize("written", ["true", "yes", "'true'"])
+def test_a_right_is_not_inherited_from_the_run_before(tmp_path, written):
+    (tmp_path / "config.yaml").write_text(f"trust_remote_code: {written}\n")
+    before = ["--folder", str(tmp_path)]
+    with pytest.raises(InputError, match="trust_remote_code"):
+        parse(before, Folder, ModelConfig, previous="folder")
+    _, model = parse([*before, "--trust_remote_code"], Folder, ModelConfig, previous="folder")
+    assert model.trust_remote_code, "the user's own word grants it"
+    _, model = parse(
+        [*before, "--trust_remote_code", "false"], Folder, ModelConfig, previous="folder"
+    )
+    assert not model.trust_remote_code
+    own = tmp_path / "own.yaml"
+    own.write_text("trust_remote_code: true\n")
+    _, model = parse([*before, "--config", str(own)], Folder, ModelConfig, previous="folder")
+    assert model.trust_remote_code and rights(model) == " --trust_remote_code"
+    assert rights(ModelConfig()) == ""
 
 
 def test_a_lack_of_memory_is_told_in_one_line_wherever_it_shows(monkeypatch, capsys):
