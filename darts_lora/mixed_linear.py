@@ -42,6 +42,22 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
+class Draw:
+    """The noise of one draw of a model's gates. `waits` says that a loss made with it still waits
+    for its backward pass, as long as the loss itself is there: the layers' nodes hold the draw."""
+
+    def __init__(self, noise: Tensor):
+        self.noise, self.waits = noise, True
+
+
+class Forward:
+    """What the layers of a model share in its forward: the draw, if there is one, and whether it
+    is a forward with gradients."""
+
+    draw: Draw | None = None
+    has_gradients = False
+
+
 class MixedRankLinear(nn.Module):
     """A frozen linear layer plus K low-rank branches, mixed by gates, in two matrix products:
 
@@ -70,9 +86,11 @@ class MixedRankLinear(nn.Module):
             gradients, and the first half of the examples alone gives A and B theirs. None: no
             joint pass.
         trains_weights: whether gradients of A and B are wanted of the coming forwards.
+        shared: of all layers of a Supernet.
 
     Raises:
-        InputError: unusable ranks, branches, dropout or scaling; a rank above min(in, out).
+        InputError: unusable ranks, branches, dropout or scaling; a rank above min(in, out); in a
+            forward with gradients: the layer itself is called without, so that it cannot learn.
 
     Source: the relaxation is DARTS (arXiv 1806.09055, eq. 2) over the ranks of LoRA (2106.09685).
     """
@@ -125,6 +143,7 @@ class MixedRankLinear(nn.Module):
         self.gates: Tensor | None = None
         self.arch_gates: Tensor | None = None
         self.trains_weights = True
+        self.shared = Forward()
 
     def probabilities(self) -> Tensor:
         """softmax(alpha), (K,)."""
@@ -142,7 +161,14 @@ class MixedRankLinear(nn.Module):
         (image tiles: each row's gates are repeated); where it is not (packed sequences), the first
         row's gates serve all of x.
         """
-        gates, arch_gates = self.gates, self.arch_gates
+        gates, arch_gates, shared = self.gates, self.arch_gates, self.shared
+        if shared.has_gradients and not torch.is_grad_enabled():
+            raise InputError(
+                f"a layer {self.in_features} -> {self.out_features} runs without gradients in a "
+                "forward that has them, and would not be searched: use gradient checkpointing with "
+                "use_reentrant=False; if the model itself runs it under torch.no_grad, name it in "
+                "exclude_modules"
+            )
         if gates is None:
             gates = self.scaling * (self.membership @ self.probabilities())
         if gates.dim() == 1:
@@ -160,9 +186,9 @@ class MixedRankLinear(nn.Module):
             a, b = a.detach(), b.detach()
         base, dropout, dtype = modules["base_layer"], modules["dropout"], _compute_dtype(x)
         if type(dropout) is nn.Identity and (plain := _plain_weights(base, dtype)):
-            return _Mixture.apply(x, a, b, gates, arch_gates, None, *plain, dtype)
+            return _Mixture.apply(x, a, b, gates, arch_gates, None, *plain, dtype, shared.draw)
         x, y = dropout(x), base(x)
-        return _Mixture.apply(x, a, b, gates, arch_gates, y, None, None, dtype)
+        return _Mixture.apply(x, a, b, gates, arch_gates, y, None, None, dtype, shared.draw)
 
     @property
     def weight(self) -> Tensor:
@@ -191,7 +217,7 @@ class _Mixture(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, a, b, gates, arch_gates, y, weight, bias, dtype):
+    def forward(ctx, x, a, b, gates, arch_gates, y, weight, bias, dtype, draw):
         flat = _cast(x.reshape(-1, x.shape[-1]), dtype)
         a_used, b_used = _cast(a, dtype), _cast(b, dtype)
         _, wants_a, wants_b, wants_gates, wants_arch_gates = ctx.needs_input_grad[:5]
@@ -210,7 +236,7 @@ class _Mixture(torch.autograd.Function):
             flat if wants_a else None, a_used, b_used, gates, weight,
             h if wants_gates or wants_arch_gates else None, gated if wants_b else None,
         )  # fmt: skip
-        ctx.x_shape, ctx.dtypes = x.shape, (x.dtype, a.dtype, b.dtype)
+        ctx.draw, ctx.x_shape, ctx.dtypes = draw, x.shape, (x.dtype, a.dtype, b.dtype)
         ctx.set_materialize_grads(False)
         return out.view(*x.shape[:-1], out.shape[1])
 
@@ -218,8 +244,10 @@ class _Mixture(torch.autograd.Function):
     def backward(ctx, out):
         if torch.is_grad_enabled():
             raise RuntimeError("MixedRankLinear: gradients of gradients are not implemented")
+        if ctx.draw is not None:
+            ctx.draw.waits = False
         if out is None:  # under DDP, of a layer that the loss does not depend on: no zeros
-            return (None,) * 9
+            return (None,) * 10
         flat, a, b, gates, weight, h, gated = ctx.saved_tensors
         wants_x, wants_a, wants_b, wants_gates, wants_arch_gates, wants_y = ctx.needs_input_grad[:6]
         x_dtype, a_dtype, b_dtype = ctx.dtypes
@@ -243,7 +271,7 @@ class _Mixture(torch.autograd.Function):
             g_x = torch.mm(g_h, a) if weight is None else torch.mm(rows, weight).addmm_(g_h, a)
             g_x = _cast(g_x, x_dtype).view(*ctx.x_shape)
         g_y = out if wants_y else None
-        return g_x, g_a, g_b, g_gates, g_arch_gates, g_y, None, None, None
+        return g_x, g_a, g_b, g_gates, g_arch_gates, g_y, None, None, None, None
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

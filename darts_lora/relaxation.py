@@ -12,8 +12,18 @@ from torch import Tensor
 Relaxation = Literal["gumbel_hard", "gumbel", "softmax"]
 
 
+def gumbel_noise(alpha: Tensor, rows: int | None) -> Tensor:
+    """What `sample` draws, of alpha's dtype: (N, K), or (rows, N, K) where rows are given."""
+    shape = alpha.shape if rows is None else (rows, *alpha.shape)
+    return -torch.empty(shape, dtype=alpha.dtype, device=alpha.device).exponential_().log()
+
+
 def sample(
-    alpha: Tensor, relaxation: Relaxation, temperature: Tensor | float, rows: int | None
+    alpha: Tensor,
+    relaxation: Relaxation,
+    temperature: Tensor | float,
+    rows: int | None,
+    noise: Tensor | None = None,
 ) -> Tensor:
     """One draw of branch weights for every layer, in one stacked operation.
 
@@ -25,15 +35,15 @@ def sample(
             sample has the probability softmax(alpha) at any temperature.
         temperature: above 0, a number or a scalar tensor.
         rows: number of independent draws, one per example; None: one for the whole batch.
+        noise: of gumbel_noise, to draw the same again; None: fresh noise.
 
     Returns:
         (N, K), or (rows, N, K); each row sums to 1. Softmax gives (N, K) always.
     """
     if relaxation == "softmax":
         return (alpha / temperature).softmax(-1)
-    shape = alpha.shape if rows is None else (rows, *alpha.shape)
-    gumbel = -torch.empty(shape, dtype=alpha.dtype, device=alpha.device).exponential_().log()
-    soft = ((alpha + gumbel) / temperature).softmax(-1)
+    noise = gumbel_noise(alpha, rows) if noise is None else noise
+    soft = ((alpha + noise) / temperature).softmax(-1)
     if relaxation == "gumbel":
         return soft
     hard = torch.zeros_like(soft).scatter_(-1, soft.argmax(-1, keepdim=True), 1.0)

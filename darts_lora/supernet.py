@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import weakref
 
 import torch
 from einops import einsum
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 from darts_lora.config import SearchConfig
 from darts_lora.cost import parameters_per_rank, rank_costs, resolve_budget
 from darts_lora.errors import InputError
-from darts_lora.mixed_linear import MixedRankLinear, linear_shape
-from darts_lora.relaxation import Relaxation, sample
+from darts_lora.mixed_linear import Draw, Forward, MixedRankLinear, linear_shape
+from darts_lora.relaxation import Relaxation, gumbel_noise, sample
 from darts_lora.targets import match_modules, match_saved_modules
 
 
@@ -22,8 +23,10 @@ class Supernet:
     """A model whose target layers hold rank branches and alphas; all else is frozen, but the
     modules of config.modules_to_save: copies of them are trained in full, as in PEFT.
 
-    Before each forward of `model`, the gates of all layers are drawn in one stacked operation; they
-    stay until the next forward, so gradient checkpointing (non-reentrant) recomputes with the same.
+    Before each forward of `model`, the gates of all layers are drawn in one stacked operation; a
+    loss that waits for its backward keeps its draw, so gradient checkpointing (non-reentrant)
+    recomputes with the same, and all forwards of one loss have one draw. In evaluation mode and
+    without gradients nothing is drawn: gates are the mean of what would be.
     A plain forward and backward trains the weights only; alpha takes part inside
     `arch_gradients()`, which the Architect uses.
 
@@ -89,14 +92,19 @@ class Supernet:
         self.saved_modules = {name: _trainable_copy(name, self._originals[name]) for name in saved}
         for name, module in {**self.layers, **self.saved_modules}.items():
             model.set_submodule(name, module)
+        self._shared, self._draw = Forward(), lambda: None
         layers = self.layers.values()
         self.alpha = nn.Parameter(torch.stack([layer.alpha.detach() for layer in layers]))
         for layer in layers:
             del layer.alpha
+            layer.shared = self._shared
         self.held: Tensor | None = None
         self._place_alpha(self.alpha.device)
         self._arch_gradients, self._weight_gradients, self._joint = False, True, False
-        self._hook = model.register_forward_pre_hook(self._draw_gates, with_kwargs=True)
+        self._hooks = [
+            model.register_forward_pre_hook(self._draw_gates, with_kwargs=True),
+            model.register_forward_hook(self._forget_draw, always_call=True),
+        ]
 
     def _check_targets(self, targets: dict[str, nn.Module]) -> None:
         if not targets:
@@ -127,7 +135,7 @@ class Supernet:
         rows = _batch_rows(args, kwargs) if self.config.sampling == "example" else None
         if self._joint:
             rows = rows or 2  # one draw for each half
-        drawn = sample(alpha, self.relaxation, self._temperature, rows)
+        drawn = self._sample(alpha, rows)
         gates = einsum(drawn, self._membership, "... n k, r k -> n ... r")
         arch_gates = [None] * len(self.layers)
         if self._joint:
@@ -139,6 +147,24 @@ class Supernet:
         for layer, own, arch in each:  # past a module's setattr, which is slow
             drawn = {"gates": own, "arch_gates": arch, "trains_weights": self._weight_gradients}
             vars(layer).update(drawn)
+
+    def _sample(self, alpha: Tensor, rows: int | None) -> Tensor:
+        """Branch weights for this forward: of fresh noise, or of that which a loss waits with."""
+        relaxation, temperature = self.relaxation, self._temperature
+        self._shared.has_gradients = torch.is_grad_enabled()
+        if relaxation != "softmax" and not (self.model.training or torch.is_grad_enabled()):
+            relaxation, temperature = "softmax", 1.0  # the mean
+        if relaxation == "softmax":
+            return sample(alpha, relaxation, temperature, rows)
+        draw, shape = self._draw(), alpha.shape if rows is None else (rows, *alpha.shape)
+        if draw is None or not draw.waits or draw.noise.shape != shape:
+            draw = Draw(gumbel_noise(alpha, rows))
+            self._draw = weakref.ref(draw)
+        self._shared.draw = draw
+        return sample(alpha, relaxation, temperature, rows, draw.noise)
+
+    def _forget_draw(self, *args) -> None:
+        self._shared.draw, self._shared.has_gradients = None, False  # nodes keep the draw
 
     def _follow_weights(self) -> None:
         """Move alpha where the layers' weights were moved."""
@@ -225,7 +251,8 @@ class Supernet:
     def remove(self) -> nn.Module:
         """Put the original modules back: the model is what it was, bit for bit; `layers` and
         `saved_modules` stay readable."""
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         for layer in self.layers.values():
             layer.gates = layer.arch_gates = None
         for name, module in self._originals.items():

@@ -48,7 +48,7 @@ def alpha_gradient(architect, loss_fn, val_batch, train_batch):
     return seen[0]
 
 
-def plain_mixture(x, a, b, gates, arch_gates, y, weight, bias, dtype):
+def plain_mixture(x, a, b, gates, arch_gates, y, weight, bias, *rest):
     """The layer's sum in autograd's own operations, which can be differentiated twice."""
     return torch.nn.functional.linear(x, weight, bias) + (x @ a.T * gates) @ b.T
 

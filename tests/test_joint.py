@@ -53,7 +53,7 @@ def fix_samples(monkeypatch, supernet, branches):
     noise = torch.rand(2 * ROWS, len(supernet.layers), 4, generator=generator).double()
     used = []
 
-    def sample(alpha, relaxation, temperature, rows):
+    def sample(alpha, relaxation, temperature, rows, _):
         if rows == 2 * ROWS:
             taken = noise
         else:

@@ -114,7 +114,8 @@ def test_each_row_has_its_own_architecture(branches):
     together = supernet.model(x)
     gates = [layer.gates for layer in supernet.layers.values()]
     assert all(g.shape[0] == 8 for g in gates)
-    supernet._hook.remove()
+    for hook in supernet._hooks:
+        hook.remove()
     for row in range(8):
         for layer, layer_gates in zip(supernet.layers.values(), gates, strict=True):
             layer.gates = layer_gates[row]
@@ -133,26 +134,81 @@ def test_one_architecture_a_forward_and_a_new_one_each_time():
 
 
 class Checkpointed(nn.Module):
-    def __init__(self):
+    def __init__(self, reentrant=False):
         super().__init__()
-        self.inner = residual()
+        self.inner, self.reentrant = residual(), reentrant
 
     def forward(self, x):
-        return checkpoint(self.inner, x, use_reentrant=False)
+        return checkpoint(self.inner, x, use_reentrant=self.reentrant)
 
 
-def test_gates_stay_fixed_under_recomputation():
+@pytest.mark.parametrize("forwards", [1, 2])
+def test_recomputation_sees_the_gates_of_its_forward(forwards):
+    """Also of a loss over several forwards, as those of preferences are."""
     gradients = []
     for wrap in (residual, Checkpointed):
         supernet = Supernet(wrap(), config())
         randomise(supernet)
         torch.manual_seed(3)
-        x = torch.randn(5, 16)
+        inputs = torch.randn(forwards, 5, 16)
         with supernet.arch_gradients():
-            supernet.model(x).pow(2).sum().backward()
+            sum(supernet.model(x).pow(2).sum() for x in inputs).backward()
         parameters = (*supernet.weight_parameters(), *supernet.arch_parameters())
         gradients.append([p.grad for p in parameters])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_a_draw_lasts_as_long_as_a_loss_waits_for_its_backward():
+    supernet, x = Supernet(residual(), config()), torch.randn(3, 16)
+    randomise(supernet)
+    first = supernet.model(x)
+    assert torch.equal(supernet.model(x), first)
+    first.sum().backward()  # from now on `first` only lies about
+    second = supernet.model(x)
+    assert not torch.equal(second, first)
+    kept = second.detach()
+    del second
+    assert not torch.equal(supernet.model(x), kept)
+    with torch.no_grad():
+        assert not torch.equal(supernet.model(x), supernet.model(x))
+
+
+@pytest.mark.parametrize("relaxation", ["gumbel_hard", "gumbel"])
+def test_an_evaluation_sees_the_mean_of_what_is_drawn(relaxation):
+    supernet, x = Supernet(residual(depth=1), config(relaxation=relaxation)), torch.randn(1, 16)
+    randomise(supernet)
+    supernet.model.eval()
+    seen = []
+    for _ in range(5):  # models are loaded in this mode, and some loops train them in it
+        supernet.model(x).sum().backward()
+        seen.append(supernet.layers["blocks.0"].gates)
+    assert not all(torch.equal(gates, seen[0]) for gates in seen)
+    with torch.no_grad():
+        found = supernet.model(x)
+        gates = supernet.layers["blocks.0"].gates
+        assert torch.equal(supernet.model(x), found)
+        supernet.model.train()
+        supernet.model(x.expand(20_000, 16))
+        drawn = supernet.layers["blocks.0"].gates
+    assert (drawn.mean(0) - gates).abs().max() < (0.05 if relaxation == "gumbel_hard" else 0.3)
+
+
+class WithoutGradients(Checkpointed):
+    def forward(self, x):
+        with torch.no_grad():
+            return self.inner(x)
+
+
+@pytest.mark.parametrize("wrap", [lambda: Checkpointed(reentrant=True), WithoutGradients])
+def test_layers_that_a_forward_runs_without_gradients_are_refused(wrap):
+    """Re-entrant checkpointing trains weights, and gives alpha no gradient."""
+    supernet = Supernet(wrap(), config())
+    with pytest.raises(
+        InputError, match=r"16 -> 16 runs without .* use_reentrant=False; "
+    ):
+        supernet.model(torch.randn(5, 16, requires_grad=True))
+    with torch.no_grad():
+        assert supernet.model(torch.randn(5, 16)).shape == (5, 16)
 
 
 def test_probabilities_and_expected_parameters():

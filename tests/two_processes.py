@@ -78,7 +78,7 @@ def rows_and_samples() -> dict:
     return {"rows": rows, "gates": gates, **result(search)}
 
 
-def fixed_sample(numbers: list, alpha, relaxation, temperature, rows):
+def fixed_sample(numbers: list, alpha, relaxation, temperature, rows, _):
     """Straight-through samples that the numbers of the rows decide."""
     generator = torch.Generator().manual_seed(1)
     choice = torch.randint(alpha.shape[-1], (1000, len(alpha)), generator=generator)[numbers[0]]
