@@ -2,7 +2,7 @@
 Public names only; data sets and TensorBoard are imported by the rooms that use them."""
 
 from darts_lora.architect import Architect
-from darts_lora.config import SearchConfig
+from darts_lora.config import SearchConfig, TrainingConfig
 from darts_lora.discretize import discretize
 from darts_lora.errors import DivergedError, InputError
 from darts_lora.genotype import Genotype
@@ -21,6 +21,7 @@ __all__ = [
     "RankSearch",
     "SearchConfig",
     "Supernet",
+    "TrainingConfig",
     "discretize",
     "show",
 ]

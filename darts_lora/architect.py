@@ -11,7 +11,7 @@ from torch import Tensor
 
 from darts_lora.allocation import Allocation
 from darts_lora.average import RunningMean
-from darts_lora.errors import InputError
+from darts_lora.errors import DivergedError, InputError
 from darts_lora.prior import Prior
 from darts_lora.supernet import Supernet
 
@@ -41,6 +41,8 @@ class Architect:
         reduce: averages a gradient over processes, Tensor -> Tensor; None for one process.
         scaler: of the weights' losses in float16; alpha's are scaled alike, or small gradients
             would be 0. One that overflows counts as 0. None: no scaling.
+        check_finite: look at each gradient before alpha takes it, which waits for the device; a
+            caller that looks at the losses itself, now and then, needs no such waits.
 
     Attributes:
         allocation: sets alpha (arch_update "proportional"), which begins even; None: it descends.
@@ -58,8 +60,9 @@ class Architect:
         inner_learning_rate: float = 1e-3,
         reduce: Callable[[Tensor], Tensor] | None = None,
         scaler: torch.amp.GradScaler | None = None,
+        check_finite: bool = True,
     ):
-        config, self.scaler = supernet.config, scaler
+        config, self.scaler, self.check_finite = supernet.config, scaler, check_finite
         self.supernet, self.inner_learning_rate, self.reduce = supernet, inner_learning_rate, reduce
         self.optimizer = SharedAdam(
             [supernet.alpha],
@@ -94,7 +97,8 @@ class Architect:
             and "expected_parameters" after the step, scalars on the device.
 
         Raises:
-            InputError: order 2 without a train_batch.
+            InputError: order 2 without a train_batch; a loss that does not depend on alpha.
+            DivergedError: a gradient that is infinite or NaN; alpha stays as it was.
         """
         if self.supernet.config.order == 2 and train_batch is None:
             raise InputError("train_batch=None: order=2 (unrolled) needs a training batch")
@@ -109,11 +113,22 @@ class Architect:
         return self.update(loss, gradient)
 
     def update(self, loss: Tensor, gradient: Tensor) -> dict[str, Tensor]:
-        """The part of `step` behind the gradient of the validation loss, (N, K); its result."""
+        """The part of `step` behind the gradient of the validation loss, (N, K); its result.
+
+        Raises:
+            DivergedError: as of `step`.
+        """
+        if self.check_finite:
+            gradient = gradient + 0 * loss  # one process's NaN stops all of them
         if self.reduce is not None:
             gradient = self.reduce(gradient)
         if self.scaler is not None and not gradient.isfinite().all():
             gradient = torch.zeros_like(gradient)  # weight steps overflow too, and lower the scale
+        if self.check_finite and not gradient.isfinite().all():
+            raise DivergedError(
+                f"the gradient of alpha is infinite or NaN (validation loss {float(loss):.4g}): "
+                "alpha was left as it was; lower the learning rate, or look at the data"
+            )
         self.gradient_sums = self.gradient_sums.to(gradient.device)
         self.gradient_sums[self.steps % 2] += gradient
         self.steps += 1
@@ -152,13 +167,22 @@ class Architect:
     def _gradients(
         self, loss_fn: Callable, batch: Any, parameters: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
-        """The loss and its gradients of `parameters` alone; no `.grad` is written."""
+        """The loss and its gradients of `parameters` alone; no `.grad` is written. Rows may reach
+        no layer, as text does where images are searched: that is a gradient of 0."""
         with self.supernet.arch_gradients(
             weights=any(p is not self.supernet.alpha for p in parameters)
         ):
+            calls = self.supernet.calls
             loss = loss_fn(batch)
             scale = 1.0 if self.scaler is None else self.scaler.get_scale()
-            gradients = torch.autograd.grad(loss * scale, parameters, allow_unused=True)
+            gradients = [None] * len(parameters)
+            if loss.requires_grad:
+                gradients = torch.autograd.grad(loss * scale, parameters, allow_unused=True)
+        if gradients[0] is None and (self.supernet.calls == calls or not loss.requires_grad):
+            raise InputError(
+                "loss_fn: its loss does not depend on alpha; compute it from what the "
+                "supernet's own model gives, without detach, item or torch.no_grad"
+            )
         filled = [
             torch.zeros_like(p) if g is None else g / scale
             for p, g in zip(parameters, gradients, strict=True)

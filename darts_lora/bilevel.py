@@ -61,6 +61,7 @@ class BilevelStep:
             inner_learning_rate=training.learning_rate,
             reduce=(lambda g: accelerator.reduce(g, "mean")) if several else None,
             scaler=accelerator.scaler,
+            check_finite=False,  # the loop looks at the losses where it waits anyhow
         )
         self.val_loss_fn = partial(loss_fn, supernet.model)
         self.joint = None

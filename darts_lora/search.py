@@ -8,7 +8,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -45,8 +45,19 @@ from darts_lora.supernet import Supernet
 
 
 def model_loss(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """The loss that a transformers model computes from a batch with labels."""
-    return model(**batch).loss
+    """The loss that a transformers model computes from a batch with labels.
+
+    Raises:
+        InputError: the batch is no mapping of inputs, or the model gives no loss.
+    """
+    output = model(**batch) if isinstance(batch, Mapping) else batch
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if loss is None:
+        what = f"a model gives no loss ({type(output).__name__})"
+        if output is batch:
+            what = f"a batch is a {type(batch).__name__}, no dict of a transformers model's inputs"
+        raise InputError(f"loss_fn: {what}; give loss_fn, (model, batch) -> loss, or labels")
+    return loss
 
 
 class RankSearch:

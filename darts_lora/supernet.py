@@ -44,6 +44,7 @@ class Supernet:
         costs: (N, K) float64, trainable parameters of each candidate.
         budget: trainable parameters, None without a budget.
         arch_update: how alpha moves; the config's, or what suits the budget.
+        calls: forwards of the model so far (count).
         relaxation, temperature: what the next forwards use; a search loop changes them.
 
     Raises:
@@ -92,6 +93,7 @@ class Supernet:
         self.saved_modules = {name: _trainable_copy(name, self._originals[name]) for name in saved}
         for name, module in {**self.layers, **self.saved_modules}.items():
             model.set_submodule(name, module)
+        self.calls = 0
         self._shared, self._draw = Forward(), lambda: None
         layers = self.layers.values()
         self.alpha = nn.Parameter(torch.stack([layer.alpha.detach() for layer in layers]))
@@ -128,11 +130,13 @@ class Supernet:
                 )
 
     def _draw_gates(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.calls += 1
         self._follow_weights()
         alpha = self.alpha if self._arch_gradients else self.alpha.detach()
         if self.held is not None:
             alpha = self.held + (alpha - alpha.detach())
         rows = _batch_rows(args, kwargs) if self.config.sampling == "example" else None
+        rows = rows or None  # a batch without rows needs no draws of its own
         if self._joint:
             rows = rows or 2  # one draw for each half
         drawn = self._sample(alpha, rows)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from darts_lora import Architect, InputError, SearchConfig, Supernet, mixed_linear
+from darts_lora import Architect, DivergedError, InputError, SearchConfig, Supernet, mixed_linear
 from darts_lora.architect import SharedAdam
 from darts_lora.prior import Prior
 from small_models import randomise, residual
@@ -218,6 +218,46 @@ def test_weight_step_leaves_alpha_and_its_optimizer_alone():
     assert supernet.alpha.grad is None
     for new, old in zip(architect.optimizer.state.values(), state.values(), strict=True):
         assert all(torch.equal(new[key], old[key]) for key in old)
+
+
+def other_model(supernet, batch):
+    return residual(seed=1).double()(batch[0]).pow(2).mean()
+
+
+def other_trained_model(supernet, batch):
+    return other_model(supernet, batch) + supernet.model.extra.sum()
+
+
+LOSSES = {
+    "another model": other_model,
+    "another model that learns": other_trained_model,
+    "detached": lambda supernet, batch: loss_of(supernet)(batch).detach(),
+    "a number": lambda supernet, batch: torch.tensor(loss_of(supernet)(batch).item()),
+    "past the call": lambda supernet, batch: supernet.model.forward(batch[0]).pow(2).mean(),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_a_loss_that_does_not_depend_on_alpha_is_refused(loss):
+    supernet, architect = make()
+    supernet.model.extra = torch.nn.Parameter(torch.ones(3))
+    train, val = batches()
+    with pytest.raises(InputError, match="loss_fn: its loss does not depend on alpha"):
+        architect.step(lambda batch: loss(supernet, batch), val, train)
+
+
+@pytest.mark.parametrize("arch_update", ["gradient", "proportional"])
+@pytest.mark.parametrize("what", ["rows", "infinite"])
+def test_a_gradient_that_is_not_finite_leaves_alpha_alone(arch_update, what):
+    supernet, architect = make(arch_update=arch_update, budget_rank=2)
+    loss_fn, (train, _) = loss_of(supernet), batches()
+    architect.step(loss_fn, train)
+    before, sums = supernet.alpha.detach().clone(), architect.gradient_sums.clone()
+    bad = batches(rows=0)[0] if what == "rows" else (train[0] * torch.inf, train[1])
+    with pytest.raises(DivergedError, match=r"validation loss nan\): alpha was left as it was"):
+        architect.step(loss_fn, bad)
+    assert torch.equal(supernet.alpha, before) and torch.equal(architect.gradient_sums, sums)
+    assert architect.steps == 1
 
 
 def test_unrolled_needs_a_training_batch():

@@ -23,6 +23,7 @@ from darts_lora import DivergedError, Genotype, InputError, RankSearch, SearchCo
 from darts_lora.checkpoint import checkpoints
 from darts_lora.config import TrainingConfig
 from darts_lora.interruption import Stopped
+from darts_lora.search import model_loss
 from small_models import residual
 
 WIDTH = 16
@@ -431,6 +432,15 @@ def test_the_genotype_keeps_its_budget(relaxation, branches, tmp_path):
         torch.equal(inherited[key], value)
         for key, value in genotype.inherited_state(search.supernet).items()
     )
+
+
+def test_a_plain_model_without_a_loss_fn_is_told_so():
+    with pytest.raises(InputError, match="loss_fn: a batch is a list, no dict of a transformers"):
+        make(loss=model_loss).run()
+    for output in ({"logits": 1}, torch.zeros(2)):
+        with pytest.raises(InputError, match=f"a model gives no loss .{type(output).__name__}.;"):
+            model_loss(lambda x, output=output: output, {"x": 1})
+    assert model_loss(lambda x: {"loss": x}, {"x": 1}) == 1
 
 
 def test_options_that_cannot_work_are_refused_before_any_step(tmp_path):

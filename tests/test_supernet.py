@@ -203,9 +203,7 @@ class WithoutGradients(Checkpointed):
 def test_layers_that_a_forward_runs_without_gradients_are_refused(wrap):
     """Re-entrant checkpointing trains weights, and gives alpha no gradient."""
     supernet = Supernet(wrap(), config())
-    with pytest.raises(
-        InputError, match=r"16 -> 16 runs without .* use_reentrant=False; "
-    ):
+    with pytest.raises(InputError, match=r"16 -> 16 runs without .* use_reentrant=False; "):
         supernet.model(torch.randn(5, 16, requires_grad=True))
     with torch.no_grad():
         assert supernet.model(torch.randn(5, 16)).shape == (5, 16)
