@@ -73,11 +73,15 @@ def discretize(
             costs = rank_costs(genotype.shapes.values(), ranks)
         choice = choose(proportional_values(wanted, costs), costs, budget)
     ranks = [ranks[k] for k in choice]
-    return replace(
+    derived = replace(
         genotype,
         ranks=dict(zip(genotype.shapes, ranks, strict=True)),
         found_by={**genotype.found_by, "discretize": method, "budget_parameters": budget},
     )
+    if isinstance(verdict := derived.found_by.get("verdict"), dict):  # of the ranks before
+        own = {"chosen_parameters": derived.num_parameters, "budget_parameters": budget}
+        derived.found_by["verdict"] = verdict | own
+    return derived
 
 
 def proportional_values(wanted: Tensor, costs: Tensor) -> Tensor:

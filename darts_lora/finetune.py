@@ -16,7 +16,7 @@ import transformers
 from accelerate import PartialState
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.helpers import disable_input_dtype_casting
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from torch import nn
 from transformers import (
     ProgressCallback,
@@ -32,6 +32,7 @@ from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
 from darts_lora.data import Rows, make_collator, training_rows
 from darts_lora.errors import DivergedError, InputError
 from darts_lora.files import check_writable, locked, remove, write_into, write_json, write_whole
+from darts_lora.frozen import hold_statistics
 from darts_lora.genotype import Genotype
 from darts_lora.interruption import Stopped, StopRequest, told_as_input_errors, worker_context
 from darts_lora.label_collator import LabelCollator
@@ -196,6 +197,7 @@ def train(
     Raises:
         DivergedError: a loss that is not finite; the adapter of output_dir/checkpoint stays.
     """
+    hold_statistics(model, [m for m in model.modules() if isinstance(m, ModulesToSaveWrapper)])
     trainable = [p for p in model.parameters() if p.requires_grad]
     # Float32 adapters on a base in 16 bits: without autocast, PEFT copies activations to float32.
     half = model.dtype in (torch.bfloat16, torch.float16)

@@ -14,9 +14,13 @@ from torch import Tensor, nn
 from darts_lora.config import SearchConfig
 from darts_lora.cost import parameters_per_rank, rank_costs, resolve_budget
 from darts_lora.errors import InputError
+from darts_lora.frozen import hold_statistics
 from darts_lora.mixed_linear import Draw, Forward, MixedRankLinear, linear_shape
 from darts_lora.relaxation import Relaxation, gumbel_noise, sample
 from darts_lora.targets import match_modules, match_saved_modules
+
+# What accelerate puts into a model that it prepares, and does not take away.
+PREPARED = ("forward", "_original_forward", "_is_accelerate_prepared")
 
 
 class Supernet:
@@ -72,6 +76,7 @@ class Supernet:
         if config.arch_update is None:
             self.arch_update = "gradient" if self.budget is None else "proportional"
 
+        self._prepared = {n: v for n, v in vars(model).items() if n in PREPARED}
         self._required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         model.requires_grad_(False)
         self.layers: dict[str, MixedRankLinear] = {}
@@ -106,6 +111,7 @@ class Supernet:
         self._hooks = [
             model.register_forward_pre_hook(self._draw_gates, with_kwargs=True),
             model.register_forward_hook(self._forget_draw, always_call=True),
+            *hold_statistics(model, self.saved_modules.values()),
         ]
 
     def _check_targets(self, targets: dict[str, nn.Module]) -> None:
@@ -263,6 +269,9 @@ class Supernet:
             self.model.set_submodule(name, module)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._required_grad[name])
+        for name in PREPARED:
+            vars(self.model).pop(name, None)
+        vars(self.model).update(self._prepared)
         return self.model
 
 

@@ -36,6 +36,9 @@ def agreement(gradient_sums: Tensor) -> tuple[float, float]:
 def verdict(supernet: Supernet, architect: Architect, genotype: Genotype) -> dict[str, Any]:
     """The figures that say whether another search would find these ranks again."""
     halves_agree, by_chance = agreement(architect.gradient_sums)
+    seen = architect.gradient_sums.abs().sum((0, 2))  # exactly 0 where the loss never depends on it
+    choices = architect.gradient_sums.shape[2] > 1
+    dead = [n for n, s in zip(supernet.layers, seen.tolist(), strict=True) if choices and s == 0]
     with torch.no_grad():
         return {
             "learnt": halves_agree > 3 * by_chance,
@@ -45,6 +48,7 @@ def verdict(supernet: Supernet, architect: Architect, genotype: Genotype) -> dic
             "expected_parameters": float(supernet.expected_parameters()),
             "chosen_parameters": genotype.num_parameters,
             "budget_parameters": supernet.budget,
+            "without_gradient": dead,
         }
 
 
@@ -67,4 +71,12 @@ def verdict_text(figures: dict[str, Any]) -> str:
     )
     if figures["budget_parameters"]:
         size += f", budget {figures['budget_parameters']:,.0f}"
-    return f"{first} Entropy {figures['entropy']:.2f} of 1. {size}."
+    text = f"{first} Entropy {figures['entropy']:.2f} of 1. {size}."
+    if dead := figures.get("without_gradient"):
+        names = ", ".join(dead[:3]) + (", ..." if len(dead) > 3 else "")
+        text += (
+            f" The loss depended on {len(dead)} of the layers at no step ({names}): they get the "
+            "least rank because nothing was seen of them. Do the rows reach them (images for a "
+            "vision tower), and is no gate behind them 0?"
+        )
+    return text

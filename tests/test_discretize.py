@@ -183,3 +183,16 @@ def test_10000_layers_take_seconds(tmp_path):
     assert time.process_time() - started < 15
     assert 0.9999 < derived.num_parameters / derived.found_by["budget_parameters"] <= 1
     assert len(config.rank_pattern) == sum(0 < rank < 16 for rank in derived.ranks.values())
+
+
+def test_the_verdict_of_a_derived_genotype_is_of_its_own_ranks():
+    supernet = Supernet(residual(), SearchConfig(ranks=(0, 1, 2, 4), budget_rank=2))
+    randomise(supernet)
+    searched = discretize(supernet)
+    about = {"learnt": True, "chosen_parameters": searched.num_parameters}
+    searched.found_by["verdict"] = about | {"budget_parameters": supernet.budget}
+    derived = discretize(searched, budget_rank=1)
+    verdict = derived.found_by["verdict"]
+    assert verdict["chosen_parameters"] == derived.num_parameters <= 4 * 32
+    assert verdict["budget_parameters"] == 4 * 32 and verdict["learnt"]
+    assert searched.found_by["verdict"]["budget_parameters"] == supernet.budget

@@ -6,6 +6,7 @@ import copy
 import pytest
 import torch
 import transformers as t
+from accelerate import Accelerator
 from families import TEXT
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -84,6 +85,21 @@ def test_inserting_changes_no_output_and_removing_restores_the_model():
     assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
     for name, value in model.state_dict().items():
         assert torch.equal(value, state[name])
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_removal_takes_away_what_accelerate_put_into_the_model(own):
+    model = residual()
+    if own:
+        model.forward = lambda x: x.sum()
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    before = dict(vars(model))
+    supernet = Supernet(model, config())
+    accelerator.prepare(model)
+    assert vars(model)["forward"] is not before.get("forward")
+    supernet.remove()
+    assert vars(model).keys() == before.keys()
+    assert vars(model).get("forward") is before.get("forward")
 
 
 def test_parameter_groups_are_disjoint_and_all_else_is_frozen():

@@ -6,7 +6,9 @@ import math
 import pytest
 import torch
 
-from darts_lora.verdict import agreement, verdict_text
+from darts_lora import Architect, Genotype, SearchConfig, Supernet
+from darts_lora.verdict import agreement, verdict, verdict_text
+from small_models import Residual, randomise
 
 
 def noise(layers=40, candidates=5):
@@ -53,3 +55,28 @@ def test_the_text_says_it_plainly(learnt, budget, words):
     assert words in text and "Entropy 0.50 of 1" in text
     assert "960 chosen, 990 expected" in text
     assert ("budget 1,000" in text) == (budget is not None)
+
+
+class Gated(Residual):
+    """As Mllama's vision tower, what block 1 computes is multiplied by 0; block 3 rests."""
+
+    def forward(self, x):
+        x, dead = torch.tanh(self.blocks[0](x)), self.blocks[1](x)
+        return self.blocks[2](x) + 0 * dead
+
+
+@pytest.mark.parametrize(("ranks", "budget"), [((0, 1, 2), 200), ((4,), 512)])
+@pytest.mark.parametrize("arch_update", ["proportional", "gradient"])
+def test_layers_that_the_loss_never_depends_on_are_told(ranks, budget, arch_update):
+    torch.manual_seed(0)
+    config = SearchConfig(ranks=ranks, budget_parameters=budget, arch_update=arch_update)
+    supernet = Supernet(Gated(16, 4), config)
+    architect = Architect(supernet)
+    randomise(supernet)
+    for _ in range(3):
+        architect.step(lambda x: supernet.model(x).pow(2).mean(), torch.randn(8, 16))
+    figures = verdict(supernet, architect, Genotype.from_supernet(supernet))
+    dead = ["blocks.1", "blocks.3"] if len(ranks) > 1 else []
+    assert figures["without_gradient"] == dead, "of one candidate there is none to learn"
+    text = verdict_text(figures)
+    assert ("depended on 2 of the layers at no step (blocks.1, blocks.3)" in text) == bool(dead)
