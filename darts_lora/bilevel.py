@@ -18,6 +18,7 @@ from darts_lora.config import TrainingConfig
 from darts_lora.graphs import Graphed
 from darts_lora.joint import JointStep
 from darts_lora.supernet import Supernet
+from darts_lora.tokens import shares
 from darts_lora.weights import WeightStep
 
 # Every layer's membership is a constant buffer: not to be sent anew before each forward. Gradients
@@ -37,6 +38,7 @@ class BilevelStep:
         training: learning rate (of a finetune), accumulation and clipping of the weights.
         loss_fn: (model, batch) -> scalar loss.
         joint_loss_fn: (model, joint batch) -> losses of both halves of its rows.
+        count: batch -> how many tokens its loss is the mean of, as of WeightStep.
 
     Attributes:
         weights, architect: the steps, which own the optimizers.
@@ -50,11 +52,12 @@ class BilevelStep:
         training: TrainingConfig,
         loss_fn: Callable[[nn.Module, Any], Tensor],
         joint_loss_fn: Callable[[nn.Module, Any], tuple[Tensor, Tensor]],
+        count: Callable[[Any], Tensor | None] | None = None,
     ):
         self.supernet, self.accelerator = supernet, accelerator
         rate = training.learning_rate * supernet.config.learning_rate_scale
         training = replace(training, learning_rate=rate)
-        self.weights = WeightStep(supernet, accelerator, training, loss_fn)
+        self.weights = WeightStep(supernet, accelerator, training, loss_fn, count)
         several = accelerator.num_processes > 1
         self.architect = Architect(
             supernet,
@@ -63,7 +66,12 @@ class BilevelStep:
             scaler=accelerator.scaler,
             check_finite=False,  # the loop looks at the losses where it waits anyhow
         )
-        self.val_loss_fn = partial(loss_fn, supernet.model)
+
+        def val_loss_fn(batch: Any) -> Tensor:
+            (share,) = shares([batch], accelerator, count)
+            return loss_fn(supernet.model, batch) * share
+
+        self.val_loss_fn = val_loss_fn
         self.joint = None
         if supernet.config.joint:
             self.joint = JointStep(self.weights, self.architect, joint_loss_fn)

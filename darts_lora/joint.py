@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from darts_lora.architect import Architect
+from darts_lora.collator import IGNORED
 from darts_lora.errors import InputError
 from darts_lora.graphs import Graphed
+from darts_lora.tokens import shares
 from darts_lora.weights import WeightStep, add_gradients
-
-IGNORED = -100
 
 
 class JointStep:
@@ -66,20 +66,22 @@ class JointStep:
         Raises:
             InputError: a batch of each does not make a joint one.
         """
-        parts, total = self.weights.parts, self.weights.accumulate(train_batches)
-        batch = join(next(train_batches), next(val_batches))
+        total, train_batch, share = self.weights.accumulate(train_batches)
+        val_batch = next(val_batches)
+        (val_share,) = shares([val_batch], self.weights.accelerator, self.weights.count)
+        batch = join(train_batch, val_batch)
         alpha = self.supernet.alpha
         if self.graphed is not None:
             losses, (gradient, *gradients) = self.graphed(batch)
-            add_gradients(self.weights.parameters, gradients, parts)
+            add_gradients(self.weights.parameters, gradients, share)
         else:
             with self.supernet.arch_gradients(joint=True):
                 losses = torch.stack(self.loss_fn(self.weights.model, batch))
-                self.weights.accelerator.backward(losses[0] / parts + losses[1])
+                self.weights.accelerator.backward(losses[0] * share + losses[1] * val_share)
             gradient, alpha.grad = alpha.grad, None
         self.weights.update()
         loss, val_loss = losses.detach()
-        return total + loss / parts, self.architect.update(val_loss, gradient)
+        return total + loss * share, self.architect.update(val_loss * val_share, gradient)
 
     def gradients(self, batch: Any) -> tuple[Tensor, list[Tensor]]:
         """The losses of both halves, (2,), and the gradients of alpha and of each weight."""

@@ -42,6 +42,7 @@ from darts_lora.resume import (
 from darts_lora.schedule import Schedule, derive_genotype
 from darts_lora.stream import BatchStream, check_batches
 from darts_lora.supernet import Supernet
+from darts_lora.tokens import learnt_tokens
 
 
 def model_loss(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -72,7 +73,8 @@ class RankSearch:
         training: steps, learning rate and the like of the weights.
         output_dir: checkpoints/, tensorboard/, metrics.jsonl, supernet.safetensors and
             genotype.json go there; None: nothing is written.
-        loss_fn: (model, batch) -> scalar loss.
+        loss_fn: (model, batch) -> scalar loss. Accumulated batches and those of other processes
+            count by their learnt tokens with the default, alike with any other.
         joint_loss_fn: (model, batch) -> losses of both halves of its rows, for config.joint.
         accelerator: default: one made from `training`.
         course: further options that decide what is computed (of the model, of the data), name to
@@ -120,7 +122,10 @@ class RankSearch:
         if config.order == 2 and self.accelerator.is_fsdp2:
             raise InputError("order=2: needs whole weights on each process; use DDP, or order=1")
         set_seed(config.seed, device_specific=True)
-        self.steps = BilevelStep(supernet, self.accelerator, self.training, loss_fn, joint_loss_fn)
+        count = learnt_tokens if loss_fn is model_loss else None  # what others are means of?
+        self.steps = BilevelStep(
+            supernet, self.accelerator, self.training, loss_fn, joint_loss_fn, count
+        )
         self.weights, self.architect = self.steps.weights, self.steps.architect
         self.model = self.weights.model
         given = train_dataloader, val_dataloader

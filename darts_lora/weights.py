@@ -17,6 +17,7 @@ from transformers import get_scheduler
 from darts_lora.config import TrainingConfig
 from darts_lora.graphs import Graphed
 from darts_lora.supernet import Supernet
+from darts_lora.tokens import shares
 
 
 class WeightStep:
@@ -27,6 +28,8 @@ class WeightStep:
         accelerator: prepares the model and the optimizer.
         training: learning rate and its course, accumulation, clipping.
         loss_fn: (model, batch) -> scalar loss.
+        count: batch -> how many tokens its loss is the mean of, to weigh accumulated batches and
+            those of other processes by (tokens.py); None: all batches count alike.
 
     Attributes:
         model: the supernet's model as accelerate prepared it.
@@ -42,8 +45,10 @@ class WeightStep:
         accelerator: Accelerator,
         training: TrainingConfig,
         loss_fn: Callable[[nn.Module, Any], Tensor],
+        count: Callable[[Any], Tensor | None] | None = None,
     ):
         self.accelerator, self.training, self.loss_fn = accelerator, training, loss_fn
+        self.count = count
         self.parts = training.gradient_accumulation_steps
         optimizer = torch.optim.AdamW(
             supernet.weight_parameters(),
@@ -63,14 +68,18 @@ class WeightStep:
 
     def step(self, batches: Iterator[Any]) -> tuple[Tensor, Any]:
         """One step on as many of the batches as are accumulated; the mean loss, the last batch."""
-        total, batch = self.accumulate(batches), next(batches)
-        total = total + self._backward(batch, last=True)
+        total, batch, share = self.accumulate(batches)
+        total = total + self._backward(batch, share, last=True)
         self.update()
         return total, batch
 
-    def accumulate(self, batches: Iterator[Any]) -> Tensor | float:
-        """Gradients of all batches of a step but the last; their share of the mean loss."""
-        return sum(self._backward(next(batches), last=False) for _ in range(self.parts - 1))
+    def accumulate(self, batches: Iterator[Any]) -> tuple[Tensor | float, Any, Tensor | float]:
+        """Gradients of all batches of a step but the last: their share of the mean loss; the last
+        batch, and the factor of its loss."""
+        *earlier, last = taken = [next(batches) for _ in range(self.parts)]
+        *parts, share = shares(taken, self.accelerator, self.count)
+        each = zip(earlier, parts, strict=True)
+        return sum(self._backward(*pair, last=False) for pair in each), last, share
 
     def update(self) -> None:
         """The part of a step behind the gradients: clipping, optimizer, learning rate."""
@@ -89,24 +98,25 @@ class WeightStep:
         filled = zip(self.parameters, found, strict=True)
         return loss.detach(), [torch.zeros_like(w) if g is None else g for w, g in filled]
 
-    def _backward(self, batch: Any, last: bool) -> Tensor:
-        """Add the gradients of loss / parts to the weights' own; loss / parts."""
-        parts = self.parts
+    def _backward(self, batch: Any, share: Tensor | float, last: bool) -> Tensor:
+        """Add the gradients of loss * share to the weights' own; loss * share."""
         if self.graphed is not None:
             loss, gradients = self.graphed(batch)
-            add_gradients(self.parameters, gradients, parts)
-            return loss / parts
+            add_gradients(self.parameters, gradients, share)
+            return loss * share
         waits = contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
         with waits:
-            loss = self.loss_fn(self.model, batch) / parts
+            loss = self.loss_fn(self.model, batch) * share
             self.accelerator.backward(loss)
         return loss.detach()
 
 
-def add_gradients(parameters: list[Tensor], gradients: list[Tensor], parts: int) -> None:
-    """Add gradients / parts to the parameters' own, in few kernels."""
-    if parts > 1:  # else they are used up before the next replay overwrites them
-        gradients = torch._foreach_div(gradients, parts)
+def add_gradients(parameters: list[Tensor], gradients: list[Tensor], share: Tensor | float) -> None:
+    """Add gradients * share to the parameters' own, in few kernels."""
+    if (
+        isinstance(share, Tensor) or share != 1
+    ):  # else they are used up before the next replay overwrites them
+        gradients = torch._foreach_mul(gradients, share)
     if parameters[0].grad is None:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient

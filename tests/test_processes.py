@@ -48,9 +48,10 @@ def test_two_processes_share_rows_and_alpha_but_not_samples(seen):
     assert any(value != 0 for layer in first["alpha"] for value in layer)
 
 
-def test_gradients_are_those_of_one_process_on_the_joined_batch(seen):
+@pytest.mark.parametrize("kind", ["joined", "tokens"])
+def test_gradients_are_those_of_one_process_on_the_joined_batch(seen, kind):
     for process in seen:
-        differences, sizes = process["joined"]["differences"], process["joined"]["sizes"]
+        differences, sizes = process[kind]["differences"], process[kind]["sizes"]
         assert len(sizes) == 9 and min(sizes) > 1e-3, "4 layers with A and B, and alpha"
         assert all(d <= 1e-6 * max(s, 1) for d, s in zip(differences, sizes, strict=True))
 

@@ -16,14 +16,19 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from test_search import WIDTH, loss_fn, make, split
+from test_tokens import Tagger
+from test_tokens import rows as tagged_rows
+from test_tokens import search as tagger_search
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.utils.data import default_collate
 
 from darts_lora import Architect, InputError, Supernet
 from darts_lora import search as search_module
 from darts_lora import supernet as supernet_module
 from darts_lora.interruption import Stopped
 from darts_lora.resume import full
+from darts_lora.search import model_loss
 from small_models import Residual, randomise, residual
 
 
@@ -114,6 +119,30 @@ def gradients_of_the_joined_batch(process: int) -> dict:
     architect.step(partial(loss, alone.model), tensors)
     pairs.append((search.architect.gradient_sums, architect.gradient_sums))
     supernet_module.sample = sample
+    return {
+        "differences": [float((ours - whole).abs().max()) for ours, whole in pairs],
+        "sizes": [float(whole.abs().max()) for _, whole in pairs],
+    }
+
+
+def gradients_by_tokens(process: int) -> dict:
+    """Of weights and alpha, by two processes whose rows have unlike numbers of learnt tokens."""
+    data = tagged_rows((1, 7, 2, 8))
+    first, whole = default_collate(data[:2]), default_collate(data)
+    own = default_collate([data[process]]), default_collate([data[2 + process]])
+    made = tagger_search(data, 1, 2)
+    alone = Supernet(Tagger(WIDTH), made.supernet.config)
+    alone.model.load_state_dict(made.supernet.model.state_dict())
+    reference = Architect(alone)
+    for supernet in (made.supernet, alone):
+        randomise(supernet)
+    made.weights.step(iter(own))
+    model_loss(alone.model, whole).backward()
+    pairs = zip(made.supernet.weight_parameters(), alone.weight_parameters(), strict=True)
+    pairs = [(ours.grad, whole.grad) for ours, whole in pairs]
+    made.architect.step(made.steps.val_loss_fn, own[0])
+    reference.step(partial(model_loss, alone.model), first)
+    pairs.append((made.architect.gradient_sums, reference.gradient_sums))
     return {
         "differences": [float((ours - whole).abs().max()) for ours, whole in pairs],
         "sizes": [float(whole.abs().max()) for _, whole in pairs],
@@ -230,6 +259,7 @@ def main(folder: Path) -> None:
     with under(sharded=False):
         seen["shared"] = rows_and_samples()
         seen["joined"] = gradients_of_the_joined_batch(process)
+        seen["tokens"] = gradients_by_tokens(process)
         seen["resting"] = gradients_of_layers_that_rest(process)
         seen["ddp"] = whole_and_resumed(folder / "ddp")
         seen["stop"] = stop(process)
