@@ -38,7 +38,13 @@ from darts_lora.interruption import Stopped, StopRequest, told_as_input_errors, 
 from darts_lora.label_collator import LabelCollator
 from darts_lora.models import load_model
 from darts_lora.padded import save_padded
-from darts_lora.targets import check_fresh, match_modules, match_saved_modules, task_type
+from darts_lora.targets import (
+    check_fresh,
+    check_unshared,
+    match_modules,
+    match_saved_modules,
+    task_type,
+)
 
 SUPERNET_NAME = "supernet.safetensors"
 RESULTS = ("finetune.json", "evaluation.json", SAFETENSORS_WEIGHTS_NAME, "adapter_config.json")
@@ -143,8 +149,8 @@ def add_adapter(base: nn.Module, config: FinetuneConfig, genotype: Genotype | No
     """`base` with fresh or inherited LoRA weights.
 
     Raises:
-        InputError: layers that are not in the model, no searched weights to inherit, or a genotype
-            that does not train what the model's checkpoint lacks.
+        InputError: layers that are not in the model, or share their weights; no searched weights to
+            inherit, or a genotype that does not train what the model's checkpoint lacks.
     """
     if genotype is None:
         names = match_modules(base, config.target_modules)
@@ -153,6 +159,7 @@ def add_adapter(base: nn.Module, config: FinetuneConfig, genotype: Genotype | No
     if config.rank is not None:
         genotype = replace(genotype, ranks=dict.fromkeys(genotype.ranks, config.rank))
     genotype = genotype.with_shapes(base)
+    check_unshared(base, [name for name, rank in genotype.ranks.items() if rank])
     lora_config = genotype.to_lora_config(base, task_type=task_type(base))
     model = get_peft_model(base, lora_config)
     check_fresh(model, f"genotype={config.genotype!r}")

@@ -89,8 +89,9 @@ class MixedRankLinear(nn.Module):
         shared: of all layers of a Supernet.
 
     Raises:
-        InputError: unusable ranks, branches, dropout or scaling; a rank above min(in, out); in a
-            forward with gradients: the layer itself is called without, so that it cannot learn.
+        InputError: unusable ranks, branches, dropout or scaling; a rank above min(in, out). In a
+            forward: the base layer gives no tensor; the forward has gradients, but the layer is
+            called without, so that it cannot learn.
 
     Source: the relaxation is DARTS (arXiv 1806.09055, eq. 2) over the ranks of LoRA (2106.09685).
     """
@@ -154,8 +155,9 @@ class MixedRankLinear(nn.Module):
         columns = branch_columns(self.ranks, rank, self.branches)
         return self.lora_A[columns], self.lora_B[:, columns]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out), in the dtype of the base layer's output.
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """x (..., in) -> (..., out), in the dtype of the base layer's output; further arguments
+        are the base layer's.
 
         With gates of one row per example, the leading dimension of x is a multiple of the rows
         (image tiles: each row's gates are repeated); where it is not (packed sequences), the first
@@ -185,9 +187,16 @@ class MixedRankLinear(nn.Module):
         if not self.trains_weights:
             a, b = a.detach(), b.detach()
         base, dropout, dtype = modules["base_layer"], modules["dropout"], _compute_dtype(x)
-        if type(dropout) is nn.Identity and (plain := _plain_weights(base, dtype)):
+        own = args or kwargs  # of a base layer whose call takes more
+        if not own and type(dropout) is nn.Identity and (plain := _plain_weights(base, dtype)):
             return _Mixture.apply(x, a, b, gates, arch_gates, None, *plain, dtype, shared.draw)
-        x, y = dropout(x), base(x)
+        x, y = dropout(x), base(x, *args, **kwargs)
+        if not isinstance(y, Tensor):
+            raise InputError(
+                f"a layer {self.in_features} -> {self.out_features} ({type(base).__name__}) gives "
+                f"a {type(y).__name__}, no tensor that a LoRA could be added to; name it in "
+                "exclude_modules"
+            )
         return _Mixture.apply(x, a, b, gates, arch_gates, y, None, None, dtype, shared.draw)
 
     @property

@@ -17,7 +17,7 @@ from darts_lora.errors import InputError
 from darts_lora.frozen import hold_statistics
 from darts_lora.mixed_linear import Draw, Forward, MixedRankLinear, linear_shape
 from darts_lora.relaxation import Relaxation, gumbel_noise, sample
-from darts_lora.targets import match_modules, match_saved_modules
+from darts_lora.targets import check_unshared, match_modules, match_saved_modules
 
 # What accelerate puts into a model that it prepares, and does not take away.
 PREPARED = ("forward", "_original_forward", "_is_accelerate_prepared")
@@ -52,8 +52,8 @@ class Supernet:
         relaxation, temperature: what the next forwards use; a search loop changes them.
 
     Raises:
-        InputError: no target matches, a target is not a linear layer, a rank or the budget does not
-            fit the layers.
+        InputError: no target matches, a target is not a linear layer or shares its weight, a rank
+            or the budget does not fit the layers.
     """
 
     def __init__(self, model: nn.Module, config: SearchConfig):
@@ -65,6 +65,7 @@ class Supernet:
         inside = tuple(f"{name}." for name in saved)
         targets = {n: model.get_submodule(n) for n in names if not f"{n}.".startswith(inside)}
         self._check_targets(targets)
+        check_unshared(model, targets)
         shapes = [linear_shape(module) for module in targets.values()]
         self.costs = rank_costs(shapes, config.ranks)
         self.parameters_per_rank = sum(parameters_per_rank(*shape) for shape in shapes)

@@ -128,6 +128,29 @@ def match_saved_modules(model: nn.Module, modules_to_save: list[str] | None) -> 
     return [name for name in matched if not any(_is_inside(name, outer) for outer in matched)]
 
 
+def check_unshared(model: nn.Module, names: Collection[str]) -> None:
+    """No module in `names` holds a weight that another module of the model holds as well, as tied
+    embeddings do: an adapter is of one module, but merged into the weight it would change both.
+
+    Raises:
+        InputError: one does.
+    """
+    holders: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(id(parameter), []).append(name)
+    modules = dict(model.named_modules())
+    for name in names:
+        for parameter in modules[name].parameters(recurse=False):
+            others = [other for other in holders[id(parameter)] if other != name]
+            if others:
+                raise InputError(
+                    f"target_modules: {name} shares a weight with {others[0]}, where a merged "
+                    "adapter would change it too; name it in exclude_modules, or load the model "
+                    "with weights of their own (tie_word_embeddings=False)"
+                )
+
+
 def check_fresh(model: PeftModel, source: str) -> None:
     """What the base's checkpoint has no weights for is trained in full and saved with the adapter.
 

@@ -284,3 +284,21 @@ def test_gradients_of_gradients_are_refused():
     loss = layer(torch.randn(3, 6, dtype=torch.float64)).pow(2).sum()
     with pytest.raises(RuntimeError, match="gradients of gradients are not implemented"):
         torch.autograd.grad(loss, layer.lora_A, create_graph=True)
+
+
+class Scaled(nn.Linear):
+    def forward(self, x, scale=1.0, *, shift=0.0, pair=False):
+        y = super().forward(x) * scale + shift
+        return (y, None) if pair else y
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize(("args", "kwargs"), [((), {}), ((0.5,), {}), ((), {"shift": 1.0})])
+def test_further_arguments_reach_the_base_layer(args, kwargs, dropout):
+    base, x = Scaled(6, 5), torch.randn(3, 6)
+    layer = MixedRankLinear(base, RANKS, dropout=dropout).eval()
+    assert torch.equal(layer(x, *args, **kwargs), base(x, *args, **kwargs))
+    with pytest.raises(InputError, match=r"6 -> 5 \(Scaled\) gives a tuple, no tensor"):
+        layer(x, pair=True)
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        MixedRankLinear(nn.Linear(6, 5), RANKS)(x, scale=2.0)

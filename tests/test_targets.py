@@ -11,8 +11,9 @@ from peft import LoraConfig, TaskType, get_peft_model
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from darts_lora import InputError
+from darts_lora import Genotype, InputError, SearchConfig, Supernet
 from darts_lora.config import ModelConfig
+from darts_lora.finetune import FinetuneConfig, add_adapter
 from darts_lora.models import load_model
 from darts_lora.targets import (
     check_fresh,
@@ -273,3 +274,37 @@ def test_patterns_are_of_one_module_each_and_of_those_that_are_wanted(pattern, t
     adapted = get_peft_model(model, config).base_model.model
     ranks = {n: m.r["default"] for n, m in adapted.named_modules() if hasattr(m, "lora_A")}
     assert ranks == {wanted[0]: 2}
+
+
+class Shared(nn.Module):
+    """Two linear layers of one weight, one of one bias with another; a block that comes twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(8, 8) for _ in range(3))
+        self.second.weight, self.third.bias = self.first.weight, self.second.bias
+        self.block = self.again = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.again(self.block(self.third(self.second(self.first(x)))))
+
+
+@pytest.mark.parametrize("name", ["first", "second", "third"])
+def test_layers_that_share_a_weight_are_refused(name):
+    with pytest.raises(InputError, match=f"target_modules: {name} shares a weight with (sec|fir)"):
+        Supernet(Shared(), SearchConfig(ranks=(0, 1), target_modules=[name]))
+    config = FinetuneConfig(genotype=None, rank=1)
+    with pytest.raises(InputError, match=f"target_modules: {name} shares a weight with"):
+        add_adapter(Shared(), config, Genotype({name: 1}, scaling=1.0))
+    assert list(Supernet(Shared(), SearchConfig(ranks=(0, 1), target_modules=["block"])).layers)
+
+
+def test_a_head_tied_to_the_embedding_is_refused_and_one_of_its_own_is_not():
+    def tied(value):
+        sizes = {k: v for k, v in TEXT.items() if k != "tie_word_embeddings"}
+        return t.LlamaForCausalLM(t.LlamaConfig(**sizes, tie_word_embeddings=value))
+
+    config = SearchConfig(ranks=(0, 1), target_modules=["q_proj", "lm_head"])
+    with pytest.raises(InputError, match=r"lm_head shares a weight with model\.embed_tokens"):
+        Supernet(tied(True), config)
+    assert "lm_head" in Supernet(tied(False), config).layers
