@@ -38,6 +38,7 @@ from darts_lora.interruption import Stopped, StopRequest, told_as_input_errors, 
 from darts_lora.label_collator import LabelCollator
 from darts_lora.models import load_model
 from darts_lora.padded import save_padded
+from darts_lora.supernet import SUPERNET_NAME
 from darts_lora.targets import (
     check_fresh,
     check_unshared,
@@ -46,7 +47,6 @@ from darts_lora.targets import (
     task_type,
 )
 
-SUPERNET_NAME = "supernet.safetensors"
 RESULTS = ("finetune.json", "evaluation.json", SAFETENSORS_WEIGHTS_NAME, "adapter_config.json")
 RESULTS += ("checkpoint", "padded")
 

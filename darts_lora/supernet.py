@@ -5,22 +5,27 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 import weakref
 
 import torch
 from einops import einsum
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from darts_lora.config import SearchConfig
 from darts_lora.cost import parameters_per_rank, rank_costs, resolve_budget
 from darts_lora.errors import InputError
+from darts_lora.files import write_whole
 from darts_lora.frozen import hold_statistics
 from darts_lora.mixed_linear import Draw, Forward, MixedRankLinear, linear_shape
 from darts_lora.relaxation import Relaxation, gumbel_noise, sample
 from darts_lora.targets import check_unshared, match_modules, match_saved_modules
 
-# What accelerate puts into a model that it prepares, and does not take away.
-PREPARED = ("forward", "_original_forward", "_is_accelerate_prepared")
+SUPERNET_NAME = "supernet.safetensors"
+# What accelerate puts into a model that it prepares, and does not take away; and what is put here.
+MARKS = ("forward", "_original_forward", "_is_accelerate_prepared")
+MARKS += ("save_pretrained", "_hf_peft_config_loaded")
 
 
 class Supernet:
@@ -32,7 +37,8 @@ class Supernet:
     recomputes with the same, and all forwards of one loss have one draw. In evaluation mode and
     without gradients nothing is drawn: gates are the mean of what would be.
     A plain forward and backward trains the weights only; alpha takes part inside
-    `arch_gradients()`, which the Architect uses.
+    `arch_gradients()`, which the Architect uses. The model's save_pretrained writes the supernet's
+    state alone, as supernet.safetensors, which `load_state_dict` takes.
 
     Args:
         model: any module; its first tensor input (or `input_ids`) has the batch's rows in front.
@@ -77,7 +83,7 @@ class Supernet:
         if config.arch_update is None:
             self.arch_update = "gradient" if self.budget is None else "proportional"
 
-        self._prepared = {n: v for n, v in vars(model).items() if n in PREPARED}
+        self._marks = {n: v for n, v in vars(model).items() if n in MARKS}
         self._required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         model.requires_grad_(False)
         self.layers: dict[str, MixedRankLinear] = {}
@@ -109,6 +115,10 @@ class Supernet:
         self.held: Tensor | None = None
         self._place_alpha(self.alpha.device)
         self._arch_gradients, self._weight_gradients, self._joint = False, True, False
+        if hasattr(model, "save_pretrained"):
+            model.save_pretrained = self._save
+        if getattr(model, "is_quantized", False):
+            model._hf_peft_config_loaded = True  # trainers refuse quantized models without adapters
         self._hooks = [
             model.register_forward_pre_hook(self._draw_gates, with_kwargs=True),
             model.register_forward_hook(self._forget_draw, always_call=True),
@@ -250,6 +260,18 @@ class Supernet:
         for key, value in own.items():
             value.copy_(state[key])
 
+    def _save(
+        self, save_directory: str, is_main_process: bool = True, state_dict=None, **options
+    ) -> None:
+        """The model's save_pretrained while it is searched, as a trainer calls it: layers under
+        other names would be taken for missing, and made anew, by from_pretrained."""
+        if is_main_process:
+            whole = state_dict or {}  # of a sharded model
+            state = {n: whole.get(n, v) for n, v in self.state_dict().items()}
+            state = {n: v.contiguous().cpu() for n, v in state.items()}
+            path = os.path.join(save_directory, SUPERNET_NAME)
+            write_whole(path, lambda temporary: save_file(state, temporary))
+
     def probabilities(self) -> Tensor:
         """softmax(alpha) of every layer, (N, K) float32, differentiable."""
         return self.alpha.softmax(-1)
@@ -270,9 +292,9 @@ class Supernet:
             self.model.set_submodule(name, module)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._required_grad[name])
-        for name in PREPARED:
+        for name in MARKS:
             vars(self.model).pop(name, None)
-        vars(self.model).update(self._prepared)
+        vars(self.model).update(self._marks)
         return self.model
 
 

@@ -3,11 +3,16 @@ Not here: our own loop (search.py), nor a finetune (finetune.py)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import set_seed
 from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
 from transformers import Trainer, TrainerCallback
 
 from darts_lora.architect import Architect
@@ -15,9 +20,10 @@ from darts_lora.errors import InputError
 from darts_lora.genotype import Genotype
 from darts_lora.relaxation import entropies
 from darts_lora.schedule import Schedule, derive_genotype
-from darts_lora.search import model_loss
 from darts_lora.stream import BatchStream
 from darts_lora.supernet import Supernet
+from darts_lora.tables import show
+from darts_lora.verdict import verdict_text
 
 
 class RankSearchCallback(TrainerCallback):
@@ -27,26 +33,29 @@ class RankSearchCallback(TrainerCallback):
     and learning rate as it is: give a part of a finetune's (SearchConfig.learning_rate_scale);
     after each of its steps (from the end of the warm-up on) this trains alpha on eval_dataset,
     which must hold other rows. The trainer's log also gets validation_loss, alpha_entropy and
-    expected_parameters. A search that is cut off starts anew: RankSearch resumes.
+    expected_parameters. What the trainer saves meanwhile is the supernet's own state (see
+    Supernet), without the base. A search that is cut off starts anew: RankSearch resumes.
 
     Args:
         trainer: a Trainer whose model is `supernet.model`, with an eval_dataset.
         supernet: the model with its rank branches.
-        loss_fn: (model, batch) -> scalar loss on a batch of the trainer's evaluation data loader.
+        loss_fn: (model, batch) -> scalar loss on a batch of the trainer's evaluation data loader;
+            default: the trainer's own loss, with all that its arguments add to it.
 
     Attributes:
         genotype: the result, once trainer.train() is through.
 
     Raises:
         InputError: the trainer has another model, no eval_dataset or several GPUs in one process;
-            order 2, joint; on training: a warm-up that leaves no architecture step, a resumption.
+            order 2, joint, several sets of evaluation rows; on training: a warm-up that leaves no
+            architecture step, a resumption.
     """
 
     def __init__(
         self,
         trainer: Trainer,
         supernet: Supernet,
-        loss_fn: Callable[[torch.nn.Module, Any], Tensor] = model_loss,
+        loss_fn: Callable[[torch.nn.Module, Any], Tensor] | None = None,
     ):
         if trainer.model is not supernet.model:
             raise InputError("trainer: its model is not the supernet's; give it supernet.model")
@@ -62,6 +71,11 @@ class RankSearchCallback(TrainerCallback):
             )
         if trainer.eval_dataset is None:
             raise InputError("eval_dataset=None: the trainer needs rows to train alpha on")
+        if isinstance(trainer.eval_dataset, dict):
+            raise InputError(
+                f"eval_dataset: has {len(trainer.eval_dataset)} sets "
+                f"({', '.join(map(str, trainer.eval_dataset))}); give the one to train alpha on"
+            )
         self.trainer, self.supernet, self.loss_fn = trainer, supernet, loss_fn
         self.genotype: Genotype | None = None
         trainer.add_callback(self)
@@ -74,8 +88,13 @@ class RankSearchCallback(TrainerCallback):
             )
         accelerator = self.trainer.accelerator
         several = accelerator.num_processes > 1
+        if several:  # a Trainer seeds them alike: all would draw the same ranks
+            set_seed(args.seed, device_specific=True)
         self.schedule = Schedule(self.supernet, state.max_steps)
-        self.stream = BatchStream(self.trainer.get_eval_dataloader())
+        rows = self.trainer.eval_dataset
+        if not isinstance(rows, IterableDataset):
+            rows = Shuffled(rows, args.seed)
+        self.stream = BatchStream(self.trainer.get_eval_dataloader(rows))
         self.architect = Architect(
             self.supernet,
             inner_learning_rate=args.learning_rate,
@@ -91,22 +110,82 @@ class RankSearchCallback(TrainerCallback):
         if not self.schedule.trains_alpha(state.global_step - 1):
             self.architect.mean.update()
             return
-        metrics = self.architect.step(
-            lambda batch: self.loss_fn(self.supernet.model, batch), next(self.stream)
-        )
+        metrics = self._step()
         if self.architect.allocation is None:  # else its optimizer rests
             self.arch_scheduler.step()
-        if state.global_step % max(1, state.logging_steps) == 0:
+        if control.should_log:
             with torch.no_grad():
                 entropy = float(entropies(self.supernet.probabilities()).mean())
                 expected = float(self.supernet.expected_parameters())
-            self.trainer.log(
+            # past what trainers add to their own line; and the trainer's own line is still to come
+            Trainer.log(
+                self.trainer,
                 {
                     "validation_loss": float(metrics["loss"]),
                     "alpha_entropy": entropy,
                     "expected_parameters": expected,
-                }
+                },
             )
+            control.should_log = True
+
+    def _step(self) -> dict[str, Tensor]:
+        """An architecture step on the next batch of the evaluation data loader."""
+        model, trainer = self.supernet.model, self.trainer
+        if self.loss_fn is not None:
+            loss_fn = partial(self.loss_fn, model)
+            return self.architect.step(loss_fn, next(self.stream))
+        (batch,), count = trainer.get_batch_samples(self.stream, 1, trainer.args.device)
+
+        def loss_fn(batch: Any) -> Tensor:
+            with trainer.compute_loss_context_manager():
+                return trainer.compute_loss(model, dict(batch), num_items_in_batch=count)
+
+        with _figures_kept(trainer):
+            model.eval()  # in training mode some give a batch of their own, of training rows
+            try:
+                batch = trainer._prepare_inputs(batch)
+            finally:
+                model.train()
+            return self.architect.step(loss_fn, batch)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.genotype = derive_genotype(self.supernet, self.architect, self.schedule)
+        if state.is_world_process_zero:
+            show(self.genotype)
+            print(verdict_text(self.genotype.found_by["verdict"]))
+
+
+class Shuffled(Dataset):
+    """Rows of another data set, in an order of its own in each epoch: a Trainer's evaluation reads
+    them as they lie, which may be sorted.
+
+    Args:
+        rows: a data set with a length.
+        seed: the same on all processes.
+    """
+
+    def __init__(self, rows: Dataset, seed: int):
+        self.rows, self.seed = rows, seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Data loaders of accelerate call this."""
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        self.order = torch.randperm(len(self.rows), generator=generator).tolist()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.rows[self.order[index]]
+
+
+@contextmanager
+def _figures_kept(trainer: Trainer) -> Iterator[None]:
+    """What TRL's trainers gather for their own log, in whose line validation rows have no place."""
+    names = ("_metrics", "_logs", "_total_train_tokens")
+    kept = {n: copy.deepcopy(getattr(trainer, n)) for n in names if hasattr(trainer, n)}
+    try:
+        yield
+    finally:
+        vars(trainer).update(kept)

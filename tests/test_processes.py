@@ -48,6 +48,14 @@ def test_two_processes_share_rows_and_alpha_but_not_samples(seen):
     assert any(value != 0 for layer in first["alpha"] for value in layer)
 
 
+def test_processes_of_a_trainer_draw_ranks_of_their_own_on_rows_of_their_own(seen):
+    first, second = (process["trainer"] for process in seen)
+    assert len(first["gates"]) == 4 and first["alpha"] == second["alpha"]
+    assert all(one != other for one, other in zip(first["gates"], second["gates"], strict=True))
+    rows = [set(row) for process in (first, second) for row in process["rows"]]
+    assert len(set().union(*rows)) == sum(map(len, rows))
+
+
 @pytest.mark.parametrize("kind", ["joined", "tokens"])
 def test_gradients_are_those_of_one_process_on_the_joined_batch(seen, kind):
     for process in seen:

@@ -8,6 +8,7 @@ import torch
 from families import TEXT_FAMILIES, bert, deberta, make_family
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
+from transformers import Trainer, TrainingArguments
 
 from darts_lora import Genotype, InputError, SearchConfig, Supernet
 from darts_lora.config import ModelConfig
@@ -175,3 +176,17 @@ def test_a_head_stays_whole_and_other_modules_to_save_are_refused(kind, tmp_path
     for parameter in supernet.weight_parameters():
         assert parameter.grad.isfinite().all() and parameter.grad.abs().max() > 0
     assert supernet.remove().classifier is head
+
+
+@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+def test_a_trainer_takes_a_supernet_over_a_quantized_base(kind, folder, tmp_path):
+    supernet = supernet_over(load_model(ModelConfig(folder, quantization=kind)))
+    rows = [{"input_ids": ids, "labels": ids} for ids in IDS.repeat(3, 1)]
+    args = TrainingArguments(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=4, report_to=[], use_cpu=True,
+        save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    before = [w.detach().clone() for w in supernet.weight_parameters()]
+    Trainer(supernet.model, args, train_dataset=rows).train()
+    assert not any(map(torch.equal, before, supernet.weight_parameters()))
+    assert "_hf_peft_config_loaded" not in vars(supernet.remove())

@@ -3,12 +3,19 @@ Not here: the examples for users (recipes/test_examples.py), TRL among them."""
 
 import pytest
 import torch
+import transformers as t
+import trl
+from datasets import Dataset
+from families import TEXT
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import TensorDataset
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from darts_lora import InputError, SearchConfig, Supernet
 from darts_lora.trainer import RankSearchCallback
+from darts_lora.verdict import verdict_text
+from small_models import make_tokenizer, randomise
 
 
 class Regression(nn.Module):
@@ -105,6 +112,139 @@ def test_who_trains_what_and_when(tmp_path):
             assert not torch.equal(before.weights[step][1], before.weights[step - 1][1])
 
 
+def text_model(cls=t.LlamaForCausalLM, **options):
+    torch.manual_seed(0)
+    return cls(t.LlamaConfig(**TEXT, **options))
+
+
+def text_rows(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(15, 64, (count, 7), generator=generator)
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def text_trainer(folder, train=16, validation=16, **options):
+    supernet = Supernet(text_model(), SearchConfig(ranks=(0, 1, 2), budget_rank=1))
+    args = TrainingArguments(
+        str(folder), max_steps=8, per_device_train_batch_size=4, logging_steps=2, report_to=[],
+        use_cpu=True, save_strategy="no", disable_tqdm=True, **options,
+    )  # fmt: skip
+    rows = {"train_dataset": text_rows(train, 0), "eval_dataset": text_rows(validation, 1)}
+    trainer = Trainer(supernet.model, args, **rows)
+    return trainer, RankSearchCallback(trainer, supernet)
+
+
+def test_the_trainers_own_log_stays_and_the_end_is_told(tmp_path, capsys):
+    trainer, search = text_trainer(tmp_path)
+    trainer.train()
+    history = trainer.state.log_history
+    own = [log["step"] for log in history if {"loss", "grad_norm", "learning_rate"} <= log.keys()]
+    assert own == [2, 4, 6, 8]
+    assert [log["step"] for log in history if "validation_loss" in log] == [4, 6, 8]
+    shown = capsys.readouterr().out
+    assert verdict_text(search.genotype.found_by["verdict"]) in shown
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+@pytest.mark.parametrize(
+    "own", [None, lambda outputs, labels, num_items_in_batch: outputs.logits.mean()]
+)
+def test_alpha_learns_by_the_trainers_own_loss(smoothing, own, tmp_path):
+    trainer, search = text_trainer(tmp_path, label_smoothing_factor=smoothing, validation=4)
+    trainer.compute_loss_func = own
+    search.on_train_begin(trainer.args, TrainerState(max_steps=8), None)
+    search.supernet.relaxation = "softmax"
+    metrics = search._step()
+    search.supernet.held = None
+    with torch.no_grad():
+        ids = torch.stack([row["input_ids"] for row in trainer.eval_dataset])
+        logits = trainer.model(ids).logits
+    wanted = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), label_smoothing=smoothing
+    )
+    wanted = logits.mean() if own else wanted
+    assert float(metrics["loss"]) == pytest.approx(float(wanted), rel=1e-4)
+
+
+def test_evaluation_rows_are_shuffled_anew_in_each_epoch(tmp_path):
+    trainer, search = text_trainer(tmp_path)
+    numbers = {tuple(row["labels"].tolist()): i for i, row in enumerate(trainer.eval_dataset)}
+    search.on_train_begin(trainer.args, TrainerState(max_steps=8), None)
+    batches = [next(search.stream)["labels"].tolist() for _ in range(4)]
+    order = [numbers[tuple(row)] for batch in batches for row in batch]
+    first, second = order[:16], order[16:]
+    assert sorted(first) == sorted(second) == list(range(16))
+    assert first != second and list(range(16)) not in (first, second)
+
+
+def test_what_a_trainer_saves_of_a_supernet_is_its_state(tmp_path):
+    trainer, search = text_trainer(tmp_path)
+    supernet = search.supernet
+    randomise(supernet)
+    trainer.save_model(str(tmp_path / "saved"))
+    with pytest.raises((OSError, ValueError), match=r"config\.json"):
+        t.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    state = load_file(tmp_path / "saved" / "supernet.safetensors")
+    other = Supernet(text_model(), supernet.config)
+    other.load_state_dict(state)
+    assert torch.equal(other.alpha, supernet.alpha)
+    supernet.remove().save_pretrained(tmp_path / "base")
+    again = t.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert torch.equal(again.lm_head.weight, supernet.model.lm_head.weight)
+
+
+PAIRS = [{"prompt": "a b", "chosen": "c d", "rejected": "e f"}] * 8
+KINDS = {  # trainer, configuration, model, rows, further options of the trainer
+    "SFT": (t.LlamaForCausalLM, [{"text": "a b c"}] * 8, {}, {}),
+    "DPO": (t.LlamaForCausalLM, PAIRS, {}, {"ref_model": text_model}),
+    "Reward": (t.LlamaForSequenceClassification, PAIRS, {}, {}),
+    "GRPO": (
+        t.LlamaForCausalLM,
+        [{"prompt": "a b"}] * 8,
+        {"num_generations": 4, "max_completion_length": 3},
+        {"reward_funcs": lambda: lambda completions, **_: [float(len(c)) for c in completions]},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_trainers_of_trl(kind, tmp_path):
+    """Their losses are their own; validation rows are no part of what they log of training."""
+    cls, rows, options, more = KINDS[kind]
+    supernet = Supernet(text_model(cls, num_labels=1), SearchConfig(ranks=(0, 1, 2), budget_rank=1))
+    args = getattr(trl, f"{kind}Config")(
+        str(tmp_path), **{"max_steps": 4, "logging_steps": 2, "save_strategy": "no"}, bf16=False,
+        per_device_train_batch_size=4, per_device_eval_batch_size=4, report_to=[], use_cpu=True,
+        disable_tqdm=True, **options,
+    )  # fmt: skip
+    chat = "{% for m in messages %}[U]{{ m.content }}{% endfor %}"
+    trainer = getattr(trl, f"{kind}Trainer")(
+        model=supernet.model, args=args, processing_class=make_tokenizer(chat),
+        train_dataset=Dataset.from_list(rows), eval_dataset=Dataset.from_list(rows),
+        **{name: make() for name, make in more.items()},
+    )  # fmt: skip
+    search = RankSearchCallback(trainer, supernet)
+    counts = []
+    if hasattr(trainer, "_metrics"):
+        trainer.add_callback(Count(trainer, counts))
+    trainer.train()
+    assert search.architect.steps == 3 and search.architect.gradient_sums.any()
+    assert max(counts, default=0) <= 2, "an entry for each training step since the last log"
+    losses = [log for log in trainer.state.log_history if "loss" in log]
+    assert [log["step"] for log in losses] == [2, 4]
+    assert search.genotype.num_parameters <= supernet.budget
+
+
+class Count(TrainerCallback):
+    """Entries of what TRL's trainers gather, at the end of each step."""
+
+    def __init__(self, trainer, counts):
+        self.trainer, self.counts = trainer, counts
+
+    def on_step_end(self, *args, **kwargs):
+        self.counts += map(len, self.trainer._metrics["train"].values())
+
+
 def test_what_cannot_be_searched(tmp_path):
     model, train, validation = problem()
     supernet = Supernet(model, SearchConfig(ranks=(0, 1), warmup_steps=8))
@@ -112,6 +252,9 @@ def test_what_cannot_be_searched(tmp_path):
         RankSearchCallback(make_trainer(Regression(), train, validation, tmp_path), supernet)
     with pytest.raises(InputError, match="eval_dataset=None"):
         RankSearchCallback(make_trainer(model, train, None, tmp_path), supernet)
+    several = {"one": validation, "two": validation}
+    with pytest.raises(InputError, match=r"eval_dataset: has 2 sets \(one, two\); give the one"):
+        RankSearchCallback(make_trainer(model, train, several, tmp_path), supernet)
     trainer = make_trainer(model, train, validation, tmp_path, steps=8)
     trainer.args._n_gpu = 2  # what one process on a machine of two GPUs has
     with pytest.raises(InputError, match=r"n_gpu=2: .*`accelerate launch`.*CUDA_VISIBLE_DEVICES=0"):

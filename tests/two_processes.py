@@ -19,16 +19,19 @@ from test_search import WIDTH, loss_fn, make, split
 from test_tokens import Tagger
 from test_tokens import rows as tagged_rows
 from test_tokens import search as tagger_search
+from test_trainer import make_trainer, problem
+from test_trainer import model_loss as trainer_loss
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.data import default_collate
 
-from darts_lora import Architect, InputError, Supernet
+from darts_lora import Architect, InputError, SearchConfig, Supernet
 from darts_lora import search as search_module
 from darts_lora import supernet as supernet_module
 from darts_lora.interruption import Stopped
 from darts_lora.resume import full
 from darts_lora.search import model_loss
+from darts_lora.trainer import RankSearchCallback
 from small_models import Residual, randomise, residual
 
 
@@ -81,6 +84,22 @@ def rows_and_samples() -> dict:
     search = make(loss=recording, max_steps=5, warmup_steps=3)  # 40 rows: 5 batches of 8 an epoch
     search.run()
     return {"rows": rows, "gates": gates, **result(search)}
+
+
+def ranks_drawn_in_a_trainer(folder: Path) -> dict:
+    model, train, validation = problem()
+    config = SearchConfig(ranks=(0, 1, 2), budget_rank=1, warmup_steps=0, relaxation="gumbel_hard")
+    supernet, gates, rows = Supernet(model, config), [], []
+
+    def recording(model, batch):
+        rows.append(batch["labels"][:, 0].tolist())
+        return trainer_loss(model, batch)
+
+    trainer = make_trainer(model, train, validation, folder / "trainer", steps=2)
+    RankSearchCallback(trainer, supernet, recording)
+    model.register_forward_hook(lambda *_: gates.append(supernet.layers["layers.0"].gates.tolist()))
+    trainer.train()
+    return {"gates": gates, "rows": rows, "alpha": supernet.alpha.tolist()}
 
 
 def fixed_sample(numbers: list, alpha, relaxation, temperature, rows, _):
@@ -260,6 +279,7 @@ def main(folder: Path) -> None:
         seen["shared"] = rows_and_samples()
         seen["joined"] = gradients_of_the_joined_batch(process)
         seen["tokens"] = gradients_by_tokens(process)
+        seen["trainer"] = ranks_drawn_in_a_trainer(folder)
         seen["resting"] = gradients_of_layers_that_rest(process)
         seen["ddp"] = whole_and_resumed(folder / "ddp")
         seen["stop"] = stop(process)
