@@ -287,3 +287,8 @@ class TrainingConfig:
             above={"max_steps": 0, "batch_size": 0, "gradient_accumulation_steps": 0}
             | {"learning_rate": 0.0, "logging_steps": 0, "max_runtime": 0.0},
         )
+
+    @property
+    def scheduler_type(self) -> str:
+        """transformers' name of lr_scheduler: the one that it calls constant has no warm-up."""
+        return self.lr_scheduler + ("_with_warmup" if self.lr_scheduler == "constant" else "")

@@ -36,6 +36,7 @@ from darts_lora.frozen import hold_statistics
 from darts_lora.genotype import Genotype
 from darts_lora.interruption import Stopped, StopRequest, told_as_input_errors, worker_context
 from darts_lora.label_collator import LabelCollator
+from darts_lora.launch import check_launch
 from darts_lora.models import load_model
 from darts_lora.padded import save_padded
 from darts_lora.supernet import SUPERNET_NAME
@@ -105,6 +106,7 @@ def finetune(
         Stopped: SIGTERM, SIGINT or max_runtime, as of RankSearch.run; the adapter so far is in
             output_dir/checkpoint.
     """
+    check_launch()
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         raise InputError(
             "distributed_type=FSDP: a finetune keeps whole weights on each process; launch it with "
@@ -245,7 +247,7 @@ def _arguments(training: TrainingConfig, output_dir: str, seed: int) -> Training
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         learning_rate=training.learning_rate,
         weight_decay=training.weight_decay,
-        lr_scheduler_type=training.lr_scheduler,
+        lr_scheduler_type=training.scheduler_type,
         warmup_steps=training.lr_warmup_steps,
         max_grad_norm=training.max_grad_norm,
         bf16=training.mixed_precision == "bf16",

@@ -3,6 +3,7 @@ Not here: adapters and search layers (supernet.py, finetune.py), nor what a batc
 
 from __future__ import annotations
 
+import hashlib
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,7 @@ from darts_lora.errors import InputError, one_line
 from darts_lora.interruption import lacks_memory
 
 EMBEDDED = Path(__file__).parent / "embedded"
+SAMPLE, SAMPLES = 4096, 256  # bytes, and about how many of each file, of a model's digest
 # What a message of a missing package says -> the extra of this package that brings it.
 EXTRAS = {
     "torchvision": "vision",
@@ -204,6 +206,24 @@ def _quantization(config: ModelConfig, classifier: bool) -> BitsAndBytesConfig |
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute,
     )
+
+
+def model_identity(config: ModelConfig) -> str:
+    """What tells the base model from others wherever it lies: a hub name; of a local folder a
+    digest of its configuration and of samples of its weights, in well below a second."""
+    source = _source(config)
+    if not os.path.isdir(source):
+        return source
+    digest, folder = hashlib.blake2b(digest_size=8), Path(source)
+    weights = [p for kind in ("*.safetensors", "*.gguf") for p in sorted(folder.glob(kind))]
+    for path in [p for p in (folder / "config.json", *weights) if p.is_file()]:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            for start in range(0, max(size, 1), max(size // SAMPLES, SAMPLE)):
+                file.seek(start)
+                digest.update(file.read(SAMPLE))
+    return f"a local folder of digest {digest.hexdigest()}"
 
 
 def _load(loader: type, model: ModelConfig, /, **options):

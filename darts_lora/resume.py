@@ -34,6 +34,18 @@ def course_options(search: RankSearch, more: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(options))
 
 
+def placeless(value: Any) -> Any:
+    """An option with paths (texts in lists and mappings) that stays the same where they move: local
+    ones all alike, for rows that a digest tells apart; names of the hub as they are."""
+    if isinstance(value, dict):
+        return {name: placeless(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [placeless(part) for part in value]
+    folder = os.path.dirname(value) if isinstance(value, str) else ""
+    local = isinstance(value, str) and (os.path.exists(value) or os.path.isdir(folder))
+    return "a local path" if local else value
+
+
 def check_same_course(options: dict[str, Any], saved: dict[str, Any]) -> None:
     """Raises InputError where a search with `options` would not go on as the `saved` one."""
     for name in {**options, **saved}:
@@ -82,6 +94,7 @@ def capture(search: RankSearch) -> dict[str, Any]:
     """Tensors and plain numbers; on all processes at once."""
     return {
         "step": search.step,
+        "seconds": search.seconds,
         "supernet": full(search.supernet.state_dict()),
         "optimizer": full(search.weights.optimizer.state_dict()),
         "scaler": search.accelerator.scaler and search.accelerator.scaler.state_dict(),
@@ -97,7 +110,7 @@ def capture(search: RankSearch) -> dict[str, Any]:
 
 def restore(search: RankSearch, state: dict[str, Any]) -> None:
     """Set what capture gave."""
-    search.step = state["step"]
+    search.step, search.seconds = state["step"], state["seconds"]
     own, saved = search.supernet.state_dict(), state["supernet"]
     if own.keys() == saved.keys():
         saved = {name: shard_as(own[name], value) for name, value in saved.items()}

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, set_seed
+from accelerate.utils import set_seed
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from darts_lora.bilevel import DDP_OPTIONS, BilevelStep
+from darts_lora.bilevel import BilevelStep
 from darts_lora.checkpoint import checkpoints, load_checkpoint, remove_checkpoints, save_checkpoint
 from darts_lora.config import TrainingConfig
 from darts_lora.errors import DivergedError, InputError
@@ -29,6 +29,12 @@ from darts_lora.files import check_writable, locked, remove, write_whole
 from darts_lora.genotype import Genotype
 from darts_lora.interruption import Stopped, StopRequest, told_as_input_errors
 from darts_lora.joint import halves_loss
+from darts_lora.launch import (
+    check_distribution,
+    check_replays,
+    prepare_loaders,
+    search_accelerator,
+)
 from darts_lora.records import Metrics, alpha_figures, number, peak_memory, progress_text
 from darts_lora.resume import (
     capture,
@@ -85,7 +91,7 @@ class RankSearch:
     Raises:
         InputError: a data loader without a batch for each process, or with config.joint an
             incomplete one; a warm-up that leaves no architecture step, an output_dir that cannot be
-            written.
+            written; DeepSpeed, Megatron-LM or FSDP's first version.
     """
 
     def __init__(
@@ -111,14 +117,8 @@ class RankSearch:
         precision = self.training.mixed_precision
         if precision == "no" and getattr(supernet.model, "dtype", None) == torch.float16:
             precision = "fp16"  # as in a finetune: small gradients would be 0 without loss scaling
-        self.accelerator = accelerator or Accelerator(
-            mixed_precision=precision,
-            kwargs_handlers=[DDP_OPTIONS],
-            # one order of rows for all processes, although each draws samples of its own
-            dataloader_config=DataLoaderConfiguration(
-                use_seedable_sampler=True, data_seed=config.seed, dispatch_batches=False
-            ),
-        )
+        self.accelerator = accelerator or search_accelerator(precision)
+        check_distribution(self.accelerator)
         if config.order == 2 and self.accelerator.is_fsdp2:
             raise InputError("order=2: needs whole weights on each process; use DDP, or order=1")
         set_seed(config.seed, device_specific=True)
@@ -129,7 +129,7 @@ class RankSearch:
         self.weights, self.architect = self.steps.weights, self.steps.architect
         self.model = self.weights.model
         given = train_dataloader, val_dataloader
-        loaders = self.accelerator.prepare(*given)
+        loaders = prepare_loaders(self.accelerator, given, config.seed)
         for split, *pair in zip(("train", "validation"), given, loaders, strict=True):
             check_batches(split, *pair, config.joint)
         self.streams = self.train_stream, self.val_stream = tuple(map(BatchStream, loaders))
@@ -138,19 +138,20 @@ class RankSearch:
         self.course = course_options(self, course or {})
         if cuda_graphs:
             self.steps.capture()
-        self.step = 0
+        self.step, self.seconds = 0, 0.0
         self.validation_loss, self.alpha_gradient_norm = math.nan, None
 
     def resume(self) -> None:
         """Go on from the newest checkpoint in output_dir that is whole.
 
         Raises:
-            InputError: there is none, or a search with other options wrote it; no memory is left,
-                or a data worker died.
+            InputError: there is none, or a search with other options wrote it; a data loader does
+                not give its order of rows again; no memory is left, or a data worker died.
         """
         with told_as_input_errors(self._kept):
             state, options = load_checkpoint(self.output_dir)
             check_same_course(self.course, options)
+            check_replays([stream.dataloader for stream in self.streams])
             restore(self, state)
 
     def run(self, resume: bool = False) -> Genotype:
@@ -187,7 +188,7 @@ class RankSearch:
     def _loop(self, stop: StopRequest) -> None:
         """Step until the last one, or until a stop is asked for."""
         self.model.train()
-        started, losses, self.recorded = time.monotonic(), [], 0.0
+        started, losses = time.monotonic() - self.seconds, []
         bar = tqdm(
             range(self.step, self.training.max_steps),
             initial=self.step,
@@ -272,7 +273,7 @@ class RankSearch:
             self._stop_non_finite("alpha", self.step)
         rows = len(train_losses) * self.training.gradient_accumulation_steps
         rows *= self.training.batch_size * self.accelerator.num_processes
-        pace, self.recorded = max(seconds - self.recorded, 1e-9), seconds
+        pace, self.seconds = max(seconds - self.seconds, 1e-9), seconds
         return figures | {
             "step": self.step,
             "train_loss": sum(train_losses) / len(train_losses),

@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback
 from darts_lora.architect import Architect
 from darts_lora.errors import InputError
 from darts_lora.genotype import Genotype
+from darts_lora.launch import check_distribution
 from darts_lora.relaxation import entropies
 from darts_lora.schedule import Schedule, derive_genotype
 from darts_lora.stream import BatchStream
@@ -47,8 +48,8 @@ class RankSearchCallback(TrainerCallback):
 
     Raises:
         InputError: the trainer has another model, no eval_dataset or several GPUs in one process;
-            order 2, joint, several sets of evaluation rows; on training: a warm-up that leaves no
-            architecture step, a resumption.
+            order 2, joint, DeepSpeed, several sets of evaluation rows; on training: a warm-up that
+            leaves no architecture step, a resumption.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class RankSearchCallback(TrainerCallback):
                 f"eval_dataset: has {len(trainer.eval_dataset)} sets "
                 f"({', '.join(map(str, trainer.eval_dataset))}); give the one to train alpha on"
             )
+        check_distribution(trainer.accelerator)
         self.trainer, self.supernet, self.loss_fn = trainer, supernet, loss_fn
         self.genotype: Genotype | None = None
         trainer.add_callback(self)

@@ -61,7 +61,7 @@ class WeightStep:
         self.parameters = supernet.weight_parameters()  # FSDP2 has put sharded ones in their place
         # not prepared: accelerate would step it once for every process
         self.scheduler = get_scheduler(
-            training.lr_scheduler, self.optimizer, training.lr_warmup_steps, training.max_steps
+            training.scheduler_type, self.optimizer, training.lr_warmup_steps, training.max_steps
         )
         self.graphed: Graphed | None = None
         self.gradient_norm: Tensor | None = None

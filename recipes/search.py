@@ -15,8 +15,9 @@ from darts_lora.cli import is_main_process, rights, run, save_config
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
 from darts_lora.data import load_splits, make_collator, search_dataloaders, split_record
 from darts_lora.files import check_writable, locked, write_json
-from darts_lora.models import load_model
-from darts_lora.resume import check_start
+from darts_lora.launch import check_launch
+from darts_lora.models import load_model, model_identity
+from darts_lora.resume import check_start, placeless
 from darts_lora.tables import show, show_batch, show_supernet
 from darts_lora.verdict import verdict_text
 
@@ -49,6 +50,7 @@ def main(
 
     Without arguments: the embedded vision-language model and data, recipes/configs/embedded.yaml.
     """
+    check_launch()
     check_writable(options.output_dir)
     if options.dry_run:
         return _search(options, search, model, data, training)
@@ -107,6 +109,9 @@ def _course(
     # a longer row than max_length is an error, no shorter batch
     free = ("gradient_checkpointing", "trust_remote_code", "max_test_samples", "max_length")
     options = {n: v for n, v in {**asdict(model), **asdict(data)}.items() if n not in free}
+    options["model_name_or_path"] = model_identity(model)
+    if not data.streaming:  # else nothing tells the rows but where they are
+        options |= {name: placeless(options[name]) for name in ("dataset", "data_files")}
     if data.streaming:  # workers share a stream's files: their number decides the order
         options["num_workers"] = training.num_workers
     return options | {"split": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:12]}

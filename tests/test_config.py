@@ -6,6 +6,8 @@ import inspect
 import re
 
 import pytest
+import torch
+from transformers import get_scheduler
 
 from darts_lora import InputError, SearchConfig
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
@@ -63,3 +65,18 @@ def test_defaults_hold_and_every_option_has_a_docstring():
         for field in dataclasses.fields(config):
             assert re.search(rf"    {field.name}: .*\n    \"\"\"", body), field.name
     assert SearchConfig(ranks=[8, 0, 2]).ranks == (0, 2, 8)
+
+
+@pytest.mark.parametrize("warmup", [0, 4])
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
+def test_every_scheduler_warms_up(kind, warmup):
+    config = TrainingConfig(lr_scheduler=kind, lr_warmup_steps=warmup)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler = get_scheduler(config.scheduler_type, optimizer, warmup, 10)
+    rates = []
+    for _ in range(10):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    assert rates[: warmup + 1] == [step / warmup if warmup else 1.0 for step in range(warmup + 1)]
+    assert (rates[-1] == 1) == (kind == "constant")

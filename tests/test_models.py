@@ -3,6 +3,7 @@ Not here: bases in 4 and 8 bits (test_quantized.py), processors at work (test_co
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,7 @@ from darts_lora.models import (
     load_model,
     load_model_config,
     load_processor,
+    model_identity,
 )
 from small_models import vision_model, vision_processor
 
@@ -377,3 +379,16 @@ def test_a_damaged_configuration(text_model, tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(InputError, match="cannot be loaded"):
         load_model(ModelConfig(str(tmp_path)))
+
+
+def test_a_model_is_told_from_others_wherever_it_lies(tmp_path):
+    folder = make_family(TEXT_FAMILIES["llama"], str(tmp_path / "one"))
+    shutil.copytree(folder, tmp_path / "two")
+    same, moved = (model_identity(ModelConfig(str(p))) for p in (folder, tmp_path / "two"))
+    assert same == moved
+    weights = tmp_path / "two" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert model_identity(ModelConfig(str(tmp_path / "two"))) != same
+    assert model_identity(ModelConfig("user/model")) == "user/model"

@@ -37,9 +37,13 @@ def test_padding_a_saved_adapter_leaves_its_scaling_and_its_other_weights(tmp_pa
     assert LoraConfig.from_pretrained(tmp_path / "padded").use_rslora == use_rslora
 
 
-def test_padding_an_adapter_whose_largest_rank_is_in_its_patterns(tmp_path):
-    """As others write them: r is the smallest rank."""
-    wide = {"alpha_pattern": {"q_proj": 6}, "rank_pattern": {"q_proj": 4}}
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize(
+    "alphas", [{"q_proj": 6}, {}, {"q_proj": 5, "layers.1.self_attn.v_proj": 7}]
+)
+def test_padding_an_adapter_whose_largest_rank_is_in_its_patterns(alphas, use_rslora, tmp_path):
+    """As others write them: r is the smallest rank, alphas are not in proportion to the ranks."""
+    wide = {"alpha_pattern": alphas, "rank_pattern": {"q_proj": 4}, "use_rslora": use_rslora}
     config = LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj", "v_proj"], **wide)
     folder = make_family(TEXT_FAMILIES["llama"], str(tmp_path / "llama"))
     ids = torch.randint(0, 11, (4, 7))
@@ -51,5 +55,7 @@ def test_padding_an_adapter_whose_largest_rank_is_in_its_patterns(tmp_path):
     adapted.save_pretrained(tmp_path / "adapter")
     save_padded(str(tmp_path / "adapter"), str(tmp_path / "padded"))
     padded = PeftModel.from_pretrained(load_model(ModelConfig(folder)), tmp_path / "padded").eval()
-    assert (padded.peft_config["default"].r, padded.peft_config["default"].lora_alpha) == (4, 6)
+    found = padded.peft_config["default"]
+    assert found.r == 4 and not found.alpha_pattern and not found.rank_pattern
+    assert found.lora_alpha == pytest.approx(3 * (2**0.5 if use_rslora else 2))
     assert (padded(ids).logits - expected).abs().max() <= 1e-5

@@ -185,6 +185,8 @@ def test_a_resumed_search_ends_as_one_in_one_go(tmp_path):
         for name in ("whole", "cut")
     )
     assert [record["step"] for record in of_whole] == [record["step"] for record in of_cut]
+    seconds = [record["seconds"] for record in of_cut]
+    assert seconds == sorted(seconds), "a resumed search's time goes on"
     clock = {"seconds": 0, "samples_per_second": 0}
     assert {**of_whole[-1], **clock} == {**of_cut[-1], **clock}
 
@@ -393,7 +395,7 @@ def test_bf16_computes_in_bf16_and_keeps_alpha_and_weights_in_float32():
 def test_a_model_in_float16_is_searched_with_loss_scaling(given, dtype, used, monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
     model = type("Half", (torch.nn.Sequential,), {"dtype": dtype})(residual(WIDTH))
-    with mock.patch("darts_lora.search.Accelerator", wraps=Accelerator) as made:
+    with mock.patch("darts_lora.launch.Accelerator", wraps=Accelerator) as made:
         RankSearch(
             Supernet(model, SearchConfig(ranks=(0, 2), budget_rank=1)), loader(), loader(),
             training=TrainingConfig(max_steps=4, mixed_precision=given), loss_fn=loss_fn,

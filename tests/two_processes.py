@@ -25,8 +25,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.data import default_collate
 
-from darts_lora import Architect, InputError, SearchConfig, Supernet
-from darts_lora import search as search_module
+from darts_lora import Architect, InputError, SearchConfig, Supernet, launch
 from darts_lora import supernet as supernet_module
 from darts_lora.interruption import Stopped
 from darts_lora.resume import full
@@ -56,7 +55,7 @@ def accelerator(sharded: bool, **options) -> Accelerator:
 @contextlib.contextmanager
 def under(sharded: bool):
     """RankSearch makes its accelerator for DDP, or for FSDP2."""
-    search_module.Accelerator = partial(accelerator, sharded)
+    launch.Accelerator = partial(accelerator, sharded)
     yield
     gc.collect()
 

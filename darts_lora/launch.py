@@ -1,0 +1,97 @@
+"""How processes were launched, and the accelerator of a search: what works of accelerate's ways.
+Not here: what is trained in them (bilevel.py, finetune.py)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+
+from accelerate import Accelerator
+from accelerate.data_loader import SeedableRandomSampler
+from accelerate.utils import DataLoaderConfiguration, DistributedType
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
+
+from darts_lora.bilevel import DDP_OPTIONS
+from darts_lora.errors import InputError
+
+WAYS = "launch with recipes/accelerate_configs/ddp.yaml, fsdp2.yaml or single.yaml"
+# What accelerate launch says of the ways that shard or cut a model -> the name of the way.
+ENGINES = {"ACCELERATE_USE_DEEPSPEED": "DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM": "MEGATRON_LM"}
+
+
+def check_launch() -> None:
+    """Refuse, before anything is loaded, what check_distribution would refuse later.
+
+    Raises:
+        InputError: accelerate launch was told to use FSDP's first version, DeepSpeed, Megatron-LM.
+    """
+    for variable, name in ENGINES.items():
+        if os.environ.get(variable, "").lower() == "true":
+            _refuse(f"distributed_type={name}")
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    if sharded and os.environ.get("FSDP_VERSION", "1") != "2":
+        _refuse("fsdp_version=1")
+
+
+def check_distribution(accelerator: Accelerator) -> None:
+    """Whether a search can train in this accelerator's way.
+
+    Raises:
+        InputError: it flattens, cuts or owns the weights.
+    """
+    kind = accelerator.distributed_type
+    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
+        _refuse("fsdp_version=1")
+    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        _refuse(f"distributed_type={kind.value}")
+
+
+def _refuse(what: str) -> None:
+    raise InputError(
+        f"{what}: hides which weights belong to which layer, and alpha's beside them; {WAYS} "
+        "(fsdp_version: 2)"
+    )
+
+
+def search_accelerator(precision: str) -> Accelerator:
+    """The accelerator of a search whose caller brings none."""
+    return Accelerator(
+        mixed_precision=precision,
+        kwargs_handlers=[DDP_OPTIONS],
+        dataloader_config=DataLoaderConfiguration(dispatch_batches=False),
+    )
+
+
+def prepare_loaders(
+    accelerator: Accelerator, loaders: Sequence[DataLoader], seed: int
+) -> list[DataLoader]:
+    """The loaders, prepared so that `seed` decides the order of rows: the same on all processes,
+    although each draws samples of its own, and again when a search resumes."""
+    own = accelerator.dataloader_config
+    given = seed if own.data_seed is None else own.data_seed
+    accelerator.dataloader_config = replace(own, use_seedable_sampler=True, data_seed=given)
+    try:
+        return [accelerator.prepare(loader) for loader in loaders]
+    finally:
+        accelerator.dataloader_config = own
+
+
+def check_replays(loaders: Sequence[DataLoader]) -> None:
+    """Whether a resumed search sees rows in the order that one in one go would.
+
+    Raises:
+        InputError: a sampler draws an order that no epoch's number brings back.
+    """
+    for loader in loaders:
+        if isinstance(loader.dataset, IterableDataset):
+            continue  # by its own set_epoch, or as it lies
+        batches = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+        batches = getattr(batches, "batch_sampler", batches)  # shared out to processes
+        sampler = getattr(batches, "sampler", batches)
+        known = isinstance(sampler, SequentialSampler | SeedableRandomSampler)
+        if not known and not hasattr(sampler, "set_epoch"):
+            raise InputError(
+                f"resume: the {type(sampler).__name__} of a data loader does not give its order of "
+                "rows again; use shuffle=True, a sampler with set_epoch, or start anew"
+            )
