@@ -60,7 +60,7 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     classifier = is_classifier(model_config, config.task)
     if config.quantization is not None:
         with _explained(config):
-            options["quantization_config"] = _quantization(config, classifier)
+            options["quantization_config"] = _quantization(config, model_config, classifier)
         options["device_map"] = {"": PartialState().device}
     if config.num_labels is not None:
         options["ignore_mismatched_sizes"] = True
@@ -189,22 +189,25 @@ def _fresh_modules(config: ModelConfig, model: PreTrainedModel, missing: set[str
     return names
 
 
-def _quantization(config: ModelConfig, classifier: bool) -> BitsAndBytesConfig | TorchAoConfig:
-    """Weights of the base in 4 bits (QLoRA, arXiv 2305.14314) or 8 bits; a head that is trained
-    stays whole."""
+def _quantization(
+    config: ModelConfig, model_config: PretrainedConfig, classifier: bool
+) -> BitsAndBytesConfig | TorchAoConfig:
+    """Weights of the base in 4 bits (QLoRA, arXiv 2305.14314), computed with in the dtype of what
+    stays whole, or in 8 bits; a head that is trained stays whole."""
     whole = SEQ_CLS_HEAD_NAMES if classifier else None
     if config.quantization == "int8":
         from torchao.quantization import Int8WeightOnlyConfig
 
         return TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=whole)
-    compute = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
+    stored = getattr(model_config, "dtype", None) or model_config.get_text_config().dtype
+    compute = stored if config.dtype == "auto" else getattr(torch, config.dtype)
     return BitsAndBytesConfig(
         load_in_8bit=config.quantization == "8bit",
         load_in_4bit=config.quantization == "4bit",
         llm_int8_skip_modules=whole,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute,
+        bnb_4bit_compute_dtype=compute or torch.float32,
     )
 
 

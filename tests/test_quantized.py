@@ -190,3 +190,14 @@ def test_a_trainer_takes_a_supernet_over_a_quantized_base(kind, folder, tmp_path
     Trainer(supernet.model, args, train_dataset=rows).train()
     assert not any(map(torch.equal, before, supernet.weight_parameters()))
     assert "_hf_peft_config_loaded" not in vars(supernet.remove())
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_four_bits_are_computed_with_in_the_dtype_of_what_stays_whole(stored, dtype, tmp_path):
+    folder = make_family(TEXT_FAMILIES["llama"], str(tmp_path))
+    load_model(ModelConfig(folder, dtype=stored)).save_pretrained(folder)
+    model = load_model(ModelConfig(folder, dtype=dtype, quantization="4bit"))
+    wanted = getattr(torch, stored if dtype == "auto" else dtype)
+    assert {layer.compute_dtype for layer in layers_of(model).values()} == {wanted}
+    assert model.dtype == model.get_input_embeddings().weight.dtype == wanted
