@@ -133,6 +133,9 @@ def parse(
             named = {*given, *vars(parser.parse_args(args, defaults=False))}
             _refuse_rights({n: v for n, v in inherited.items() if n not in named}, values[previous])
             values = _values(parser, args, classes, {**inherited, **given})
+            if is_main_process() and set(inherited) - set(named):
+                path = _config_beside(values[previous])
+                print(f"Options that are not given are those of {path}", flush=True)
     except (ArgumentError, TypeError, ValueError, RecursionError) as error:
         raise error if isinstance(error, InputError) else InputError(one_line(error)) from error
     return [c(**{f.name: values[f.name] for f in fields(c) if f.init}) for c in classes]
@@ -191,15 +194,21 @@ def _inherited(
     parser: ArgumentParser, result: str | None, classes: tuple[type, ...]
 ) -> dict[str, Any]:
     """The options of `classes` in the config.yaml beside (or in) the result of the run before."""
-    if result is None:
-        return {}
-    folder = result if os.path.isdir(result) else os.path.dirname(result)
-    path = os.path.join(folder, CONFIG_NAME)
-    if not os.path.isfile(path):
+    path = _config_beside(result)
+    if path is None:
         return {}
     names = {f.name for c in classes for f in fields(c)}
     options = {name: value for name, value in load_config(path).items() if name in names}
     return _checked_options(parser, path, options)
+
+
+def _config_beside(result: str | None) -> str | None:
+    """The config.yaml beside (or in) a result, if it is there."""
+    if result is None:
+        return None
+    folder = result if os.path.isdir(result) else os.path.dirname(result)
+    path = os.path.join(folder, CONFIG_NAME)
+    return path if os.path.isfile(path) else None
 
 
 def _refuse_rights(inherited: dict[str, Any], source: str) -> None:

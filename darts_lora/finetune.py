@@ -47,6 +47,7 @@ from darts_lora.targets import (
     match_saved_modules,
     task_type,
 )
+from darts_lora.together import check_not_anothers
 
 RESULTS = ("finetune.json", "evaluation.json", SAFETENSORS_WEIGHTS_NAME, "adapter_config.json")
 RESULTS += ("checkpoint", "padded")
@@ -100,8 +101,8 @@ def finetune(
         The trained model, and the record that stands in finetune.json.
 
     Raises:
-        InputError: bad input of any kind, before training starts; a live run in output_dir; no
-            memory is left; a data worker died.
+        InputError: bad input of any kind, before training starts; a live run in output_dir, or an
+            adapter of another model or other data; no memory is left; a data worker died.
         DivergedError: a loss that is not finite.
         Stopped: SIGTERM, SIGINT or max_runtime, as of RankSearch.run; the adapter so far is in
             output_dir/checkpoint.
@@ -113,6 +114,7 @@ def finetune(
             "recipes/accelerate_configs/ddp.yaml or single.yaml"
         )
     check_writable(config.output_dir)
+    check_not_anothers(config.output_dir, model, data)
     with locked(config.output_dir):
         return _finetune(config, model, data, training)
 

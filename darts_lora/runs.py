@@ -14,6 +14,7 @@ from darts_lora.files import read_json
 from darts_lora.genotype import Genotype
 from darts_lora.records import read_metrics
 from darts_lora.targets import PARTS
+from darts_lora.together import other_task, task_of
 
 
 @dataclass
@@ -86,12 +87,22 @@ class Search:
         return dict(zip(self.layers, self.records[-1]["expected_ranks"], strict=True))
 
 
-def load_finetune(folder: str) -> dict[str, Any]:
+def load_finetune(folder: str, search: Search | None = None) -> dict[str, Any]:
     """A finetune's name, trainable parameters, test loss and exact match, and those of its base.
 
+    Args:
+        search: what it is to be set beside.
+
     Raises:
-        InputError: the folder has no evaluation.json.
+        InputError: the folder has no evaluation.json, or the finetune is of another model or of
+            other data than the search.
     """
+    theirs, ours = task_of(folder), {} if search is None else search.options
+    if name := other_task(ours, theirs):
+        raise InputError(
+            f"finetune_dir={folder!r}: has {name}={theirs[name]!r}, the search {search.folder!r} "
+            f"has {name}={ours[name]!r}: their losses cannot be compared"
+        )
     try:
         results = read_json(os.path.join(folder, "evaluation.json"))
         adapter, base = results["adapter"], results.get("base")

@@ -18,6 +18,8 @@ def main(
 
     Model, data and training options default to those of the search that found the genotype.
     """
+    if is_main_process():
+        print(f"Model {model.model_name_or_path}, data {data.dataset}", flush=True)
     _, record = finetune(options, model, data, training)
     if is_main_process():
         save_config(options.output_dir, options, model, data, training)

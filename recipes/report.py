@@ -28,7 +28,7 @@ class ReportRun:
 def main(options: ReportRun) -> None:
     """Write one self-contained HTML file, and its pictures as PNGs, about a search."""
     search = Search.load(options.search_dir)
-    finetunes = [load_finetune(folder) for folder in options.finetune_dir]
+    finetunes = [load_finetune(folder, search) for folder in options.finetune_dir]
     output = options.output or os.path.join(options.search_dir, "report.html")
     write_report(search, finetunes, output)
     print(f"Report: {output}")

@@ -2,6 +2,7 @@
 Not here: what is drawn of a good one (test_report.py)."""
 
 import json
+import re
 
 import pytest
 
@@ -88,3 +89,22 @@ def test_an_evaluation_that_was_changed(tmp_path, results):
     (tmp_path / "evaluation.json").write_text(json.dumps(results))
     with pytest.raises(InputError, match=r"finetune_dir=.*evaluation\.json there"):
         load_finetune(str(tmp_path))
+
+
+def test_finetunes_of_another_model_or_other_data_are_not_set_beside_a_search(tmp_path):
+    options = {"model_name_or_path": "m", "dataset": "d", "data_files": {"test": "t"}, "seed": 1}
+    (tmp_path / "config.yaml").write_text(json.dumps(options))
+    search = Search.load(write(tmp_path))
+    for changed in ({}, {"seed": 2}, {"model_name_or_path": "n"}, {"data_files": {"test": "u"}}):
+        folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        (folder / "evaluation.json").write_text(json.dumps({"adapter": RESULT}))
+        assert load_finetune(str(folder), search)["loss"] == 0.5, "of another tool"
+        (folder / "config.yaml").write_text(json.dumps(options | changed))
+        if changed.keys() <= {"seed"}:
+            assert load_finetune(str(folder), search)["loss"] == 0.5
+        else:
+            ((name, value),) = changed.items()
+            text = re.escape(f"finetune_dir='{folder}': has {name}={value!r}, the search ")
+            with pytest.raises(InputError, match=f"^{text}.*: their losses cannot be compared"):
+                load_finetune(str(folder), search)

@@ -37,8 +37,10 @@ def test_it_leaves_a_plain_peft_adapter(finetuned, vision_folder):
     assert model.peft_config["default"].r == 4
 
 
-def test_what_the_user_sees(finetuned):
+def test_what_the_user_sees(finetuned, search_dir, vision_folder, data_folder):
     folder, done = finetuned
+    assert f"not given are those of {search_dir / 'config.yaml'}\n" in done.stdout
+    assert f"Model {vision_folder}, data {data_folder}\n" in done.stdout
     record = json.loads((folder / "finetune.json").read_text())
     assert f"{record['trainable_parameters']:,} trainable parameters" in done.stdout
     assert f"loss {record['loss']:.4f} after 4 steps" in done.stdout
