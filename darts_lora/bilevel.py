@@ -4,7 +4,6 @@ one by one or as graphs. Not here: what the steps compute (weights.py, architect
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -35,7 +34,7 @@ class BilevelStep:
     Args:
         supernet: its config says whether the passes are joint.
         accelerator: prepares the model, averages gradients over processes.
-        training: learning rate (of a finetune), accumulation and clipping of the weights.
+        training: learning rate, accumulation and clipping of the weights.
         loss_fn: (model, batch) -> scalar loss.
         joint_loss_fn: (model, joint batch) -> losses of both halves of its rows.
         count: batch -> how many tokens its loss is the mean of, as of WeightStep.
@@ -55,8 +54,6 @@ class BilevelStep:
         count: Callable[[Any], Tensor | None] | None = None,
     ):
         self.supernet, self.accelerator = supernet, accelerator
-        rate = training.learning_rate * supernet.config.learning_rate_scale
-        training = replace(training, learning_rate=rate)
         self.weights = WeightStep(supernet, accelerator, training, loss_fn, count)
         several = accelerator.num_processes > 1
         self.architect = Architect(

@@ -107,7 +107,7 @@ def _read_record(path: str) -> dict[str, Any]:
     kinds = {"step": int, "options": dict, "sha256": str}
     found = record if isinstance(record, dict) else {}
     right = all(isinstance(found.get(name), kind) for name, kind in kinds.items())
-    if not right or not isinstance(found["options"].get("max_steps"), int):
+    if not right or not isinstance(found["options"].get("search_steps"), int):
         raise InputError(f"{path} cannot be read ({RECORD_NAME} is not of a checkpoint)")
     return record
 

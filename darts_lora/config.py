@@ -56,13 +56,10 @@ class SearchConfig:
     """Budget: as many trainable parameters as a uniform LoRA of this rank on the same layers."""
     budget_parameters: int | None = None
     """Budget: trainable parameters (count). Give this or budget_rank, or neither for no budget."""
-    # embedded task, independent branches, 800 steps, six seeds: at the rate of a finetune the plans
-    # at the budget of rank 8 have a test loss of 0.0820, at a third of it 0.0764, and the expected
-    # ranks of two seeds correlate by 0.36 and 0.63; at that of rank 2 0.0817 and 0.0792 (the latter
-    # at a third of that budget's own rate; at a third of the former's rate 0.0826)
-    learning_rate_scale: float = 1 / 3
-    """Factor on learning_rate, which is meant for a finetune of the budget's uniform rank, in a
-    RankSearch: a supernet trained as fast follows its batches, and each seed finds other ranks."""
+    search_fraction: float | None = None
+    """Part of a run's weight steps (max_steps) that the search takes, in (0, 1]; the finetune goes
+    on from its weights with the rest. Default: 0.125 under a budget; 1 where alpha descends, and
+    the finetune is then a run of its own."""
     # alpha held still, at the mean of the weights, over descent at the weights, ranks 2 and 8: E2E
     # -0.0016 +- 0.0040 and -0.0018 +- 0.0013, GSM8K -0.0002 and -0.0010, LLaVA -0.09 +- 0.10 and
     # -0.09 +- 0.09, embedded -0.0046 +- 0.0035 and -0.0036 +- 0.0045 (test loss, shares.json);
@@ -98,7 +95,7 @@ class SearchConfig:
     last eighth, about), with joint 0."""
     arch_lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
     """Course of alpha's learning rate over the architecture steps of a RankSearch."""
-    arch_every: int = 1
+    arch_every: int = 2
     """One architecture step every this many weight steps."""
     order: Literal[1, 2] = 1
     """1: first-order architecture gradient; 2: unrolled (DARTS eq. 7 and 8)."""
@@ -108,10 +105,9 @@ class SearchConfig:
     batches, but both batches are in memory at once. order 1, no modules_to_save. Not for models
     that pack the images of a batch inside (LLaVA-NeXT, Idefics2 and 3, SmolVLM): rows must stay
     rows in every layer."""
-    # a quarter: before, branches are untrained and alpha sees noise; half is no better (0.096)
     warmup_steps: int | None = None
-    """Weight steps before alpha moves, with ranks drawn from alpha as it begins: all candidates
-    alike, or with one mean rank everywhere, the budget's; default: a quarter of all."""
+    """Weight steps of the search before its first architecture step. Default: 0 under a budget,
+    where the first steps say most; a quarter of the search where alpha descends."""
     seed: int = 0
     """Seed of the weights' initialisation, of the samples and of the data order."""
 
@@ -127,7 +123,7 @@ class SearchConfig:
             | {"arch_average": 0.0}
             | {"arch_every": 1, "warmup_steps": 0, "seed": 0},
             above={"scaling": 0.0, "budget_rank": 0.0, "budget_parameters": 0}
-            | {"arch_learning_rate": 0.0, "learning_rate_scale": 0.0},
+            | {"arch_learning_rate": 0.0},
         )
         require(self.joint in (True, False), "joint", self.joint, "must be true or false")
         if self.joint and self.order == 2:
@@ -138,6 +134,9 @@ class SearchConfig:
                 "weights themselves; use joint=false, or arch_average=0"
             )
         require(self.dropout < 1, "dropout", self.dropout, "must be below 1")
+        if (part := self.search_fraction) is not None:
+            rule = "must be above 0 and at most 1"
+            require(is_real(part) and 0 < part <= 1, "search_fraction", part, rule)
         share = self.arch_average or 0.0
         require(share <= 1, "arch_average", share, "must be at most 1")
         self._check_budget()
@@ -250,15 +249,14 @@ class TrainingConfig:
     """How weights are trained, in a search and in a finetune alike."""
 
     max_steps: int = 1000
-    """Weight steps (optimizer steps). A search needs at most as many as its finetune; of
-    SmolLM2-135M and a LLaVA of it half as many did as well."""
+    """Weight steps (optimizer steps) of the whole run: a search takes a part of them
+    (search_fraction), the finetune of its genotype the rest. A finetune from scratch takes all."""
     batch_size: int = 16
     """Rows of a batch on each process."""
     gradient_accumulation_steps: int = 1
     """Batches whose gradients are added up for one weight step."""
     learning_rate: float = 1e-3
-    """Peak learning rate of the LoRA weights in a finetune (AdamW); a search takes a part of it
-    (learning_rate_scale)."""
+    """Peak learning rate of the LoRA weights (AdamW), in a search and in a finetune."""
     weight_decay: float = 0.0
     """Weight decay of the LoRA weights."""
     lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"

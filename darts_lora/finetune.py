@@ -6,27 +6,29 @@ from __future__ import annotations
 import os
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any
 
 import peft
 import torch
 import transformers
 from accelerate import PartialState
-from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from accelerate.state import AcceleratorState
+from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
-from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     ProgressCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    get_scheduler,
     set_seed,
 )
 
-from darts_lora.bounds import check_bounds
+from darts_lora.beginning import FinetuneConfig, add_adapter, first_step, resolve_init
 from darts_lora.collator import Collator
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
 from darts_lora.data import Rows, make_collator, training_rows
@@ -39,63 +41,25 @@ from darts_lora.label_collator import LabelCollator
 from darts_lora.launch import check_launch
 from darts_lora.models import load_model
 from darts_lora.padded import save_padded
-from darts_lora.supernet import SUPERNET_NAME
-from darts_lora.targets import (
-    check_fresh,
-    check_unshared,
-    match_modules,
-    match_saved_modules,
-    task_type,
-)
+from darts_lora.supernet import Supernet
 from darts_lora.together import check_not_anothers
 
 RESULTS = ("finetune.json", "evaluation.json", SAFETENSORS_WEIGHTS_NAME, "adapter_config.json")
 RESULTS += ("checkpoint", "padded")
 
 
-@dataclass
-class FinetuneConfig:
-    """What is retrained, from where, and where it goes."""
-
-    genotype: str | None = "runs/search/genotype.json"
-    """File of the genotype (JSON). null, together with rank: the layers of target_modules."""
-    rank: int | None = None
-    """Uniform baseline: this rank for every layer of the genotype; default: the genotype's own."""
-    target_modules: str | list[str] = "all-linear"
-    """Layers of a uniform baseline without a genotype, as in a search."""
-    scaling: float = 2.0
-    """lora_alpha / r of a uniform baseline without a genotype."""
-    init: Literal["scratch", "inherit"] = "scratch"
-    """scratch: fresh LoRA weights; inherit: those that the search left beside the genotype."""
-    adapter_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Data type of the LoRA weights. float32 on a base in 16 bits trains under autocast."""
-    pad_to_max: bool = False
-    """Save the adapter a second time, with zeros up to the largest rank for all layers, in
-    output_dir/padded: for engines that ignore rank_pattern."""
-    output_dir: str = "runs/finetune"
-    """Folder for the adapter, finetune.json and config.yaml."""
-    seed: int = 0
-    """Seed of the LoRA weights and of the data order."""
-
-    def __post_init__(self):
-        check_bounds(
-            self,
-            at_least={"rank": 1, "seed": 0},
-            above={"scaling": 0.0},
-        )
-        if self.rank is None and self.genotype is None:
-            raise InputError("genotype=None: give a genotype, or a rank for a uniform baseline")
-        if self.rank is not None and self.init == "inherit":
-            raise InputError("init='inherit': a search leaves weights for its genotype alone")
-
-
 def finetune(
-    config: FinetuneConfig, model: ModelConfig, data: DataConfig, training: TrainingConfig
+    config: FinetuneConfig,
+    model: ModelConfig,
+    data: DataConfig,
+    training: TrainingConfig,
+    supernet: Supernet | None = None,
 ) -> tuple[PeftModel, dict[str, Any]]:
     """Train an adapter on training and validation rows together and save it to output_dir.
 
     Writes adapter_model.safetensors and adapter_config.json (PEFT's own format) and finetune.json.
-    What an earlier finetune left there is removed when training starts.
+    What an earlier finetune left there is removed when training starts. A `supernet`, searched in
+    this process, gives its model and what it learnt, so that neither is loaded again.
 
     Returns:
         The trained model, and the record that stands in finetune.json.
@@ -107,32 +71,49 @@ def finetune(
         Stopped: SIGTERM, SIGINT or max_runtime, as of RankSearch.run; the adapter so far is in
             output_dir/checkpoint.
     """
+    check_finetune(config.output_dir, model, data)
+    with locked(config.output_dir):
+        return _finetune(config, model, data, training, supernet)
+
+
+def check_finetune(output_dir: str, model: ModelConfig, data: DataConfig) -> None:
+    """Whether a finetune can run as this process was launched, and write there; or InputError."""
     check_launch()
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         raise InputError(
             "distributed_type=FSDP: a finetune keeps whole weights on each process; launch it with "
             "recipes/accelerate_configs/ddp.yaml or single.yaml"
         )
-    check_writable(config.output_dir)
-    check_not_anothers(config.output_dir, model, data)
-    with locked(config.output_dir):
-        return _finetune(config, model, data, training)
+    check_writable(output_dir)
+    check_not_anothers(output_dir, model, data)
 
 
 def _finetune(
-    config: FinetuneConfig, model: ModelConfig, data: DataConfig, training: TrainingConfig
+    config: FinetuneConfig,
+    model: ModelConfig,
+    data: DataConfig,
+    training: TrainingConfig,
+    supernet: Supernet | None,
 ) -> tuple[PeftModel, dict[str, Any]]:
     genotype = _load_genotype(config.genotype)
+    config = replace(config, init=resolve_init(config, genotype))
+    first = first_step(config, genotype, training)
     collator = make_collator(model, data)
     rows = training_rows(data, config.seed)
     share = collator.check(rows)
     set_seed(config.seed)  # the initialisation of a new head, and of the LoRA weights
-    base = load_model(model)  # the slowest, so behind what can be wrong before it
+    if supernet is None:
+        base = load_model(model)  # the slowest, so behind what can be wrong before it
+    else:
+        AcceleratorState._reset_state()  # of the search: a Trainer makes its own
+        base = supernet.remove()
     set_seed(config.seed)
-    adapted = add_adapter(base, config, genotype)
+    adapted = add_adapter(base, config, genotype, supernet)
     record = {"genotype": config.genotype, "rank": config.rank, "init": config.init}
     record |= {"rows": None if data.streaming else len(rows), "supervised_share": share}
-    record |= train(adapted, rows, collator, training, config.output_dir, seed=config.seed)
+    record |= train(
+        adapted, rows, collator, training, config.output_dir, seed=config.seed, first_step=first
+    )
     if PartialState().is_main_process:
         if config.pad_to_max:
             save_padded(config.output_dir, os.path.join(config.output_dir, "padded"))
@@ -149,46 +130,6 @@ def _load_genotype(path: str | None) -> Genotype | None:
     return None if path is None else Genotype.load(path)
 
 
-def add_adapter(base: nn.Module, config: FinetuneConfig, genotype: Genotype | None) -> PeftModel:
-    """`base` with fresh or inherited LoRA weights.
-
-    Raises:
-        InputError: layers that are not in the model, or share their weights; no searched weights to
-            inherit, or a genotype that does not train what the model's checkpoint lacks.
-    """
-    if genotype is None:
-        names = match_modules(base, config.target_modules)
-        saved = match_saved_modules(base, None)
-        genotype = Genotype(dict.fromkeys(names, 1), config.scaling, modules_to_save=saved)
-    if config.rank is not None:
-        genotype = replace(genotype, ranks=dict.fromkeys(genotype.ranks, config.rank))
-    genotype = genotype.with_shapes(base)
-    check_unshared(base, [name for name, rank in genotype.ranks.items() if rank])
-    lora_config = genotype.to_lora_config(base, task_type=task_type(base))
-    model = get_peft_model(base, lora_config)
-    check_fresh(model, f"genotype={config.genotype!r}")
-    if config.init == "inherit":
-        _inherit(model, genotype, os.path.join(os.path.dirname(config.genotype), SUPERNET_NAME))
-    if config.adapter_dtype == "bfloat16":
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.bfloat16()
-    return model
-
-
-def _inherit(model: PeftModel, genotype: Genotype, path: str) -> None:
-    """Copy the chosen branches in the supernet's file into the adapter: all, or an error."""
-    state = genotype.inherited_state(path)
-    try:
-        result = set_peft_model_state_dict(model, state)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"init='inherit': {path} is of another model ({reason})") from error
-    missing = [key for key in result.missing_keys if "lora_" in key]
-    if missing or result.unexpected_keys:
-        raise InputError(f"init='inherit': {path} does not fill {missing + result.unexpected_keys}")
-
-
 def train(
     model: PeftModel,
     dataset: Rows,
@@ -197,9 +138,11 @@ def train(
     output_dir: str,
     *,
     seed: int = 0,
+    first_step: int = 0,
 ) -> dict[str, Any]:
     """Train the adapter in place with transformers' Trainer and save it to output_dir, in place of
-    what an earlier finetune left there.
+    what an earlier finetune left there. The first steps of training.max_steps and of its learning
+    rate are those that a search took.
 
     Returns:
         trainable_parameters (count), losses ([step, mean since the entry before] pairs), loss (mean
@@ -218,10 +161,13 @@ def train(
     stop, folder = StopRequest(training.max_runtime), os.path.join(output_dir, "checkpoint")
     trainer = _Trainer(
         model=model,
-        args=_arguments(training, output_dir, seed),
+        args=_arguments(
+            replace(training, max_steps=training.max_steps - first_step), output_dir, seed
+        ),
         train_dataset=dataset,
         data_collator=collator,
     )
+    trainer.first_step = first_step
     trainer.add_callback(_SaveAdapter(trainer, training.save_steps, folder, stop))
     trainer.remove_callback(ProgressCallback)  # prints whole dictionaries
     trainer.add_callback(_Progress)
@@ -272,7 +218,24 @@ def _arguments(training: TrainingConfig, output_dir: str, seed: int) -> Training
 
 
 class _Trainer(Trainer):
-    """Stops at a loss that is not finite, on any process, before it enters the weights."""
+    """Begins within its learning rate's course, and stops at a loss that is not finite, on any
+    process, before it enters the weights."""
+
+    first_step = 0
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        stand_in, args = torch.optim.SGD([torch.zeros(1)], lr=1.0), self.args
+        whole = get_scheduler(
+            args.lr_scheduler_type,
+            stand_in,
+            args.get_warmup_steps(num_training_steps),
+            self.first_step + num_training_steps,
+        )
+        (course,) = whole.lr_lambdas
+        self.lr_scheduler = LambdaLR(
+            optimizer or self.optimizer, lambda step: course(self.first_step + step)
+        )
+        return self.lr_scheduler
 
     def get_train_dataloader(self):
         loader = super().get_train_dataloader()
@@ -335,6 +298,7 @@ def _record(trainer: Trainer, seconds: float) -> dict[str, Any]:
         "trainable_parameters": trainer.get_num_trainable_parameters(),
         "loss": sum(last) / len(last) if last else None,
         "losses": losses,
+        "first_step": trainer.first_step,
         "steps": trainer.state.global_step,
         "seconds": round(seconds, 3),
         "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft)},

@@ -22,7 +22,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from darts_lora.bounds import check_ranks
 from darts_lora.errors import InputError, one_line
 from darts_lora.files import read_json, write_json
-from darts_lora.mixed_linear import branch_columns, linear_shape
+from darts_lora.handover import cut, fold
+from darts_lora.mixed_linear import linear_shape
 from darts_lora.targets import check_matches
 
 if TYPE_CHECKING:
@@ -221,7 +222,8 @@ class Genotype:
         return lora_config
 
     def inherited_state(self, source: Supernet | str | os.PathLike) -> dict[str, Tensor]:
-        """The chosen branches' searched weights, for peft.set_peft_model_state_dict.
+        """The searched weights, for peft.set_peft_model_state_dict: of each layer's mean mixture
+        the best LoRA of the genotype's rank (handover.py).
 
         Args:
             source: the supernet, or the supernet.safetensors that a search left.
@@ -238,13 +240,13 @@ class Genotype:
         searched = source.state_dict() if searched is None else searched
         state = {}
         for name, rank in self.ranks.items():
-            if f"{name}.lora_A" not in searched:
+            if f"{name}.gates" not in searched:
                 raise InputError(f"genotype: module {name!r} is not in the supernet")
             if rank > 0:
-                columns = branch_columns(tuple(self.candidates or ()), rank, self.branches)
-                a, b = searched[f"{name}.lora_A"][columns], searched[f"{name}.lora_B"][:, columns]
-                state[f"{PEFT_PREFIX}{name}.lora_A.weight"] = a.detach().clone()
-                state[f"{PEFT_PREFIX}{name}.lora_B.weight"] = b.detach().clone()
+                a, b, gates = (searched[f"{name}.{p}"] for p in ("lora_A", "lora_B", "gates"))
+                new_a, new_b = cut(a, fold(b, gates), rank)
+                state[f"{PEFT_PREFIX}{name}.lora_A.weight"] = new_a.to(a.dtype).contiguous()
+                state[f"{PEFT_PREFIX}{name}.lora_B.weight"] = new_b.to(b.dtype).contiguous()
         saved = tuple(f"{name}." for name in self.modules_to_save)
         for key, value in searched.items():
             if key.startswith(saved) and saved:

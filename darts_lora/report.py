@@ -214,7 +214,8 @@ def _result(search: Search) -> list[str]:
     last = search.records[-1]
     if search.genotype is None:
         whole = search.options.get("max_steps", "?")
-        return [f"Not finished: step {last['step']} of {whole}. Ranks are the expected ones."]
+        text = f"Not finished: step {last['step']} of a run of {whole}."
+        return [f"{text} Ranks are the expected ones."]
     genotype = search.genotype
     adapted = sum(rank > 0 for rank in genotype.ranks.values())
     return [

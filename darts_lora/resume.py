@@ -29,6 +29,7 @@ def course_options(search: RankSearch, more: dict[str, Any]) -> dict[str, Any]:
     """All options that decide the course of a search, as JSON gives them back."""
     options = asdict(search.supernet.config) | asdict(search.training)
     options = {name: value for name, value in options.items() if name not in FREE} | more
+    options["search_steps"] = search.schedule.steps
     options["num_processes"] = search.accelerator.num_processes
     options["device"] = search.accelerator.device.type
     return json.loads(json.dumps(options))
@@ -68,12 +69,12 @@ def check_start(output_dir: str | None, resume: bool) -> None:
     done = steps_done(output_dir)
     if resume or done is None:
         return
-    if done[0] < done[1]["max_steps"] or not os.path.exists(
+    if done[0] < done[1]["search_steps"] or not os.path.exists(
         os.path.join(output_dir, "genotype.json")
     ):
         raise InputError(
             f"output_dir={output_dir!r}: an unfinished search is there (step {done[0]} of "
-            f"{done[1]['max_steps']}); go on with --resume, name another folder, or remove its "
+            f"{done[1]['search_steps']}); go on with --resume, name another folder, or remove its "
             "checkpoints"
         )
 

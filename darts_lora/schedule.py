@@ -1,4 +1,4 @@
-"""The phases of a search, and how it ends: warm-up, temperature, when alpha moves, the genotype.
+"""The phases of a run: warm-up, search, handover; temperature, when alpha moves, the genotype.
 Not here: the loop (search.py) or a user's trainer (trainer.py) that goes through them."""
 
 from __future__ import annotations
@@ -16,26 +16,37 @@ from darts_lora.relaxation import temperature_at
 from darts_lora.supernet import Supernet
 from darts_lora.verdict import verdict
 
+SEARCH_FRACTION = 0.125  # the default of search_fraction under a budget
+
 
 class Schedule:
     """Which phase a step of a search is in: warm-up with alpha as it begins, then the search.
 
     Args:
-        supernet: its config gives warmup_steps (default: a quarter), arch_every, the temperatures.
-        steps: weight steps of the whole search.
+        supernet: its config gives search_fraction, warmup_steps, arch_every, the temperatures.
+        run_steps: weight steps of the whole run.
+
+    Attributes:
+        steps: weight steps of the search.
 
     Raises:
         InputError: the warm-up leaves no step for alpha.
     """
 
-    def __init__(self, supernet: Supernet, steps: int):
-        self.supernet, self.steps = supernet, steps
-        wanted = supernet.config.warmup_steps
-        self.warmup_steps = steps // 4 if wanted is None else wanted
-        if self.warmup_steps >= steps:
+    def __init__(self, supernet: Supernet, run_steps: int):
+        self.supernet, self.run_steps, config = supernet, run_steps, supernet.config
+        descends = supernet.arch_update == "gradient"
+        fraction, warmup = config.search_fraction, config.warmup_steps
+        if fraction is None:
+            fraction = 1.0 if descends else SEARCH_FRACTION
+        self.steps = max(1, round(fraction * run_steps))
+        if warmup is None:
+            warmup = self.steps // 4 if descends else 0
+        self.warmup_steps = warmup
+        if warmup >= self.steps:
             raise InputError(
-                f"warmup_steps={self.warmup_steps}: must be below max_steps={steps}, "
-                "or alpha is never trained"
+                f"warmup_steps={warmup}: must be below the search's {self.steps} steps "
+                f"(search_fraction={fraction:g} of max_steps={run_steps}), or alpha never moves"
             )
 
     def enter(self, step: int) -> None:
@@ -65,6 +76,7 @@ def derive_genotype(supernet: Supernet, architect: Architect, schedule: Schedule
         "relaxation": config.relaxation,
         "order": config.order,
         "steps": schedule.steps,
+        "run_steps": schedule.run_steps,
         "warmup_steps": schedule.warmup_steps,
         "seed": config.seed,
         "verdict": verdict(supernet, architect, genotype),

@@ -70,13 +70,14 @@ def model_loss(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
 class RankSearch:
     """Bilevel search: LoRA weights on training batches, alpha on validation batches.
 
-    The first `warmup_steps` weight steps draw ranks by alpha as it begins; then every
-    `arch_every`-th weight step is followed by an architecture step.
+    It is the first part (search_fraction) of a run of training.max_steps weight steps, on the
+    learning rate of the whole run: a finetune goes on from its weights with the rest. After
+    `warmup_steps`, every `arch_every`-th weight step is followed by an architecture step.
 
     Args:
         supernet: the model with its rank branches.
         train_dataloader, val_dataloader: batches of two disjoint splits, for `loss_fn`.
-        training: steps, learning rate and the like of the weights.
+        training: steps of the whole run, learning rate and the like of the weights.
         output_dir: checkpoints/, tensorboard/, metrics.jsonl, supernet.safetensors and
             genotype.json go there; None: nothing is written.
         loss_fn: (model, batch) -> scalar loss. Accumulated batches and those of other processes
@@ -190,9 +191,9 @@ class RankSearch:
         self.model.train()
         started, losses = time.monotonic() - self.seconds, []
         bar = tqdm(
-            range(self.step, self.training.max_steps),
+            range(self.step, self.schedule.steps),
             initial=self.step,
-            total=self.training.max_steps,
+            total=self.schedule.steps,
             desc="search",
             unit="step",
             disable=not self.accelerator.is_main_process,
@@ -201,7 +202,7 @@ class RankSearch:
         for step in bar:
             losses.append(self._one_step(step))
             self.step = step + 1
-            last = self.step == self.training.max_steps
+            last = self.step == self.schedule.steps
             status = 0 if last else self._agreed(stop)
             due = self.training.save_steps and self.step % self.training.save_steps == 0
             save = last or status or due
@@ -229,7 +230,7 @@ class RankSearch:
         self._view("close")
         if self.accelerator.is_main_process:
             print(
-                f"{reason}: stopped after step {self.step} of {self.training.max_steps}; "
+                f"{reason}: stopped after step {self.step} of {self.schedule.steps}; "
                 f"{self._kept()}",
                 file=sys.stderr,
                 flush=True,
@@ -305,7 +306,7 @@ class RankSearch:
         try:
             from darts_lora.tensorboard import SearchViews
 
-            steps = self.training.max_steps
+            steps = self.schedule.steps
             self.views = SearchViews(self.output_dir, self.supernet, self.step, steps)
         except Exception as error:
             self._no_views(error)

@@ -24,8 +24,8 @@ from darts_lora.targets import check_unshared, match_modules, match_saved_module
 
 SUPERNET_NAME = "supernet.safetensors"
 # What accelerate puts into a model that it prepares, and does not take away; and what is put here.
-MARKS = ("forward", "_original_forward", "_is_accelerate_prepared")
-MARKS += ("save_pretrained", "_hf_peft_config_loaded")
+PREPARED = ("forward", "_original_forward", "_is_accelerate_prepared")
+MARKS = (*PREPARED, "save_pretrained", "_hf_peft_config_loaded")
 
 
 class Supernet:
@@ -172,6 +172,8 @@ class Supernet:
     def _sample(self, alpha: Tensor, rows: int | None) -> Tensor:
         """Branch weights for this forward: of fresh noise, or of that which a loss waits with."""
         relaxation, temperature = self.relaxation, self._temperature
+        if self.held is not None and not self._arch_gradients:
+            relaxation, temperature = "softmax", 1.0  # weights train the mean: a plain LoRA
         self._shared.has_gradients = torch.is_grad_enabled()
         if relaxation != "softmax" and not (self.model.training or torch.is_grad_enabled()):
             relaxation, temperature = "softmax", 1.0  # the mean
@@ -237,12 +239,15 @@ class Supernet:
 
     def state_dict(self) -> dict[str, Tensor]:
         """`<name>.lora_A`, `<name>.lora_B`, `<name>.alpha` of every layer, and the saved modules'
-        tensors under the model's own names; not copied."""
+        tensors under the model's own names, not copied; `<name>.gates` (R,) follows from them: the
+        mean gates of the columns, which make a plain LoRA of the layer (handover.py)."""
         state = {
             f"{name}.{part}": getattr(layer, part).detach()
             for name, layer in self.layers.items()
             for part in ("lora_A", "lora_B", "alpha")
         }
+        gates = self.mean_gates() / self.config.scaling
+        state |= {f"{name}.gates": row for name, row in zip(self.layers, gates, strict=True)}
         for name, module in self.saved_modules.items():
             state |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
         return state
@@ -271,6 +276,13 @@ class Supernet:
             state = {n: v.contiguous().cpu() for n, v in state.items()}
             path = os.path.join(save_directory, SUPERNET_NAME)
             write_whole(path, lambda temporary: save_file(state, temporary))
+
+    @torch.no_grad()
+    def mean_gates(self) -> Tensor:
+        """Mean gates of every layer's columns, (N, R) float32, those that gates are drawn around:
+        the scaling times the probability that a column is part of the drawn rank."""
+        alpha = self.alpha if self.held is None else self.held
+        return einsum(alpha.softmax(-1), self._membership, "n k, r k -> n r")
 
     def probabilities(self) -> Tensor:
         """softmax(alpha) of every layer, (N, K) float32, differentiable."""

@@ -11,18 +11,19 @@ from typing import Any
 
 import torch
 from accelerate.utils import set_seed
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers import Trainer, TrainerCallback
 
 from darts_lora.architect import Architect
+from darts_lora.beginning import plain_adapter
 from darts_lora.errors import InputError
 from darts_lora.genotype import Genotype
 from darts_lora.launch import check_distribution
 from darts_lora.relaxation import entropies
 from darts_lora.schedule import Schedule, derive_genotype
 from darts_lora.stream import BatchStream
-from darts_lora.supernet import Supernet
+from darts_lora.supernet import PREPARED, Supernet
 from darts_lora.tables import show
 from darts_lora.verdict import verdict_text
 
@@ -31,11 +32,13 @@ class RankSearchCallback(TrainerCallback):
     """Turns a training of a supernet's model by a Trainer into a search; it adds itself.
 
     The trainer trains the LoRA weights on train_dataset, with its optimizer, schedule, precision
-    and learning rate as it is: give a part of a finetune's (SearchConfig.learning_rate_scale);
-    after each of its steps (from the end of the warm-up on) this trains alpha on eval_dataset,
-    which must hold other rows. The trainer's log also gets validation_loss, alpha_entropy and
-    expected_parameters. What the trainer saves meanwhile is the supernet's own state (see
-    Supernet), without the base. A search that is cut off starts anew: RankSearch resumes.
+    and learning rate as they are; behind its steps this trains alpha on eval_dataset, which must
+    hold other rows. After search_fraction of the steps the found ranks are handed over: plain PEFT
+    layers take the supernet's place, with what it learnt, and the training goes on with them to its
+    end. `trainer.model` is a PeftModel then, and trainer.save_model() saves its adapter. The
+    trainer's log also gets validation_loss, alpha_entropy and expected_parameters. What the trainer
+    saves before is the supernet's own state (see Supernet), without the base. A search that is cut
+    off starts anew: RankSearch resumes.
 
     Args:
         trainer: a Trainer whose model is `supernet.model`, with an eval_dataset.
@@ -44,7 +47,7 @@ class RankSearchCallback(TrainerCallback):
             default: the trainer's own loss, with all that its arguments add to it.
 
     Attributes:
-        genotype: the result, once trainer.train() is through.
+        genotype: the result, from the handover on.
 
     Raises:
         InputError: the trainer has another model, no eval_dataset or several GPUs in one process;
@@ -93,6 +96,11 @@ class RankSearchCallback(TrainerCallback):
         if several:  # a Trainer seeds them alike: all would draw the same ranks
             set_seed(args.seed, device_specific=True)
         self.schedule = Schedule(self.supernet, state.max_steps)
+        if self._hands_over(state) and several:
+            raise InputError(
+                f"num_processes={accelerator.num_processes}: a handover inside a Trainer has one; "
+                "set search_fraction=1 and finetune the genotype then, or use RankSearch"
+            )
         rows = self.trainer.eval_dataset
         if not isinstance(rows, IterableDataset):
             rows = Shuffled(rows, args.seed)
@@ -105,10 +113,23 @@ class RankSearchCallback(TrainerCallback):
         )
         self.arch_scheduler = self.schedule.arch_scheduler(self.architect.optimizer)
 
+    def _hands_over(self, state) -> bool:
+        return self.schedule.steps < state.max_steps
+
     def on_step_begin(self, args, state, control, **kwargs):
-        self.schedule.enter(state.global_step)
+        if self.genotype is None:
+            self.schedule.enter(state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
+        if self.genotype is not None:
+            return
+        self._search_on(state, control)
+        if state.global_step == self.schedule.steps and self._hands_over(state):
+            self._find(state)
+            self._hand_over()
+
+    def _search_on(self, state, control) -> None:
+        """The architecture step behind a step of the trainer's."""
         if not self.schedule.trains_alpha(state.global_step - 1):
             self.architect.mean.update()
             return
@@ -151,10 +172,42 @@ class RankSearchCallback(TrainerCallback):
             return self.architect.step(loss_fn, batch)
 
     def on_train_end(self, args, state, control, **kwargs):
+        if self.genotype is None:
+            self._find(state)
+
+    def _hand_over(self) -> None:
+        """Put a PEFT adapter in the supernet's place, and its weights into the optimizer."""
+        model, trainer = self.supernet.model, self.trainer
+        prepared = {name: vars(model)[name] for name in PREPARED if name in vars(model)}
+        adapted = plain_adapter(self.supernet.remove(), self.genotype, self.supernet)
+        vars(model).update(prepared)  # the autocast of the training that goes on
+        trainer.model = adapted.train()
+        exchange_parameters(trainer.optimizer, adapted, trainer.get_decay_parameter_names(adapted))
+
+    def _find(self, state) -> None:
         self.genotype = derive_genotype(self.supernet, self.architect, self.schedule)
         if state.is_world_process_zero:
             show(self.genotype)
             print(verdict_text(self.genotype.found_by["verdict"]))
+
+
+def exchange_parameters(
+    optimizer: torch.optim.Optimizer, model: nn.Module, decayed: list[str]
+) -> None:
+    """Let the optimizer train the model's parameters in place of those that it had, from a fresh
+    state: weight decay for those whose names are in `decayed`, as a Trainer's own groups have it.
+    """
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parts = [
+        [p for name, p in trained.items() if (name in decayed) == kind] for kind in (True, False)
+    ]
+    groups = optimizer.param_groups
+    if len(groups) == 1:
+        parts = [parts[0] + parts[1]]
+    for group, part in zip(groups, parts, strict=True):
+        group["params"] = part
+    optimizer.state.clear()
 
 
 class Shuffled(Dataset):

@@ -4,6 +4,7 @@ Not here: any step of the search (darts_lora/search.py)."""
 import hashlib
 import json
 import os
+import shlex
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from darts_lora.cli import is_main_process, rights, run, save_config
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
 from darts_lora.data import load_splits, make_collator, search_dataloaders, split_record
 from darts_lora.files import check_writable, locked, write_json
+from darts_lora.finetune import FinetuneConfig, check_finetune, finetune
 from darts_lora.launch import check_launch
 from darts_lora.models import load_model, model_identity
 from darts_lora.resume import check_start, placeless
@@ -32,6 +34,9 @@ class SearchRun:
     """Folder for the genotype, checkpoints, TensorBoard files and the resolved configuration."""
     resume: bool = False
     """Go on from the newest checkpoint in output_dir."""
+    finetune_dir: str | None = None
+    """Go on to the end of the run with the found ranks, and save the adapter in this folder;
+    default: stop at the genotype, and recipes/finetune.py goes on."""
     cuda_graphs: bool = False
     """Launch each step's kernels as one CUDA graph: for small models, whose kernels take longer to
     launch than to run. Set pad_to_multiple_of as well: each length of batch is captured once."""
@@ -52,6 +57,8 @@ def main(
     """
     check_launch()
     check_writable(options.output_dir)
+    if options.finetune_dir is not None:
+        check_finetune(options.finetune_dir, model, data)
     if options.dry_run:
         return _search(options, search, model, data, training)
     with locked(options.output_dir):
@@ -94,12 +101,20 @@ def _search(
         write_json(os.path.join(options.output_dir, "split.json"), rows)
     _describe(accelerator, supernet, splits, supervised)
     genotype = rank_search.run()
+    path = os.path.join(options.output_dir, "genotype.json")
     if accelerator.is_main_process:
         show(genotype)
         print(verdict_text(genotype.found_by["verdict"]))
-        path = os.path.join(options.output_dir, "genotype.json")
-        command = f"accelerate launch recipes/finetune.py --genotype {path}{rights(model)}"
-        print(f"Genotype: {path}. Next: {command}")
+    if options.finetune_dir is not None:
+        del rank_search
+        accelerator.free_memory()
+        config = FinetuneConfig(path, output_dir=options.finetune_dir, seed=search.seed)
+        finetune(config, model, data, training, supernet)
+        command = f"recipes/evaluate.py --adapter {shlex.quote(options.finetune_dir)}"
+    else:
+        command = f"recipes/finetune.py --genotype {shlex.quote(path)}"
+    if accelerator.is_main_process:
+        print(f"Genotype: {path}. Next: accelerate launch {command}{rights(model)}")
 
 
 def _course(

@@ -26,13 +26,6 @@ def make(accelerator=None, **options):
     return BilevelStep(supernet, accelerator, training, loss_fn, halves), passes
 
 
-def test_weights_train_at_a_part_of_a_finetunes_rate():
-    for options, rate in (({}, 1e-3 / 3), ({"learning_rate_scale": 0.5, "order": 2}, 5e-4)):
-        steps, _ = make(**options)
-        (group,) = steps.weights.optimizer.param_groups
-        assert group["lr"] == steps.architect.inner_learning_rate == pytest.approx(rate)
-
-
 def test_both_steps_scale_their_losses_alike():
     accelerator = Accelerator(cpu=True)
     accelerator.scaler = torch.amp.GradScaler("cpu")  # what fp16 has on a GPU

@@ -26,7 +26,7 @@ from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
         *[(SearchConfig, "budget_rank", v) for v in (0, -4, float("inf"))],
         *[(SearchConfig, "budget_parameters", v) for v in (0, 10.5)],
         *[(SearchConfig, "arch_learning_rate", v) for v in (0.0, -1.0)],
-        *[(SearchConfig, "learning_rate_scale", v) for v in (0.0, -1.0, "a third")],
+        *[(SearchConfig, "search_fraction", v) for v in (0.0, -1.0, 1.5, "a third")],
         *[(SearchConfig, "arch_betas", v) for v in ((0.5,), (0.5, 1.0), (-0.1, 0.9))],
         (SearchConfig, "arch_weight_decay", -1.0),
         *[(SearchConfig, "arch_noise", v) for v in (-0.1, "much")],

@@ -3,9 +3,11 @@ Not here: the recipe around it (recipes/test_finetune.py)."""
 
 import itertools
 import json
+import math
 import os
 import re
 import resource
+import shutil
 import signal
 from dataclasses import replace
 from types import SimpleNamespace
@@ -352,6 +354,44 @@ def test_an_inherited_adapter_begins_where_the_supernet_ended(searched, base_con
     assert (logits(model, batch) - expected).abs().max() <= 1e-4
 
 
+@pytest.fixture
+def half_run(searched, tmp_path):
+    """The same, found by the first two of a run's five steps."""
+    folder, _ = searched
+    genotype = Genotype.load(folder / "genotype.json")
+    replace(genotype, found_by={"steps": 2, "run_steps": 5}).save(tmp_path / "genotype.json")
+    shutil.copy(folder / "supernet.safetensors", tmp_path)
+    return tmp_path
+
+
+def test_a_finetune_takes_what_the_search_left_of_the_run(half_run, base_config, data, monkeypatch):
+    rates = []
+    monkeypatch.setattr(
+        "darts_lora.finetune._SaveAdapter.on_step_begin",
+        lambda self, *args, **kwargs: rates.append(kwargs["lr_scheduler"].get_last_lr()[0]),
+    )
+    training = replace(TRAINING, max_steps=5, learning_rate=0.1, lr_warmup_steps=3)
+    path, out = str(half_run / "genotype.json"), str(half_run / "out")
+    _, record = finetune(FinetuneConfig(path, output_dir=out), base_config, data, training)
+    assert (record["first_step"], record["steps"], record["init"]) == (2, 3, "inherit")
+    assert rates == pytest.approx([0.1 * 2 / 3, 0.1, 0.1 * (1 + math.cos(math.pi / 2)) / 2])
+    rates.clear()
+    config = FinetuneConfig(path, init="scratch", output_dir=out)
+    _, record = finetune(config, base_config, data, training)
+    assert (record["first_step"], record["steps"], record["init"]) == (0, 5, "scratch")
+    assert rates[:3] == pytest.approx([0, 0.1 / 3, 0.2 / 3]) and len(rates) == 5
+
+
+def test_a_run_that_cannot_go_on_is_told_before_it_starts(half_run, base_config, data):
+    path = str(half_run / "genotype.json")
+    config = FinetuneConfig(path, output_dir=str(half_run / "out"))
+    with pytest.raises(InputError, match="max_steps=2: the run's steps, of which the search too"):
+        finetune(config, base_config, data, replace(TRAINING, max_steps=2))
+    (half_run / "supernet.safetensors").unlink()
+    with pytest.raises(InputError, match=r"there is no .*supernet\.safetensors to go on from"):
+        finetune(config, base_config, data, TRAINING)
+
+
 def test_searched_weights_that_do_not_fit(searched, base_config, tmp_path):
     folder, _ = searched
     genotype = Genotype.load(folder / "genotype.json")
@@ -360,8 +400,10 @@ def test_searched_weights_that_do_not_fit(searched, base_config, tmp_path):
     config = FinetuneConfig(str(path), init="inherit")
     with pytest.raises(InputError, match=r"searched weights .*supernet\.safetensors"):
         add_adapter(load_model(base_config), config, genotype)
-    state = load_file(folder / "supernet.safetensors")
-    foreign = {name: torch.zeros(len(x), 3) for name, x in state.items() if "lora_" in name}
+    foreign = {}
+    for name in genotype.ranks:
+        parts = {"lora_A": torch.randn(8, 5), "lora_B": torch.randn(5, 8), "gates": torch.ones(8)}
+        foreign |= {f"{name}.{part}": value for part, value in parts.items()}
     save_file(foreign, tmp_path / "supernet.safetensors")
     with pytest.raises(InputError, match=r"init='inherit': .* is of another model"):
         add_adapter(load_model(base_config), config, genotype)
@@ -513,6 +555,7 @@ def test_bad_options(options, text):
 
 def test_sharded_weights_are_refused_before_anything_is_loaded(monkeypatch, tmp_path):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
     with pytest.raises(InputError, match=r"^distributed_type=FSDP: .*launch it with .*ddp\.yaml"):
         finetune(FinetuneConfig(output_dir=str(tmp_path)), *[None] * 3)
 

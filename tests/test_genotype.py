@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from darts_lora import Genotype, InputError, SearchConfig, Supernet, discretize
+from darts_lora.handover import fold
 from darts_lora.padded import pad_to_max_rank
 from darts_lora.targets import match_modules
 from small_models import randomise, residual
@@ -293,22 +294,24 @@ def test_inherited_weights_give_the_supernets_output(tmp_path, branches):
         genotype.inherited_state(tmp_path / "nothing")
 
 
-def test_a_rank_between_the_candidates_inherits_that_many_columns_of_nested_branches():
-    for branches in ("nested", "independent"):
-        supernet = Supernet(residual(), SearchConfig(ranks=(0, 1, 2, 4), branches=branches))
-        randomise(supernet)
-        genotype = replace(discretize(supernet), ranks=dict.fromkeys(supernet.layers, 3))
-        if branches == "independent":
-            with pytest.raises(InputError, match=r"rank=3: must be one of the candidates \[0, 1"):
-                genotype.inherited_state(supernet)
-            continue
+@pytest.mark.parametrize(("branches", "columns"), [("nested", 4), ("independent", 7)])
+def test_any_rank_up_to_the_columns_can_be_inherited(branches, columns):
+    supernet = Supernet(residual(), SearchConfig(ranks=(0, 1, 2, 4), branches=branches))
+    randomise(supernet)
+    for rank in (3, columns):
+        genotype = replace(discretize(supernet), ranks=dict.fromkeys(supernet.layers, rank))
         state, searched = genotype.inherited_state(supernet), supernet.state_dict()
         for name in supernet.layers:
-            prefix = f"base_model.model.{name}"
-            assert torch.equal(state[f"{prefix}.lora_A.weight"], searched[f"{name}.lora_A"][:3])
-            assert torch.equal(state[f"{prefix}.lora_B.weight"], searched[f"{name}.lora_B"][:, :3])
-        with pytest.raises(InputError, match="rank=5: must be at most the largest candidate"):
-            replace(genotype, ranks=dict.fromkeys(supernet.layers, 5)).inherited_state(supernet)
+            a, b = (state[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
+            whole = fold(searched[f"{name}.lora_B"], searched[f"{name}.gates"])
+            whole = whole @ searched[f"{name}.lora_A"].double()
+            lost = (whole - b.double() @ a.double()).norm()
+            wanted = torch.linalg.svdvals(whole)[rank:].norm()
+            assert lost == pytest.approx(float(wanted), abs=1e-5), "Eckart and Young"
+    with pytest.raises(InputError, match=f"rank={columns + 1}: the searched layer has {columns} c"):
+        replace(genotype, ranks=dict.fromkeys(supernet.layers, columns + 1)).inherited_state(
+            supernet
+        )
 
 
 def test_a_trained_head_goes_with_the_genotype_and_into_peft(tmp_path):

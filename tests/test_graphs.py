@@ -133,7 +133,9 @@ def test_a_graphed_search_trains_as_one_without():
     found = []
     for cuda_graphs in (False, True):
         torch.manual_seed(0)
-        config = SearchConfig(ranks=(0, 1, 2), budget_rank=1, relaxation="softmax", warmup_steps=0)
+        config = SearchConfig(
+            ranks=(0, 1, 2), budget_rank=1, relaxation="softmax", search_fraction=1.0
+        )
         supernet = Supernet(residual(), config)
         search = make(supernet, cuda_graphs, max_steps=20, gradient_accumulation_steps=2)
         search.run()

@@ -32,9 +32,10 @@ def search(folder):
             found[len(batches)] = held()
         return (model(batch) - 1).pow(2).mean()
 
+    whole = {"search_fraction": 1.0, "arch_every": 1}
     rows = torch.utils.data.DataLoader(torch.randn(64, 16), batch_size=16)
     RankSearch(
-        Supernet(residual(), SearchConfig(ranks=(0, 1, 2, 4), budget_rank=1, warmup_steps=0)),
+        Supernet(residual(), SearchConfig(ranks=(0, 1, 2, 4), budget_rank=1, **whole)),
         rows,
         rows,
         training=TrainingConfig(max_steps=1000, logging_steps=10, save_steps=100),

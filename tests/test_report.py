@@ -32,7 +32,9 @@ def search_in(folder, resume=False, kill_at=None):
         return (model(batch) - 1).pow(2).mean()
 
     torch.manual_seed(0)
-    supernet = Supernet(residual(), SearchConfig(ranks=(0, 1, 2), budget_rank=1))
+    supernet = Supernet(
+        residual(), SearchConfig(ranks=(0, 1, 2), budget_rank=1, search_fraction=1.0)
+    )
     loader = torch.utils.data.DataLoader(torch.randn(32, 16), batch_size=8)
     training = TrainingConfig(max_steps=20, logging_steps=2, save_steps=6)
     save_config(str(folder), supernet.config, training)
@@ -86,7 +88,7 @@ def test_an_unfinished_search(tmp_path):
     assert list(search.ranks.values()) == search.records[-1]["expected_ranks"]
     (tmp_path / "out").mkdir()
     page = make_page(tmp_path)
-    assert "Not finished: step 8 of 20. Ranks are the expected ones." in page
+    assert "Not finished: step 8 of a run of 20. Ranks are the expected ones." in page
 
 
 def test_a_resumed_search_has_each_step_once_and_the_same_curves(finished, tmp_path):

@@ -79,7 +79,7 @@ def test_where_a_search_may_start(tmp_path):
         with pytest.raises(InputError, match=r"resume: there is no checkpoint in .*start without"):
             check_start(folder, resume=True)
         for step in (4, 10):
-            save_checkpoint(folder, {"step": step}, {"max_steps": 10})
+            save_checkpoint(folder, {"step": step}, {"search_steps": 10})
         check_start(folder, resume=True)
         with pytest.raises(InputError, match=r"\(step 10 of 10\)"):  # killed before its result
             check_start(folder, resume=False)

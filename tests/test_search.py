@@ -52,7 +52,12 @@ def make(output_dir=None, loss=loss_fn, train=None, course=None, model=None, **o
     names = TrainingConfig.__dataclass_fields__
     training = {key: options.pop(key) for key in list(options) if key in names}
     training = {"max_steps": 12, "learning_rate": 0.01, "logging_steps": 4, **training}
-    config = SearchConfig(**{"ranks": (0, 1, 2, 4), "budget_rank": 2, **options})
+    whole = {
+        "search_fraction": 1.0,
+        "arch_every": 1,
+        "warmup_steps": 3 * (training["max_steps"] > 3),
+    }
+    config = SearchConfig(**{"ranks": (0, 1, 2, 4), "budget_rank": 2, **whole, **options})
     return RankSearch(
         Supernet(residual(WIDTH) if model is None else model, config),
         loader() if train is None else train,
@@ -446,7 +451,7 @@ def test_a_plain_model_without_a_loss_fn_is_told_so():
 
 
 def test_options_that_cannot_work_are_refused_before_any_step(tmp_path):
-    with pytest.raises(InputError, match=r"warmup_steps=12: must be below max_steps=12"):
+    with pytest.raises(InputError, match=r"warmup_steps=12: must be below the search's 12 steps"):
         make(warmup_steps=12)
     with pytest.raises(InputError, match=r"train data loader: gives no batch"):
         make(train=loader(rows=4))

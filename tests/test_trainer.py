@@ -7,13 +7,14 @@ import transformers as t
 import trl
 from datasets import Dataset
 from families import TEXT
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import TensorDataset
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from darts_lora import InputError, SearchConfig, Supernet
-from darts_lora.trainer import RankSearchCallback
+from darts_lora.trainer import RankSearchCallback, exchange_parameters
 from darts_lora.verdict import verdict_text
 from small_models import make_tokenizer, randomise
 
@@ -39,6 +40,10 @@ def model_loss(model, batch):
     return model(**batch)["loss"]
 
 
+# a search that is all of the training
+WHOLE = {"search_fraction": 1.0, "arch_every": 1, "warmup_steps": 2}
+
+
 def problem():
     """The model, and 512 + 256 rows whose targets differ by a change of rank 2 in layers.1."""
     model, width = Regression(), 24
@@ -60,7 +65,11 @@ def make_trainer(model, train, validation, folder, steps=400, **options):
 
 def test_a_search_in_a_trainer_finds_the_planted_rank(tmp_path):
     model, train, validation = problem()
-    options = {"budget_rank": 2 / 3, "arch_update": "gradient"}  # above 2, ranks are worth nothing
+    options = {
+        "budget_rank": 2 / 3,
+        "arch_update": "gradient",
+        "arch_every": 1,
+    }  # above 2, ranks are worth nothing
     supernet = Supernet(model, SearchConfig(ranks=(0, 1, 2, 4), **options))
     trainer = make_trainer(model, train, validation, tmp_path)
     search = RankSearchCallback(trainer, supernet, model_loss)
@@ -91,7 +100,11 @@ class Watch(TrainerCallback):
 def test_who_trains_what_and_when(tmp_path):
     model, train, validation = problem()
     config = SearchConfig(
-        ranks=(0, 1, 2), budget_rank=1, warmup_steps=4, relaxation="gumbel", arch_average=0.5
+        ranks=(0, 1, 2),
+        budget_rank=1,
+        relaxation="gumbel",
+        arch_average=0.5,
+        **WHOLE | {"warmup_steps": 4},
     )
     supernet = Supernet(model, config)
     trainer = make_trainer(model, train, validation, tmp_path, steps=8, weight_decay=0.1)
@@ -124,7 +137,7 @@ def text_rows(count, seed):
 
 
 def text_trainer(folder, train=16, validation=16, **options):
-    supernet = Supernet(text_model(), SearchConfig(ranks=(0, 1, 2), budget_rank=1))
+    supernet = Supernet(text_model(), SearchConfig(ranks=(0, 1, 2), budget_rank=1, **WHOLE))
     args = TrainingArguments(
         str(folder), max_steps=8, per_device_train_batch_size=4, logging_steps=2, report_to=[],
         use_cpu=True, save_strategy="no", disable_tqdm=True, **options,
@@ -211,7 +224,8 @@ KINDS = {  # trainer, configuration, model, rows, further options of the trainer
 def test_trainers_of_trl(kind, tmp_path):
     """Their losses are their own; validation rows are no part of what they log of training."""
     cls, rows, options, more = KINDS[kind]
-    supernet = Supernet(text_model(cls, num_labels=1), SearchConfig(ranks=(0, 1, 2), budget_rank=1))
+    config = SearchConfig(ranks=(0, 1, 2), budget_rank=1, **WHOLE | {"warmup_steps": 1})
+    supernet = Supernet(text_model(cls, num_labels=1), config)
     args = getattr(trl, f"{kind}Config")(
         str(tmp_path), **{"max_steps": 4, "logging_steps": 2, "save_strategy": "no"}, bf16=False,
         per_device_train_batch_size=4, per_device_eval_batch_size=4, report_to=[], use_cpu=True,
@@ -245,6 +259,75 @@ class Count(TrainerCallback):
         self.counts += map(len, self.trainer._metrics["train"].values())
 
 
+class Spy(TrainerCallback):
+    """The model's output at the end of each step, behind the search."""
+
+    def __init__(self, ids):
+        self.ids, self.outputs = ids, []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        with torch.no_grad():
+            self.outputs.append(model.eval()(self.ids).logits)
+        model.train()
+
+
+def test_found_ranks_are_handed_over_within_the_training(tmp_path):
+    supernet = Supernet(
+        text_model(), SearchConfig(ranks=(0, 1, 2), budget_rank=1, search_fraction=0.5)
+    )
+    args = TrainingArguments(
+        str(tmp_path), max_steps=8, per_device_train_batch_size=4, logging_steps=1, report_to=[],
+        use_cpu=True, save_strategy="no", disable_tqdm=True, learning_rate=0.1, weight_decay=0.1,
+    )  # fmt: skip
+    trainer = Trainer(
+        supernet.model, args, train_dataset=text_rows(16, 0), eval_dataset=text_rows(16, 1)
+    )
+    search = RankSearchCallback(trainer, supernet)
+    ids = torch.randint(15, 64, (3, 7))
+    spy = Spy(ids)
+    trainer.add_callback(spy)
+    trainer.train()
+    genotype = search.genotype
+    assert (genotype.found_by["steps"], genotype.found_by["run_steps"]) == (4, 8)
+    assert isinstance(trainer.model, PeftModel)
+    rates = [log["learning_rate"] for log in trainer.state.log_history if "learning_rate" in log]
+    assert rates == pytest.approx([0.1 * (8 - step) / 8 for step in range(8)]), "one course"
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    groups = trainer.optimizer.param_groups
+    assert {id(p) for group in groups for p in group["params"]} == set(map(id, trained))
+    assert {group["weight_decay"] for group in groups if group["params"]} == {0.1}
+    state = genotype.inherited_state(supernet)  # as it was at the handover
+    fresh = get_peft_model(text_model(), genotype.to_lora_config(text_model()))
+    assert not set_peft_model_state_dict(fresh, state).unexpected_keys
+    with torch.no_grad():
+        assert torch.allclose(fresh.eval()(ids).logits, spy.outputs[3], atol=1e-5)
+        assert not torch.allclose(spy.outputs[7], spy.outputs[3], atol=1e-2), "it goes on"
+    trainer.save_model(str(tmp_path / "adapter"))
+    loaded = PeftModel.from_pretrained(text_model(), tmp_path / "adapter").eval()
+    with torch.no_grad():
+        assert torch.allclose(loaded(ids).logits, spy.outputs[7], atol=1e-5)
+    ranks = {
+        n: m.r["default"] for n, m in loaded.base_model.model.named_modules() if hasattr(m, "r")
+    }
+    assert ranks == {name: rank for name, rank in genotype.ranks.items() if rank}
+
+
+def test_parameters_are_exchanged_in_groups_of_weight_decay():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    old = nn.Linear(2, 2)
+    decayed = {"params": [old.weight], "weight_decay": 0.1}
+    for groups in ([{"params": list(old.parameters())}], [decayed, {"params": [old.bias]}]):
+        optimizer = torch.optim.AdamW(groups)
+        old(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        exchange_parameters(optimizer, model, ["0.weight", "1.weight"])
+        names = [[n for n, p in model.named_parameters() if any(p is q for q in group["params"])]
+                 for group in optimizer.param_groups]  # fmt: skip
+        split = [["0.weight", "1.weight"], ["0.bias", "1.bias"]]
+        together = [["0.weight", "0.bias", "1.weight", "1.bias"]]
+        assert names == (split if len(groups) == 2 else together) and not optimizer.state
+
+
 def test_what_cannot_be_searched(tmp_path):
     model, train, validation = problem()
     supernet = Supernet(model, SearchConfig(ranks=(0, 1), warmup_steps=8))
@@ -261,7 +344,7 @@ def test_what_cannot_be_searched(tmp_path):
         RankSearchCallback(trainer, supernet)
     trainer.args._n_gpu = 1
     RankSearchCallback(trainer, supernet, model_loss)
-    with pytest.raises(InputError, match="warmup_steps=8: must be below max_steps=8"):
+    with pytest.raises(InputError, match="warmup_steps=8: must be below the search's 8 steps"):
         trainer.train()
     callback = trainer.callback_handler.callbacks[-1]
     with pytest.raises(InputError, match=r"resume_from_checkpoint: begins at step 3, .* no alpha"):

@@ -1,4 +1,4 @@
-"""A search in TRL's SFTTrainer: python recipes/examples/sft.py MODEL TRAIN VALIDATION
+"""Ranks found within a training by TRL: python recipes/examples/sft.py MODEL TRAIN VALIDATION
 Not here: the search; MODEL is a text model, TRAIN and VALIDATION are jsonl files of chats."""
 
 import sys
@@ -24,7 +24,5 @@ trainer = SFTTrainer(
 )
 search = RankSearchCallback(trainer, supernet)
 trainer.train()
-
-search.genotype.save("runs/sft/genotype.json")
+trainer.save_model()  # a PEFT adapter of the ranks that the first steps found
 print(search.genotype.ranks)
-lora_config = search.genotype.to_lora_config(supernet.remove())  # for peft.get_peft_model

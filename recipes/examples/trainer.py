@@ -32,7 +32,5 @@ trainer = Trainer(
 )
 search = RankSearchCallback(trainer, supernet)
 trainer.train()
-
-search.genotype.save("runs/trainer/genotype.json")
+trainer.save_model()  # a PEFT adapter of the ranks that the first steps found
 print(search.genotype.ranks)
-lora_config = search.genotype.to_lora_config(supernet.remove())  # for peft.get_peft_model

@@ -11,6 +11,7 @@ import sys
 import time
 
 import pytest
+import torch
 from recipes.conftest import ROOT
 from safetensors.torch import load_file
 
@@ -22,7 +23,8 @@ def options(vision_folder, data_folder, output_dir, **changed):
     chosen = {
         "model_name_or_path": vision_folder, "dataset": data_folder, "output_dir": output_dir,
         "ranks": "[0,2,4]", "budget_rank": 2, "max_steps": 8, "batch_size": 4, "max_length": 32,
-        "logging_steps": 2, "save_steps": 4, "num_workers": 1, **changed,
+        "logging_steps": 2, "save_steps": 4, "num_workers": 1, "search_fraction": 1.0,
+        "arch_every": 1, **changed,
     }  # fmt: skip
     return [part for name, value in chosen.items() for part in (f"--{name}", value)]
 
@@ -53,6 +55,23 @@ def test_what_it_leaves(searched, vision_folder):
     records = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
     assert [r["step"] for r in records] == [2, 4, 6, 8]
     assert any("cross_attn" in key for key in load_file(folder / "supernet.safetensors"))
+
+
+def test_one_process_ends_with_the_adapter_of_the_two_recipes(
+    launch, vision_folder, data_folder, tmp_path
+):
+    """To the bit: model and weights are those that files give back."""
+    one, two = (tmp_path / name for name in ("one", "two"))
+    half = {"search_fraction": 0.5}
+    searches = [options(vision_folder, data_folder, to, **half) for to in (one, two)]
+    done = launch("search", *searches[0], "--finetune_dir", one / "ft")
+    assert f"recipes/evaluate.py --adapter {one}/ft" in done.stdout
+    launch("search", *searches[1])
+    launch("finetune", "--genotype", two / "genotype.json", "--output_dir", two / "ft")
+    record = json.loads((two / "ft" / "finetune.json").read_text())
+    assert (record["first_step"], record["steps"], record["init"]) == (4, 4, "inherit")
+    own, other = (load_file(folder / "ft" / "adapter_model.safetensors") for folder in (one, two))
+    assert own.keys() == other.keys() and all(torch.equal(own[key], other[key]) for key in own)
 
 
 def test_what_the_user_sees(searched):
