@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
 from darts_lora.checkpoint import checkpoints, steps_done
-from darts_lora.errors import InputError
+from darts_lora.errors import InputError, one_line
+from darts_lora.interruption import lacks_memory
 from darts_lora.records import number
 
 if TYPE_CHECKING:
@@ -96,7 +97,22 @@ def capture(search: RankSearch) -> dict[str, Any]:
 
 
 def restore(search: RankSearch, state: dict[str, Any]) -> None:
-    """Set what capture gave."""
+    """Set what capture gave; raises InputError where the state is not of such a search."""
+    try:
+        _restore(search, state)
+    except InputError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if lacks_memory(error):
+            raise
+        raise InputError(
+            "resume: the checkpoint's state is of another release, or of another search "
+            f"({type(error).__name__}: {one_line(error)}); go on with the release that wrote it, "
+            "or start anew in another output_dir"
+        ) from error
+
+
+def _restore(search: RankSearch, state: dict[str, Any]) -> None:
     search.step = state["step"]
     own, saved = search.supernet.state_dict(), state["supernet"]
     if own.keys() == saved.keys():

@@ -150,7 +150,7 @@ def _kill(child: int, folder: Path, in_write: bool, at: float) -> dict | None:
 
 
 def _half_written(folder: Path) -> bool:
-    return folder.is_dir() and any(".tmp-" in name for name in os.listdir(folder))
+    return folder.is_dir() and any(".darts_lora-tmp-" in name for name in os.listdir(folder))
 
 
 def _same(one: Path, other: Path) -> bool:

@@ -54,4 +54,4 @@ def test_a_killed_search_ends_bitwise_as_the_other(kill_test, vision_folder, dat
     kill_test.main(kill_test.KillTest(str(tmp_path), kills=2, search=search))
     (early, inside) = json.loads((tmp_path / "kill_test.json").read_text())["kills"]
     assert early["equal"] and inside["equal"]
-    assert inside["half_written"] and not list(tmp_path.glob("*/checkpoints/*.tmp-*"))
+    assert inside["half_written"] and not list(tmp_path.glob("*/checkpoints/*.darts_lora-tmp-*"))
