@@ -185,7 +185,7 @@ class RankSearch:
             losses.append(self._one_step(step))
             self.step = step + 1
             last = self.step == self.training.max_steps
-            status = 0 if last else self._agreed(stop)
+            status = self._agreed(stop)
             due = self.training.save_steps and self.step % self.training.save_steps == 0
             save = last or status or due
             if self.step % self.training.logging_steps == 0 or save:
@@ -204,6 +204,10 @@ class RankSearch:
     def _agreed(self, stop: StopRequest) -> int:
         """The exit status that was asked for, the same on all processes; 0: go on. Several ask each
         other where the loop waits for the device anyhow."""
+        stop.step()
+        if self.step == self.training.max_steps:
+            stop.finish()
+            return 0
         if self.accelerator.num_processes > 1 and self.step % self.training.logging_steps:
             return 0
         return stop.agreed(self.accelerator)
