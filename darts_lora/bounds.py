@@ -3,7 +3,6 @@ Not here: the options themselves (config.py), nor what needs a model or a data s
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import fields
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -11,12 +10,15 @@ from typing import Literal, get_args, get_origin, get_type_hints
 from darts_lora.errors import InputError
 
 MAX_INT = 2**63 - 1
+MAX_REAL = 1e30  # far below where float32 ends
+MAX_NAME = 1000  # characters; transformers' longest have about 100
+NAMES = f"dotted module names, no part empty, of at most {MAX_NAME} printable characters"
 MAX_SEED = 2**31 - 1  # NumPy takes 32 bits, and each process adds its number
 
 
 def require(ok: bool, option: str, value, rule: str) -> None:
     if not ok:
-        raise InputError(f"{option}={value!r}: {rule}")
+        raise InputError(f"{option}={value!r:.200}: {rule}")
 
 
 def _is_int(value) -> bool:
@@ -24,7 +26,20 @@ def _is_int(value) -> bool:
 
 
 def is_real(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a number that can be computed with; NaN is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_REAL
+
+
+def is_name(value) -> bool:
+    """Whether it can be a module's name: names go to the screen and into regular expressions."""
+    ok = isinstance(value, str) and len(value) <= MAX_NAME and value.isprintable()
+    return ok and all(value.split("."))
+
+
+def check_names(option: str, names) -> None:
+    """Raises InputError where a module's name could not stand in a genotype."""
+    for name in names:
+        require(is_name(name), option, name, f"must match {NAMES}")
 
 
 def check_bounds(config, *, at_least=None, above=None, choices=None) -> None:

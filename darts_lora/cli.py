@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -85,6 +86,7 @@ def run(
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # terminals that lack a character show another
             stream.reconfigure(errors="replace" if stream is sys.stdout else "backslashreplace")
+    threading.excepthook = _thread_failed
     try:
         args = sys.argv[1:]
         named = {arg.split("=")[0] for arg in args}
@@ -108,6 +110,12 @@ def run(
         torch.distributed.destroy_process_group()
     if status:
         sys.exit(status)
+
+
+def _thread_failed(failed: threading.ExceptHookArgs) -> None:
+    """Nothing is printed of a thread that keeps its error for whoever asks it (TensorBoard's)."""
+    if getattr(failed.thread, "exception", None) is not failed.exc_value:
+        threading.__excepthook__(failed)
 
 
 def _tell(line: str) -> None:

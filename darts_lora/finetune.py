@@ -4,8 +4,8 @@ Not here: the search itself (search.py), nor how good the adapter is (evaluate.p
 from __future__ import annotations
 
 import os
-import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -21,27 +21,29 @@ from torch import nn
 from transformers import (
     ProgressCallback,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
 
 from darts_lora.bounds import check_bounds
+from darts_lora.callbacks import Progress, SaveAdapter, Views, kept
+from darts_lora.cli import CONFIG_NAME, save_config
 from darts_lora.collator import Collator
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
 from darts_lora.data import Rows, make_collator, training_rows
 from darts_lora.errors import DivergedError, InputError
-from darts_lora.files import check_writable, locked, remove, write_into, write_json, write_whole
+from darts_lora.files import check_writable, locked, remove, write_into, write_json
 from darts_lora.genotype import Genotype
-from darts_lora.interruption import Stopped, StopRequest, told_as_input_errors, worker_context
+from darts_lora.interruption import StopRequest, told_as_input_errors, worker_context
 from darts_lora.label_collator import LabelCollator
 from darts_lora.models import load_model
 from darts_lora.padded import save_padded
 from darts_lora.targets import check_fresh, match_modules, match_saved_modules, task_type
 
 SUPERNET_NAME = "supernet.safetensors"
+# all that a finetune leaves, removed before another one trains
 RESULTS = ("finetune.json", "evaluation.json", SAFETENSORS_WEIGHTS_NAME, "adapter_config.json")
-RESULTS += ("checkpoint", "padded")
+RESULTS += ("checkpoint", "padded", CONFIG_NAME)
 
 
 @dataclass
@@ -85,8 +87,9 @@ def finetune(
 ) -> tuple[PeftModel, dict[str, Any]]:
     """Train an adapter on training and validation rows together and save it to output_dir.
 
-    Writes adapter_model.safetensors and adapter_config.json (PEFT's own format) and finetune.json.
-    What an earlier finetune left there is removed when training starts.
+    Writes adapter_model.safetensors and adapter_config.json (PEFT's own format), finetune.json and
+    config.yaml: all at once, the weights last, so that none lies beside those of another run. What
+    an earlier finetune left there is removed when training starts.
 
     Returns:
         The trained model, and the record that stands in finetune.json.
@@ -121,12 +124,18 @@ def _finetune(
     adapted = add_adapter(base, config, genotype)
     record = {"genotype": config.genotype, "rank": config.rank, "init": config.init}
     record |= {"rows": None if data.streaming else len(rows), "supervised_share": share}
-    record |= train(adapted, rows, collator, training, config.output_dir, seed=config.seed)
-    if PartialState().is_main_process:
+
+    def describe(folder: str, figures: dict[str, Any]) -> None:
+        record.update(figures)
         if config.pad_to_max:
-            save_padded(config.output_dir, os.path.join(config.output_dir, "padded"))
-        write_json(os.path.join(config.output_dir, "finetune.json"), record)
-    return adapted, record
+            save_padded(folder, os.path.join(folder, "padded"))
+        write_json(os.path.join(folder, "finetune.json"), record)
+        save_config(folder, config, model, data, training)
+
+    figures = train(
+        adapted, rows, collator, training, config.output_dir, seed=config.seed, describe=describe
+    )
+    return adapted, record | figures
 
 
 def _load_genotype(path: str | None) -> Genotype | None:
@@ -185,9 +194,14 @@ def train(
     output_dir: str,
     *,
     seed: int = 0,
+    describe: Callable[[str, dict[str, Any]], None] = lambda folder, figures: None,
 ) -> dict[str, Any]:
     """Train the adapter in place with transformers' Trainer and save it to output_dir, in place of
     what an earlier finetune left there.
+
+    Args:
+        describe: (folder, what this returns) -> writes what else belongs to the adapter, which is
+            in that folder, there; on the first process.
 
     Returns:
         trainable_parameters (count), losses ([step, mean since the entry before] pairs), loss (mean
@@ -209,23 +223,31 @@ def train(
         train_dataset=dataset,
         data_collator=collator,
     )
-    trainer.add_callback(_SaveAdapter(trainer, training.save_steps, folder, stop))
+    trainer.add_callback(SaveAdapter(trainer, training.save_steps, folder, stop))
     trainer.remove_callback(ProgressCallback)  # prints whole dictionaries
-    trainer.add_callback(_Progress)
+    trainer.add_callback(Progress)
+    if find_spec("tensorboard"):
+        trainer.add_callback(Views())
     if trainer.is_world_process_zero():
         for name in RESULTS:
             remove(os.path.join(output_dir, name))
     start = time.perf_counter()
     with (
         stop,
-        told_as_input_errors(lambda: _kept(folder)),
+        told_as_input_errors(lambda: kept(folder)),
         disable_input_dtype_casting(model, active=half),
     ):
         trainer.train()
-    seconds = time.perf_counter() - start
-    if trainer.is_world_process_zero():
-        write_into(output_dir, model.save_pretrained, SAFETENSORS_WEIGHTS_NAME)
-    return _record(trainer, seconds)
+        # within: a request to stop behind the last step waits until all is written
+        figures = _record(trainer, time.perf_counter() - start)
+
+        def write(folder: str) -> None:
+            model.save_pretrained(folder)
+            describe(folder, figures)
+
+        if trainer.is_world_process_zero():
+            write_into(output_dir, write, SAFETENSORS_WEIGHTS_NAME)
+    return figures
 
 
 def _arguments(training: TrainingConfig, output_dir: str, seed: int) -> TrainingArguments:
@@ -243,13 +265,13 @@ def _arguments(training: TrainingConfig, output_dir: str, seed: int) -> Training
         fp16=training.mixed_precision == "fp16",
         logging_steps=min(training.logging_steps, training.max_steps),
         logging_nan_inf_filter=False,  # our own check names the step
-        save_strategy="no",  # its checkpoints are pickles; _SaveAdapter writes safetensors
+        save_strategy="no",  # its checkpoints are pickles; SaveAdapter writes safetensors
         dataloader_num_workers=training.num_workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         accelerator_config={"dispatch_batches": False},  # of a stream: batches are of all lengths
         remove_unused_columns=False,  # the collator reads the columns
         label_names=["labels"],
-        report_to=["tensorboard"] if find_spec("tensorboard") else [],
+        report_to=[],  # Views, which may fail
         use_cpu=PartialState().device.type == "cpu",  # else it refuses bf16 there
         seed=seed,
     )
@@ -276,43 +298,6 @@ class _Trainer(Trainer):
                 "lower the learning rate, or look at the data"
             )
         return loss
-
-
-class _Progress(ProgressCallback):
-    """The bar with the time left; beside it one number, the loss."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.training_bar is not None and "loss" in logs:
-            self.training_bar.set_postfix(loss=f"{logs['loss']:.4f}")
-
-
-class _SaveAdapter(TrainerCallback):
-    """The adapter to `folder` every `save_steps` steps (0: never) and where a stop is asked for."""
-
-    def __init__(self, trainer: Trainer, save_steps: int, folder: str, stop: StopRequest):
-        self.trainer, self.save_steps, self.folder, self.stop = trainer, save_steps, folder, stop
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        last = state.global_step == state.max_steps
-        status = 0 if last else self.stop.agreed(self.trainer.accelerator)
-        due = self.save_steps > 0 and state.global_step % self.save_steps == 0
-        if (due or status) and state.is_world_process_zero:
-            write_whole(self.folder, model.save_pretrained)
-        if status:
-            if state.is_world_process_zero:
-                print(
-                    f"\n{self.stop.reason(status)}: stopped after step {state.global_step} of "
-                    f"{state.max_steps}; {_kept(self.folder)}",
-                    file=sys.stderr,
-                    flush=True,
-                )
-            raise Stopped(status)
-
-
-def _kept(folder: str) -> str:
-    if not os.path.isdir(folder):
-        return "no adapter was written"
-    return f"{folder} has the last adapter that was saved; a finetune starts anew"
 
 
 def _record(trainer: Trainer, seconds: float) -> dict[str, Any]:

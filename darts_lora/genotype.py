@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from darts_lora.bounds import check_ranks
+from darts_lora.bounds import NAMES, check_ranks, is_name
 from darts_lora.errors import InputError, one_line
 from darts_lora.files import read_json, write_json
 from darts_lora.mixed_linear import branch_columns, linear_shape
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 VERSION = 1
 MAX_RANK = 2**31 - 1
-MAX_NAME = 1000  # characters; transformers' longest have about 100
-NAMES = f"dotted module names, no part empty, of at most {MAX_NAME} printable characters"
 PEFT_PREFIX = "base_model.model."
 
 
@@ -72,13 +70,13 @@ class Genotype:
             _require(
                 ok, "ranks", {name: rank}, f"must map module names to integers, 0 to {MAX_RANK}"
             )
-            _require(_is_name(name), "ranks", {name: rank}, "must map " + NAMES)
+            _require(is_name(name), "ranks", {name: rank}, "must map " + NAMES)
         ok = type(self.scaling) in (int, float) and 0 < self.scaling < 1e30
         _require(ok, "scaling", self.scaling, "must be a number above 0")
         ok = self.branches in ("independent", "nested")
         _require(ok, "branches", self.branches, "must be independent or nested")
         saved = self.modules_to_save
-        ok = isinstance(saved, list) and all(map(_is_name, saved))
+        ok = isinstance(saved, list) and all(map(is_name, saved))
         _require(ok, "modules_to_save", saved, "must be a list of " + NAMES)
         ok = self.base_model is None or isinstance(self.base_model, str)
         _require(ok, "base_model", self.base_model, "must be the name of a model")
@@ -305,11 +303,6 @@ def _read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
 def _require(ok: bool, option: str, value: Any, rule: str) -> None:
     if not ok:
         raise InputError(f"genotype: {option}={value!r:.100}: {rule}")
-
-
-def _is_name(name: Any) -> bool:
-    ok = isinstance(name, str) and len(name) <= MAX_NAME and name.isprintable()
-    return ok and all(name.split("."))
 
 
 def _is_shape(row: Iterable) -> bool:

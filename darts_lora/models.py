@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
@@ -64,6 +64,11 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
         options["ignore_mismatched_sizes"] = True
     loader = auto_class(model_config, config.task)
     model, info = _load(loader, config, config=model_config, **options)
+    if getattr(model, "_hf_peft_config_loaded", False):  # of the hub: no folder was looked at
+        raise InputError(
+            f"model_name_or_path={config.model_name_or_path!r}: brings an adapter, which was "
+            "loaded into the model; name the base model, or merge the adapter into it"
+        )
     if config.num_labels is not None:
         _check_head(config, [key for key, *_ in info["mismatched_keys"]])
     if classifier:
@@ -88,6 +93,19 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     return model
 
 
+def weight_samples(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Each parameter with a few of its elements as they are now: enough to tell another checkpoint,
+    and a change of all elements, without reading all of them."""
+    plain = (p for p in model.parameters() if type(p.data) is Tensor)  # torchao has its own
+    return [(p, sample_of(p)) for p in plain]
+
+
+def sample_of(weight: Tensor, most: int = 256) -> Tensor:
+    """At most about `most` elements of a tensor, evenly spaced; a copy, on the CPU."""
+    flat = weight.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // most)].to("cpu", copy=True)
+
+
 def checkpoint_activations(model: PreTrainedModel, **options) -> None:
     """Gradient checkpointing, by the name that this release of transformers has for it.
 
@@ -108,6 +126,7 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
     options = {} if config.num_labels is None else {"num_labels": config.num_labels}
     if config.gguf_file is not None:
         options["gguf_file"] = config.gguf_file
+    _refuse_adapter(config)
     found = _load(AutoConfig, config, **options)
     if config.num_labels is not None and not is_classifier(found, config.task):
         raise InputError(
@@ -115,6 +134,17 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
             "and has no classes; use task=classification, or leave num_labels out"
         )
     return found
+
+
+def _refuse_adapter(config: ModelConfig) -> None:
+    """InputError for a folder with an adapter in it: transformers would follow it to another base
+    model, or load it into this one, without a word."""
+    if os.path.isfile(os.path.join(_source(config), "adapter_config.json")):
+        raise InputError(
+            f"model_name_or_path={config.model_name_or_path!r}: holds an adapter "
+            "(adapter_config.json), which would be loaded into the model; name the base model, or "
+            "merge the adapter into it"
+        )
 
 
 def auto_class(config: PretrainedConfig, task: str = "auto") -> type:

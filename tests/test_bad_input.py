@@ -137,7 +137,7 @@ GENOTYPES = {
     "a text for a rank": ('{"a": "4"}', "ranks={'a': '4'}: must map module names to integers"),
     "a rank below 0": ('{"a": -1}', "ranks={'a': -1}: must map module names to integers, 0 to"),
     "true for a rank": ('{"a": true}', "ranks={'a': True}: must map module names to integers"),
-    "a rank of 30 digits": ('{"a": 1' + 29 * "0" + "}", "must map module names to integers, 0 to"),
+    "a rank of 30 digits": ('{"a": 1' + 29 * "0" + "}", "is too large a number"),
     "NaN": ('{"a": NaN}', "cannot be read (NaN is no JSON)"),
     "a module twice": ('{"a": 1, "a": 2}', "cannot be read (the key 'a' stands there twice)"),
     "a module twice, once with PEFT's prefix": (

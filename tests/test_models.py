@@ -3,6 +3,7 @@ Not here: bases in 4 and 8 bits (test_quantized.py), processors at work (test_co
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,8 @@ from darts_lora.models import (
     load_model,
     load_model_config,
     load_processor,
+    sample_of,
+    weight_samples,
 )
 from small_models import vision_model, vision_processor
 
@@ -377,3 +380,21 @@ def test_a_damaged_configuration(text_model, tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(InputError, match="cannot be loaded"):
         load_model(ModelConfig(str(tmp_path)))
+
+
+def test_a_folder_of_a_model_that_holds_an_adapter_too_is_refused(vision_folder, tmp_path):
+    """transformers would load the adapter into the model, or follow it to another base model."""
+    folder = shutil.copytree(vision_folder, tmp_path / "both")
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere"}')
+    for load in (load_model_config, load_model):
+        with pytest.raises(InputError, match=r"both': holds an adapter \(adapter_config\.json\)"):
+            load(ModelConfig(str(folder)))
+
+
+def test_a_few_elements_tell_another_checkpoint_and_stay_as_they_were():
+    model = torch.nn.Linear(1000, 3)
+    ((weight, sample), (_, bias)) = weight_samples(model)
+    assert weight is model.weight and 256 <= len(sample) < 512 and len(bias) == 3
+    with torch.no_grad():
+        model.weight += 1
+    assert not torch.equal(sample, sample_of(weight))

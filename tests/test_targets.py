@@ -273,3 +273,13 @@ def test_patterns_are_of_one_module_each_and_of_those_that_are_wanted(pattern, t
     adapted = get_peft_model(model, config).base_model.model
     ranks = {n: m.r["default"] for n, m in adapted.named_modules() if hasattr(m, "lora_A")}
     assert ranks == {wanted[0]: 2}
+
+
+@pytest.mark.parametrize("name", ["zh\u00a0tw", "a\u200bb", "x" * 1001])
+def test_a_name_that_no_genotype_can_hold_is_refused_at_the_start(name):
+    model = nn.ModuleDict({name: nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+    with pytest.raises(InputError, match=r"target_modules='.*must match dotted module names"):
+        match_modules(model, "all-linear")
+    assert match_modules(model, ["b"]) == ["b"]
+    with pytest.raises(InputError, match=r"modules_to_save='"):
+        match_saved_modules(model, [name])
