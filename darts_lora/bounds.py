@@ -10,6 +10,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 from darts_lora.errors import InputError
 
 MAX_INT = 2**63 - 1
+MAX_RANK = 2**16  # no layer of today's models has one as large
 MAX_REAL = 1e30  # far below where float32 ends
 MAX_NAME = 1000  # characters; transformers' longest have about 100
 NAMES = f"dotted module names, no part empty, of at most {MAX_NAME} printable characters"
@@ -99,5 +100,6 @@ def check_ranks(ranks) -> tuple[int, ...]:
     rule = "candidate ranks must be distinct integers >= 0, at least one of them above 0"
     require(isinstance(ranks, list | tuple) and len(ranks) > 0, "ranks", ranks, rule)
     require(all(_is_int(r) and r >= 0 for r in ranks), "ranks", ranks, rule)
+    require(max(ranks) <= MAX_RANK, "ranks", ranks, f"must be at most {MAX_RANK}")
     require(len(set(ranks)) == len(ranks) and max(ranks) > 0, "ranks", ranks, rule)
     return tuple(sorted(ranks))

@@ -26,6 +26,7 @@ from darts_lora.cli import CONFIG_NAME, load_config
 from darts_lora.collator import IGNORED, Collator
 from darts_lora.config import DataConfig, ModelConfig
 from darts_lora.data import Rows, load_splits, make_collator, make_dataloader, process_share
+from darts_lora.environment import explained
 from darts_lora.errors import InputError, one_line
 from darts_lora.files import write_json
 from darts_lora.label_collator import LabelCollator
@@ -76,7 +77,8 @@ def evaluate(
             "`accelerate launch recipes/finetune.py` first, or name the folder with --adapter"
         )
     _check_unseen(config.adapter, data)
-    accelerator = Accelerator()
+    with explained():
+        accelerator = Accelerator()
     rows = load_splits(data, ["test"])["test"]
     collator = make_collator(model, data)
     collator.check(rows)

@@ -31,6 +31,7 @@ from darts_lora.cli import CONFIG_NAME, save_config
 from darts_lora.collator import Collator
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
 from darts_lora.data import Rows, make_collator, training_rows
+from darts_lora.environment import explained
 from darts_lora.errors import DivergedError, InputError
 from darts_lora.files import check_writable, locked, remove, write_into, write_json
 from darts_lora.genotype import Genotype
@@ -217,12 +218,13 @@ def train(
         precision = "bf16" if model.dtype == torch.bfloat16 else "fp16"
         training = replace(training, mixed_precision=precision)
     stop, folder = StopRequest(training.max_runtime), os.path.join(output_dir, "checkpoint")
-    trainer = _Trainer(
-        model=model,
-        args=_arguments(training, output_dir, seed),
-        train_dataset=dataset,
-        data_collator=collator,
-    )
+    with explained():
+        trainer = _Trainer(
+            model=model,
+            args=_arguments(training, output_dir, seed),
+            train_dataset=dataset,
+            data_collator=collator,
+        )
     trainer.add_callback(SaveAdapter(trainer, training.save_steps, folder, stop))
     trainer.remove_callback(ProgressCallback)  # prints whole dictionaries
     trainer.add_callback(Progress)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from darts_lora.bounds import NAMES, check_ranks, is_name
+from darts_lora.bounds import MAX_RANK, NAMES, check_ranks, is_name
 from darts_lora.errors import InputError, one_line
 from darts_lora.files import read_json, write_json
 from darts_lora.mixed_linear import branch_columns, linear_shape
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from darts_lora.supernet import Supernet
 
 VERSION = 1
-MAX_RANK = 2**31 - 1
+MAX_SIZE = 2**31 - 1  # of a layer's side
 PEFT_PREFIX = "base_model.model."
 
 
@@ -309,7 +309,7 @@ def _require(ok: bool, option: str, value: Any, rule: str) -> None:
 
 
 def _is_shape(row: Iterable) -> bool:
-    return all(type(size) is int and 0 < size <= MAX_RANK for size in row)
+    return all(type(size) is int and 0 < size <= MAX_SIZE for size in row)
 
 
 def _is_distribution(row: Iterable) -> bool:

@@ -3,6 +3,7 @@ Not here: adapters and search layers (supernet.py, finetune.py), nor what a batc
 
 from __future__ import annotations
 
+import hashlib
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -104,6 +105,16 @@ def sample_of(weight: Tensor, most: int = 256) -> Tensor:
     """At most about `most` elements of a tensor, evenly spaced; a copy, on the CPU."""
     flat = weight.detach().reshape(-1)
     return flat[:: max(1, flat.numel() // most)].to("cpu", copy=True)
+
+
+def frozen_digest(model: nn.Module) -> str:
+    """Of samples of all parameters that are not trained: names a checkpoint, whatever its path."""
+    digest = hashlib.blake2b(digest_size=8)
+    for weight, sample in weight_samples(model):
+        if not weight.requires_grad:
+            digest.update(repr((tuple(weight.shape), weight.dtype)).encode())
+            digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def checkpoint_activations(model: PreTrainedModel, **options) -> None:

@@ -15,20 +15,22 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, set_seed
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, set_seed
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from darts_lora.bilevel import DDP_OPTIONS, BilevelStep
-from darts_lora.checkpoint import checkpoints, load_checkpoint, remove_checkpoints, save_checkpoint
+from darts_lora.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from darts_lora.config import TrainingConfig
+from darts_lora.environment import check_accumulation, explained
 from darts_lora.errors import DivergedError, InputError
-from darts_lora.files import check_writable, locked, remove, write_whole
+from darts_lora.files import check_writable, locked, write_whole
 from darts_lora.genotype import Genotype
 from darts_lora.interruption import Stopped, StopRequest, told_as_input_errors
 from darts_lora.joint import halves_loss
+from darts_lora.models import frozen_digest
 from darts_lora.records import Metrics, alpha_figures, number, peak_memory, progress_text
 from darts_lora.resume import (
     capture,
@@ -37,6 +39,7 @@ from darts_lora.resume import (
     check_start,
     course_options,
     full,
+    remove_search,
     restore,
 )
 from darts_lora.schedule import Schedule, derive_genotype
@@ -98,17 +101,22 @@ class RankSearch:
         precision = self.training.mixed_precision
         if precision == "no" and getattr(supernet.model, "dtype", None) == torch.float16:
             precision = "fp16"  # as in a finetune: small gradients would be 0 without loss scaling
-        self.accelerator = accelerator or Accelerator(
-            mixed_precision=precision,
-            kwargs_handlers=[DDP_OPTIONS],
-            # one order of rows for all processes, although each draws samples of its own
-            dataloader_config=DataLoaderConfiguration(
-                use_seedable_sampler=True, data_seed=config.seed, dispatch_batches=False
-            ),
-        )
+        with explained():
+            self.accelerator = accelerator or Accelerator(
+                mixed_precision=precision,
+                kwargs_handlers=[DDP_OPTIONS],
+                # its environment variable would divide our losses
+                gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+                # one order of rows for all processes, although each draws samples of its own
+                dataloader_config=DataLoaderConfiguration(
+                    use_seedable_sampler=True, data_seed=config.seed, dispatch_batches=False
+                ),
+            )
+        check_accumulation(self.accelerator)
         if config.order == 2 and self.accelerator.is_fsdp2:
             raise InputError("order=2: needs whole weights on each process; use DDP, or order=1")
         set_seed(config.seed, device_specific=True)
+        self.base_digest = frozen_digest(supernet.model)  # before anything shards it
         self.steps = BilevelStep(supernet, self.accelerator, self.training, loss_fn, joint_loss_fn)
         self.weights, self.architect = self.steps.weights, self.steps.architect
         self.model = self.weights.model
@@ -284,10 +292,8 @@ class RankSearch:
         self.metrics = self.views = None
         if self.output_dir is None or not self.accelerator.is_main_process:
             return
-        if self.step == 0:  # of a finished search, see check_start
-            for name in ("genotype.json", "supernet.safetensors"):
-                remove(os.path.join(self.output_dir, name))
-            remove_checkpoints(checkpoints(self.output_dir))
+        if self.step == 0:
+            remove_search(self.output_dir)
         self.metrics = Metrics(self.output_dir, self.supernet, self.step)
         try:
             from darts_lora.tensorboard import SearchViews

@@ -16,7 +16,7 @@ from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
 from darts_lora.data import load_splits, make_collator, search_dataloaders, split_record
 from darts_lora.files import check_writable, locked, write_json
 from darts_lora.models import load_model
-from darts_lora.resume import check_start
+from darts_lora.resume import check_start, remove_search
 from darts_lora.tables import show, show_batch, show_supernet
 from darts_lora.verdict import verdict_text
 
@@ -88,6 +88,8 @@ def _search(
     if options.resume:
         rank_search.resume()
     if accelerator.is_main_process:
+        if not options.resume:
+            remove_search(options.output_dir)
         save_config(options.output_dir, search, model, data, training)
         write_json(os.path.join(options.output_dir, "split.json"), rows)
     _describe(accelerator, supernet, splits, supervised)
