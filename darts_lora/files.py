@@ -25,7 +25,7 @@ except ImportError:  # no such locks on Windows
 
 LOCK_NAME = "run.lock"
 # What a killed writer leaves beside a path, by names that nobody gives to a copy of their own;
-LEFT = re.compile(r"(.+)\.darts_lora-(tmp|old)-\d+", re.DOTALL)
+LEFT = re.compile(r"(.+)\.darts_lora-(tmp|old)-(\d+)", re.DOTALL)
 # and what safetensors and our own probe leave: these are files alone.
 LEFT_FILE = re.compile(r"\.tmp[A-Za-z0-9]{6}|\.write-test-\d+")
 _locked: dict[str, TextIO] = {}  # real path of a folder -> its lock, of this process
@@ -70,6 +70,7 @@ def _written(path: str, write: Callable[[str], Any]) -> Iterator[str]:
     check_lock(path)
     try:
         os.makedirs(folder, exist_ok=True)
+        _tidy(folder, path)
         remove(temporary)  # of a killed writer with this number
         try:
             write(temporary)
@@ -97,7 +98,7 @@ def _replace_folder(new: str, path: str) -> None:
 
 def _settle(left: str) -> None:
     """Remove what a writer left beside a path; but an old folder comes back if no new one came."""
-    path, kind = LEFT.fullmatch(left).groups()
+    path, kind, _ = LEFT.fullmatch(left).groups()
     if kind == "old" and not os.path.lexists(path):
         os.replace(left, path)
     else:
@@ -238,14 +239,30 @@ def check_lock(path: str) -> None:
             )
 
 
-def _tidy(folder: str) -> None:
-    """Remove what killed writers left there, or put back what they were replacing."""
+def _tidy(folder: str, written: str | None = None) -> None:
+    """Remove what killed writers left there, or put back what they were replacing; where the folder
+    is not locked, only what dead ones left of the path that is `written` now."""
     names = os.listdir(folder) if os.path.isdir(folder) else ()
     for path in (os.path.join(folder, name) for name in names):
-        if LEFT.fullmatch(path):
+        found = LEFT.fullmatch(path)
+        if written is not None:
+            same = found and os.path.basename(found[1]) == os.path.basename(written)
+            if same and not _lives(int(found[3])):
+                _settle(path)
+        elif found:
             _settle(path)
         elif LEFT_FILE.fullmatch(os.path.basename(path)) and os.path.isfile(path):
             remove(path)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
 
 
 def _lock(path: str, folder: str) -> TextIO:

@@ -27,7 +27,7 @@ from transformers import (
 
 from darts_lora.bounds import check_bounds
 from darts_lora.callbacks import Progress, SaveAdapter, Views, kept
-from darts_lora.cli import CONFIG_NAME, save_config
+from darts_lora.cli import save_config
 from darts_lora.collator import Collator
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
 from darts_lora.data import Rows, make_collator, training_rows
@@ -44,7 +44,7 @@ from darts_lora.targets import check_fresh, match_modules, match_saved_modules, 
 SUPERNET_NAME = "supernet.safetensors"
 # all that a finetune leaves, removed before another one trains
 RESULTS = ("finetune.json", "evaluation.json", SAFETENSORS_WEIGHTS_NAME, "adapter_config.json")
-RESULTS += ("checkpoint", "padded", CONFIG_NAME)
+RESULTS += ("checkpoint", "padded")
 
 
 @dataclass
@@ -88,9 +88,9 @@ def finetune(
 ) -> tuple[PeftModel, dict[str, Any]]:
     """Train an adapter on training and validation rows together and save it to output_dir.
 
-    Writes adapter_model.safetensors and adapter_config.json (PEFT's own format), finetune.json and
-    config.yaml: all at once, the weights last, so that none lies beside those of another run. What
-    an earlier finetune left there is removed when training starts.
+    Writes config.yaml when training starts, in place of all that an earlier finetune left there;
+    then adapter_model.safetensors and adapter_config.json (PEFT's own format) and finetune.json at
+    once, the weights last: no file lies beside those of another run.
 
     Returns:
         The trained model, and the record that stands in finetune.json.
@@ -108,6 +108,7 @@ def finetune(
             "recipes/accelerate_configs/ddp.yaml or single.yaml"
         )
     check_writable(config.output_dir)
+    _check_folders(config.output_dir)
     with locked(config.output_dir):
         return _finetune(config, model, data, training)
 
@@ -124,6 +125,7 @@ def _finetune(
     set_seed(config.seed)
     adapted = add_adapter(base, config, genotype)
     record = {"genotype": config.genotype, "rank": config.rank, "init": config.init}
+    record["supernet_digest"] = genotype and genotype.found_by.get("supernet_digest")
     record |= {"rows": None if data.streaming else len(rows), "supervised_share": share}
 
     def describe(folder: str, figures: dict[str, Any]) -> None:
@@ -131,12 +133,27 @@ def _finetune(
         if config.pad_to_max:
             save_padded(folder, os.path.join(folder, "padded"))
         write_json(os.path.join(folder, "finetune.json"), record)
-        save_config(folder, config, model, data, training)
 
+    if PartialState().is_main_process:
+        for name in RESULTS:
+            remove(os.path.join(config.output_dir, name))
+        save_config(config.output_dir, config, model, data, training)
     figures = train(
         adapted, rows, collator, training, config.output_dir, seed=config.seed, describe=describe
     )
     return adapted, record | figures
+
+
+def _check_folders(output_dir: str) -> None:
+    """InputError where a folder that a finetune replaces is none that a finetune left."""
+    for name in ("checkpoint", "padded"):
+        folder = os.path.join(output_dir, name)
+        names = os.listdir(folder) if os.path.isdir(folder) else []
+        if names and "adapter_config.json" not in names:
+            raise InputError(
+                f"output_dir={output_dir!r}: has a folder {name!r} that holds no adapter, and that "
+                "a finetune would replace; name another output_dir, or rename that folder"
+            )
 
 
 def _load_genotype(path: str | None) -> Genotype | None:
@@ -197,8 +214,7 @@ def train(
     seed: int = 0,
     describe: Callable[[str, dict[str, Any]], None] = lambda folder, figures: None,
 ) -> dict[str, Any]:
-    """Train the adapter in place with transformers' Trainer and save it to output_dir, in place of
-    what an earlier finetune left there.
+    """Train the adapter in place with transformers' Trainer and save it to output_dir.
 
     Args:
         describe: (folder, what this returns) -> writes what else belongs to the adapter, which is
@@ -230,9 +246,6 @@ def train(
     trainer.add_callback(Progress)
     if find_spec("tensorboard"):
         trainer.add_callback(Views())
-    if trainer.is_world_process_zero():
-        for name in RESULTS:
-            remove(os.path.join(output_dir, name))
     start = time.perf_counter()
     with (
         stop,

@@ -23,6 +23,7 @@ from darts_lora.bounds import MAX_RANK, NAMES, check_ranks, is_name
 from darts_lora.errors import InputError, one_line
 from darts_lora.files import read_json, write_json
 from darts_lora.mixed_linear import branch_columns, linear_shape
+from darts_lora.models import weights_digest
 from darts_lora.targets import check_matches
 
 if TYPE_CHECKING:
@@ -233,9 +234,12 @@ class Genotype:
             its device.
 
         Raises:
-            InputError: the file cannot be read, or a module or rank is not in the supernet.
+            InputError: the file cannot be read, is of another search, or a module or rank is not in
+                the supernet.
         """
         searched = _read_tensors(source) if isinstance(source, str | os.PathLike) else None
+        if searched is not None:
+            self._check_search_of(searched, os.fspath(source))
         searched = source.state_dict() if searched is None else searched
         state = {}
         for name, rank in self.ranks.items():
@@ -251,6 +255,15 @@ class Genotype:
             if key.startswith(saved) and saved:
                 state[f"{PEFT_PREFIX}{key}"] = value.detach().clone()
         return state
+
+    def _check_search_of(self, searched: dict[str, Tensor], path: str) -> None:
+        """A genotype that was derived from one search may lie beside the weights of the next."""
+        digest = self.found_by.get("supernet_digest")
+        if digest is not None and digest != weights_digest(searched):
+            raise InputError(
+                f"genotype: is of another search than the weights in {path!r}; derive it anew from "
+                "the search that is there (recipes/derive.py), or use init=scratch"
+            )
 
     def _repr_html_(self) -> str:
         from darts_lora.tables import html  # a notebook's view: not needed to hold a result

@@ -201,36 +201,46 @@ def told_as_input_errors(where: Callable[[], str] | None = None) -> Iterator[Non
             raise InputError(str(error).rsplit("InputError: ", 1)[-1].strip()) from error
         raise
     except (RuntimeError, MemoryError, OSError, EOFError) as error:
-        text, left = " ".join(str(error).split()), f"; {where()}" if where else ""
-        if _lost_a_peer(error):
-            raise PeerLostError(
-                f"num_processes: the processes of this run lost each other ({text[:150]}); where "
-                f"one of them ended, its own line says why{left}"
-            ) from error
-        if lacks_memory(error):
-            raise InputError(
-                f"out of memory ({text[:150]}): lower batch_size (and raise "
-                "gradient_accumulation_steps), max_length or the largest of ranks; or set "
-                f"gradient_checkpointing, dtype=bfloat16 or quantization{left}"
-            ) from error
-        broke_off = _broke_off_between_processes(error)
-        if broke_off:
-            text = _workers_end() or text
-        died = broke_off or "DataLoader worker (pid" in text
-        full = died and any(worker.exitcode == HANDS_FULL for worker in _Worker.started)
-        if full or "Too many open files" in text:
-            raise InputError(
-                "num_workers: a data worker could not hand its batch over: shared memory or file "
-                "descriptors are short; raise the size of /dev/shm (docker run --shm-size) or "
-                "ulimit -n, or lower num_workers, batch_size or max_length; num_workers=0 loads in "
-                f"the main process{left}"
-            ) from error
-        if died:
-            raise InputError(
-                f"num_workers: a data worker died ({text[:150] or 'no answer'}): lower num_workers "
-                f"if memory was short, 0 loads in the main process{left}"
-            ) from error
-        raise
+        try:
+            told = _told(error)
+        except RuntimeError as late:  # of PyTorch's handler: a dead worker's signal comes anywhere
+            told = _told(late)
+        if told is None:
+            raise
+        raise type(told)(f"{told}; {where()}" if where else str(told)) from error
+
+
+def _told(error: Exception) -> InputError | None:
+    """What the user is told of an error; None: it is none of the machine's."""
+    text, broke_off = " ".join(str(error).split()), _broke_off_between_processes(error)
+    if broke_off:
+        text = _workers_end() or text
+    died = broke_off or "DataLoader worker (pid" in text
+    full = died and any(worker.exitcode == HANDS_FULL for worker in _Worker.started)
+    if full or "Too many open files" in text:
+        return InputError(
+            "num_workers: a data worker could not hand its batch over: shared memory or file "
+            "descriptors are short; raise the size of /dev/shm (docker run --shm-size) or ulimit "
+            "-n, or lower num_workers, batch_size or max_length; num_workers=0 loads in the main "
+            "process"
+        )
+    if died:
+        return InputError(
+            f"num_workers: a data worker died ({text[:150] or 'no answer'}): lower num_workers if "
+            "memory was short, 0 loads in the main process"
+        )
+    if _lost_a_peer(error):
+        return PeerLostError(
+            f"num_processes: the processes of this run lost each other ({text[:150]}); where one "
+            "of them ended, its own line says why"
+        )
+    if lacks_memory(error):
+        return InputError(
+            f"out of memory ({text[:150]}): lower batch_size (and raise "
+            "gradient_accumulation_steps), max_length or the largest of ranks; or set "
+            "gradient_checkpointing, dtype=bfloat16 or quantization"
+        )
+    return None
 
 
 def lacks_memory(error: Exception) -> bool:

@@ -117,6 +117,16 @@ def frozen_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def weights_digest(state: dict[str, Tensor]) -> str:
+    """Names a supernet's state by its names, shapes and values."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(state.items()):
+        digest.update(repr((name, tuple(value.shape), value.dtype)).encode())
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def checkpoint_activations(model: PreTrainedModel, **options) -> None:
     """Gradient checkpointing, by the name that this release of transformers has for it.
 

@@ -30,7 +30,7 @@ from darts_lora.files import check_writable, locked, write_whole
 from darts_lora.genotype import Genotype
 from darts_lora.interruption import Stopped, StopRequest, told_as_input_errors
 from darts_lora.joint import halves_loss
-from darts_lora.models import frozen_digest
+from darts_lora.models import frozen_digest, weights_digest
 from darts_lora.records import Metrics, alpha_figures, number, peak_memory, progress_text
 from darts_lora.resume import (
     capture,
@@ -132,6 +132,7 @@ class RankSearch:
             self.steps.capture()
         self.step = 0
         self.validation_loss, self.alpha_gradient_norm = math.nan, None
+        self.validation_losses: dict[int, Tensor] = {}  # step -> loss, since the last record
 
     def resume(self) -> None:
         """Go on from the newest checkpoint in output_dir that is whole.
@@ -247,6 +248,7 @@ class RankSearch:
             if self.architect.allocation is None:  # else its optimizer rests
                 self.arch_scheduler.step()
             self.validation_loss = metrics["loss"]
+            self.validation_losses[self.step + 1] = metrics["loss"]
             self.alpha_gradient_norm = metrics["gradient_norm"]
         return loss
 
@@ -259,10 +261,14 @@ class RankSearch:
         for step, loss in enumerate(train_losses, start=first):
             if not math.isfinite(loss):
                 self._stop_non_finite("training loss", step)
-        validation = torch.as_tensor(self.validation_loss, device=self.accelerator.device)
-        validation = float(reduce(validation.float()))
-        if self.step > self.schedule.warmup_steps and not math.isfinite(validation):
-            self._stop_non_finite("validation loss", self.step)
+        steps = list(self.validation_losses)
+        losses = [self.validation_losses.pop(step) for step in steps] or [self.validation_loss]
+        losses = torch.stack([torch.as_tensor(loss).float() for loss in losses])
+        losses = reduce(losses.to(self.accelerator.device)).tolist()
+        for step, loss in zip(steps, losses, strict=False):
+            if not math.isfinite(loss):
+                self._stop_non_finite("validation loss", step)
+        validation = losses[-1]
         figures = alpha_figures(self.supernet)
         if not math.isfinite(figures["expected_parameters"]):
             self._stop_non_finite("alpha", self.step)
@@ -323,6 +329,7 @@ class RankSearch:
     def _finish(self) -> Genotype:
         genotype = derive_genotype(self.supernet, self.architect, self.schedule)
         state = full(self.supernet.state_dict())
+        genotype.found_by["supernet_digest"] = weights_digest(state)
         if self.output_dir is not None and self.accelerator.is_main_process:
             state = {k: v.contiguous().cpu() for k, v in state.items()}
             path = os.path.join(self.output_dir, "supernet.safetensors")

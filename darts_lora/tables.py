@@ -21,6 +21,7 @@ from darts_lora.supernet import Supernet
 from darts_lora.targets import model_parts
 
 BARS, PLAIN_BARS = "▁▂▃▄▅▆▇█", "12345678"  # the others for terminals that have no blocks
+MOST_ALONE = 20  # names without a number, each of which gets a table and a panel
 MOST_NUMBERS = 50  # characters of a row of numbers; deeper models show bars alone
 _LAYER_NUMBER = re.compile(r"^(?P<part>.*?)\.(?P<layer>\d+)\.(?P<kind>.+)$")
 
@@ -29,12 +30,15 @@ def by_part(names) -> dict[str, dict[str, dict[int, str]]]:
     """Module names as part of the model -> module type -> depth -> name.
 
     The first number in a name is its depth: "vision.layers.3.mlp.fc1" is part "vision.layers",
-    type "mlp.fc1", depth 3. A name without a number is a part of its own, at depth 0.
+    type "mlp.fc1", depth 3. A name without a number is a part of its own, at depth 0; of more than
+    MOST_ALONE such names, each is a type of the part "others".
     """
+    matches = {name: _LAYER_NUMBER.match(name) for name in names}
+    many = list(matches.values()).count(None) > MOST_ALONE
     parts: dict = defaultdict(lambda: defaultdict(dict))
-    for name in names:
-        match = _LAYER_NUMBER.match(name)
-        part, layer, kind = match.group("part", "layer", "kind") if match else (name, 0, "-")
+    for name, match in matches.items():
+        alone = ("others", 0, name) if many else (name, 0, "-")
+        part, layer, kind = match.group("part", "layer", "kind") if match else alone
         parts[part][kind][int(layer)] = name
     return parts
 

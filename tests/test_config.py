@@ -63,3 +63,16 @@ def test_defaults_hold_and_every_option_has_a_docstring():
         for field in dataclasses.fields(config):
             assert re.search(rf"    {field.name}: .*\n    \"\"\"", body), field.name
     assert SearchConfig(ranks=[8, 0, 2]).ranks == (0, 2, 8)
+
+
+@pytest.mark.parametrize("value", [1e300, 10**400, float("inf"), float("nan")])
+def test_numbers_that_nothing_can_be_computed_with_are_refused(value):
+    for make in (
+        lambda: TrainingConfig(learning_rate=value),
+        lambda: SearchConfig(temperature=(value, value)),
+        lambda: SearchConfig(scaling=value),
+        lambda: TrainingConfig(max_steps=value),
+    ):
+        with pytest.raises(InputError) as error:
+            make()
+        assert len(str(error.value)) < 400

@@ -149,6 +149,20 @@ def test_a_writer_killed_while_it_replaces_a_folder_leaves_one_of_both(tmp_path,
     assert (place / "step-1" / "state").read_text() == left
 
 
+def test_a_writer_removes_what_a_dead_one_left_of_the_same_file_alone(tmp_path):
+    """Derive, evaluate and report hold no lock."""
+    dead = os.fork()
+    if dead == 0:
+        os._exit(0)
+    os.waitpid(dead, 0)
+    names = [f"record.darts_lora-tmp-{dead}", f"other.darts_lora-tmp-{dead}"]
+    names.append(f"record.darts_lora-tmp-{os.getppid()}")
+    for name in names:
+        (tmp_path / name).write_text("half")
+    write_text(tmp_path / "record", "whole")
+    assert sorted(os.listdir(tmp_path)) == sorted([*names[1:], "record"])
+
+
 def test_a_folder_that_cannot_be_locked_is_named(tmp_path):
     (tmp_path / "run.lock").mkdir()
     with pytest.raises(InputError) as error, locked(str(tmp_path)):

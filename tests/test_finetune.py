@@ -359,6 +359,9 @@ def test_searched_weights_that_do_not_fit(searched, base_config, tmp_path):
     path = tmp_path / "genotype.json"
     genotype.save(path)
     config = FinetuneConfig(str(path), init="inherit")
+    of_another = replace(genotype, found_by={"supernet_digest": "00"})
+    with pytest.raises(InputError, match=r"is of another search than the weights in '.*derive it"):
+        of_another.inherited_state(folder / "supernet.safetensors")
     with pytest.raises(InputError, match=r"searched weights .*supernet\.safetensors"):
         add_adapter(load_model(base_config), config, genotype)
     state = load_file(folder / "supernet.safetensors")
@@ -490,6 +493,16 @@ def test_a_finetune_without_memory_says_what_to_reduce(
         finetune(config, base_config, data, TRAINING)
 
 
+@pytest.mark.parametrize("name", ["checkpoint", "padded"])
+def test_a_folder_of_the_users_own_is_not_replaced(genotype, base_config, data, tmp_path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "notes.txt").write_text("mine")
+    config = FinetuneConfig(genotype, output_dir=str(tmp_path), pad_to_max=True)
+    with pytest.raises(InputError, match=rf"output_dir=.*has a folder '{name}' that holds no"):
+        finetune(config, base_config, data, TRAINING)
+    assert (tmp_path / name / "notes.txt").read_text() == "mine"
+
+
 def test_what_an_earlier_finetune_left_is_gone_when_another_trains(
     monkeypatch, genotype, base_config, data, tmp_path
 ):
@@ -528,7 +541,7 @@ def test_a_full_disk_at_the_end_is_told_and_leaves_no_half_adapter(
             finetune(config, base_config, data, TRAINING)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert {*os.listdir(tmp_path)} - {"runs"} == {"checkpoint"}
+    assert {*os.listdir(tmp_path)} - {"runs"} == {"checkpoint", "config.yaml"}
 
 
 class Signalled:
