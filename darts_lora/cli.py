@@ -8,7 +8,10 @@ import gc
 import json
 import os
 import re
+import signal
 import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, fields
@@ -24,13 +27,15 @@ from jsonargparse import (
     set_loader,
     set_parsing_settings,
 )
+from tqdm import tqdm
 
-from darts_lora.errors import InputError, one_line
+from darts_lora.errors import InputError, error_line, one_line
 from darts_lora.files import is_main_process, write_text
-from darts_lora.interruption import Stopped, told_as_input_errors
+from darts_lora.interruption import PeerLostError, Stopped, told_as_input_errors
 
 CONFIG_NAME = "config.yaml"
 MAX_DEPTH = 20  # of lists and mappings in a configuration: options have three
+OTHERS_FIRST = 10.0  # seconds in which a launcher ends what is left of a run
 RIGHTS = {"trust_remote_code": False}  # options that permit something -> the value that does not
 
 
@@ -72,11 +77,16 @@ def run(
     `default_config` is the file of `--config` for a command line that names neither a config, a
     model nor a data set: the settings of the embedded default.
 
-    An InputError, of parsing or out of `main`, is printed as one line, `error: ...`, by the main
-    process; the exit status is then 2. So is a lack of memory, wherever it shows. A run that was
-    stopped (interruption.py) has its own status.
+    An InputError, of parsing or out of `main`, is printed as one line, `error: ...`, by the process
+    that met it; by one alone, where all did. The exit status is then 2. So is a lack of memory,
+    wherever it shows. A run that was stopped (interruption.py) has its own status, and one that was
+    interrupted outside of its loop 130.
     """
     status = 0
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # terminals that lack a character show another
+            stream.reconfigure(errors="replace" if stream is sys.stdout else "backslashreplace")
+    threading.excepthook = _thread_failed
     try:
         args = sys.argv[1:]
         named = {arg.split("=")[0] for arg in args}
@@ -86,15 +96,36 @@ def run(
             main(*parse(args, own, *shared, previous=previous, description=main.__doc__))
     except Stopped as stopped:
         status = stopped.code
+    except KeyboardInterrupt:
+        _tell("SIGINT: ended before its end" if is_main_process() else "")
+        sys.exit(128 + signal.SIGINT)
     except InputError as error:
-        if is_main_process():
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        if not is_main_process() or isinstance(error, PeerLostError):
+            # Where the first process met the same, it says so, and the launcher ends this one.
+            time.sleep(OTHERS_FIRST)
+        _tell(error_line(error))
         sys.exit(2)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         gc.collect()  # what still holds the process group at the exit may abort it
         torch.distributed.destroy_process_group()
     if status:
         sys.exit(status)
+
+
+def _thread_failed(failed: threading.ExceptHookArgs) -> None:
+    """Nothing is printed of a thread that keeps its error for whoever asks it (TensorBoard's)."""
+    if getattr(failed.thread, "exception", None) is not failed.exc_value:
+        threading.__excepthook__(failed)
+
+
+def _tell(line: str) -> None:
+    """Print the last line of a run, on a line of its own."""
+    if hasattr(signal, "SIGCHLD"):  # data workers that end now are no news
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for bar in list(tqdm._instances):
+        bar.close()
+    if line:
+        print(line, file=sys.stderr, flush=True)
 
 
 def parse(

@@ -19,6 +19,7 @@ from darts_lora.supernet import Supernet
 
 Method = Literal["argmax", "budget", "proportional"]
 
+MOST_CHOICES = 2**24  # of a layer and a rank; each takes some 100 bytes
 GAP = 1e-4  # of the highest total value, which a choice may lack
 
 
@@ -69,6 +70,7 @@ def discretize(
     else:
         wanted = (probabilities * costs).sum(-1)
         if genotype.branches != "independent":
+            _check_size(len(genotype.shapes), ranks[-1])
             ranks = range(ranks[0], ranks[-1] + 1)
             costs = rank_costs(genotype.shapes.values(), ranks)
         choice = choose(proportional_values(wanted, costs), costs, budget)
@@ -127,6 +129,15 @@ def _check_method(method: str, budget: float | None, given: float | None) -> Non
         )
     if method != "argmax" and budget is None:
         raise InputError(f"method={method!r}: give budget_rank or budget_parameters")
+
+
+def _check_size(layers: int, largest: int) -> None:
+    """A file says how many ranks there are to choose from: not more than fit into memory."""
+    if layers * largest > MOST_CHOICES:
+        raise InputError(
+            f"candidates: {layers:,} layers with ranks up to {largest:,} are more than "
+            f"{MOST_CHOICES:,} choices; use method=budget, which takes the candidates alone"
+        )
 
 
 def _best_within_budget(values: np.ndarray, costs: np.ndarray, budget: float):

@@ -4,8 +4,8 @@ Not here: the search itself (search.py), nor how good the adapter is (evaluate.p
 from __future__ import annotations
 
 import os
-import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -21,22 +21,23 @@ from torch import nn
 from transformers import (
     ProgressCallback,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
 
 from darts_lora.bounds import check_bounds
+from darts_lora.callbacks import Progress, SaveAdapter, Views, kept
+from darts_lora.cli import save_config
 from darts_lora.collator import Collator
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
 from darts_lora.data import Rows, make_collator, training_rows
 from darts_lora.errors import DivergedError, InputError
-from darts_lora.files import check_writable, locked, remove, write_into, write_json, write_whole
+from darts_lora.files import check_writable, locked, remove, write_into, write_json
 from darts_lora.frozen import hold_statistics
 from darts_lora.genotype import Genotype
-from darts_lora.interruption import Stopped, StopRequest, told_as_input_errors, worker_context
+from darts_lora.interruption import StopRequest, told_as_input_errors, worker_context
 from darts_lora.label_collator import LabelCollator
-from darts_lora.launch import check_launch
+from darts_lora.launch import check_launch, explained
 from darts_lora.models import load_model
 from darts_lora.padded import save_padded
 from darts_lora.supernet import SUPERNET_NAME
@@ -49,6 +50,7 @@ from darts_lora.targets import (
 )
 from darts_lora.together import check_not_anothers
 
+# all that a finetune leaves, removed before another one trains
 RESULTS = ("finetune.json", "evaluation.json", SAFETENSORS_WEIGHTS_NAME, "adapter_config.json")
 RESULTS += ("checkpoint", "padded")
 
@@ -94,8 +96,9 @@ def finetune(
 ) -> tuple[PeftModel, dict[str, Any]]:
     """Train an adapter on training and validation rows together and save it to output_dir.
 
-    Writes adapter_model.safetensors and adapter_config.json (PEFT's own format) and finetune.json.
-    What an earlier finetune left there is removed when training starts.
+    Writes config.yaml when training starts, in place of all that an earlier finetune left there;
+    then adapter_model.safetensors and adapter_config.json (PEFT's own format) and finetune.json at
+    once, the weights last: no file lies beside those of another run.
 
     Returns:
         The trained model, and the record that stands in finetune.json.
@@ -115,6 +118,7 @@ def finetune(
         )
     check_writable(config.output_dir)
     check_not_anothers(config.output_dir, model, data)
+    _check_folders(config.output_dir)
     with locked(config.output_dir):
         return _finetune(config, model, data, training)
 
@@ -131,13 +135,35 @@ def _finetune(
     set_seed(config.seed)
     adapted = add_adapter(base, config, genotype)
     record = {"genotype": config.genotype, "rank": config.rank, "init": config.init}
+    record["supernet_digest"] = genotype and genotype.found_by.get("supernet_digest")
     record |= {"rows": None if data.streaming else len(rows), "supervised_share": share}
-    record |= train(adapted, rows, collator, training, config.output_dir, seed=config.seed)
-    if PartialState().is_main_process:
+
+    def describe(folder: str, figures: dict[str, Any]) -> None:
+        record.update(figures)
         if config.pad_to_max:
-            save_padded(config.output_dir, os.path.join(config.output_dir, "padded"))
-        write_json(os.path.join(config.output_dir, "finetune.json"), record)
-    return adapted, record
+            save_padded(folder, os.path.join(folder, "padded"))
+        write_json(os.path.join(folder, "finetune.json"), record)
+
+    if PartialState().is_main_process:
+        for name in RESULTS:
+            remove(os.path.join(config.output_dir, name))
+        save_config(config.output_dir, config, model, data, training)
+    figures = train(
+        adapted, rows, collator, training, config.output_dir, seed=config.seed, describe=describe
+    )
+    return adapted, record | figures
+
+
+def _check_folders(output_dir: str) -> None:
+    """InputError where a folder that a finetune replaces is none that a finetune left."""
+    for name in ("checkpoint", "padded"):
+        folder = os.path.join(output_dir, name)
+        names = os.listdir(folder) if os.path.isdir(folder) else []
+        if names and "adapter_config.json" not in names:
+            raise InputError(
+                f"output_dir={output_dir!r}: has a folder {name!r} that holds no adapter, and that "
+                "a finetune would replace; name another output_dir, or rename that folder"
+            )
 
 
 def _load_genotype(path: str | None) -> Genotype | None:
@@ -197,9 +223,13 @@ def train(
     output_dir: str,
     *,
     seed: int = 0,
+    describe: Callable[[str, dict[str, Any]], None] = lambda folder, figures: None,
 ) -> dict[str, Any]:
-    """Train the adapter in place with transformers' Trainer and save it to output_dir, in place of
-    what an earlier finetune left there.
+    """Train the adapter in place with transformers' Trainer and save it to output_dir.
+
+    Args:
+        describe: (folder, what this returns) -> writes what else belongs to the adapter, which is
+            in that folder, there; on the first process.
 
     Returns:
         trainable_parameters (count), losses ([step, mean since the entry before] pairs), loss (mean
@@ -216,29 +246,35 @@ def train(
         precision = "bf16" if model.dtype == torch.bfloat16 else "fp16"
         training = replace(training, mixed_precision=precision)
     stop, folder = StopRequest(training.max_runtime), os.path.join(output_dir, "checkpoint")
-    trainer = _Trainer(
-        model=model,
-        args=_arguments(training, output_dir, seed),
-        train_dataset=dataset,
-        data_collator=collator,
-    )
-    trainer.add_callback(_SaveAdapter(trainer, training.save_steps, folder, stop))
+    with explained():
+        trainer = _Trainer(
+            model=model,
+            args=_arguments(training, output_dir, seed),
+            train_dataset=dataset,
+            data_collator=collator,
+        )
+    trainer.add_callback(SaveAdapter(trainer, training.save_steps, folder, stop))
     trainer.remove_callback(ProgressCallback)  # prints whole dictionaries
-    trainer.add_callback(_Progress)
-    if trainer.is_world_process_zero():
-        for name in RESULTS:
-            remove(os.path.join(output_dir, name))
+    trainer.add_callback(Progress)
+    if find_spec("tensorboard"):
+        trainer.add_callback(Views())
     start = time.perf_counter()
     with (
         stop,
-        told_as_input_errors(lambda: _kept(folder)),
+        told_as_input_errors(lambda: kept(folder)),
         disable_input_dtype_casting(model, active=half),
     ):
         trainer.train()
-    seconds = time.perf_counter() - start
-    if trainer.is_world_process_zero():
-        write_into(output_dir, model.save_pretrained, SAFETENSORS_WEIGHTS_NAME)
-    return _record(trainer, seconds)
+        # within: a request to stop behind the last step waits until all is written
+        figures = _record(trainer, time.perf_counter() - start)
+
+        def write(folder: str) -> None:
+            model.save_pretrained(folder)
+            describe(folder, figures)
+
+        if trainer.is_world_process_zero():
+            write_into(output_dir, write, SAFETENSORS_WEIGHTS_NAME)
+    return figures
 
 
 def _arguments(training: TrainingConfig, output_dir: str, seed: int) -> TrainingArguments:
@@ -256,13 +292,13 @@ def _arguments(training: TrainingConfig, output_dir: str, seed: int) -> Training
         fp16=training.mixed_precision == "fp16",
         logging_steps=min(training.logging_steps, training.max_steps),
         logging_nan_inf_filter=False,  # our own check names the step
-        save_strategy="no",  # its checkpoints are pickles; _SaveAdapter writes safetensors
+        save_strategy="no",  # its checkpoints are pickles; SaveAdapter writes safetensors
         dataloader_num_workers=training.num_workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         accelerator_config={"dispatch_batches": False},  # of a stream: batches are of all lengths
         remove_unused_columns=False,  # the collator reads the columns
         label_names=["labels"],
-        report_to=["tensorboard"] if find_spec("tensorboard") else [],
+        report_to=[],  # Views, which may fail
         use_cpu=PartialState().device.type == "cpu",  # else it refuses bf16 there
         seed=seed,
     )
@@ -289,43 +325,6 @@ class _Trainer(Trainer):
                 "lower the learning rate, or look at the data"
             )
         return loss
-
-
-class _Progress(ProgressCallback):
-    """The bar with the time left; beside it one number, the loss."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.training_bar is not None and "loss" in logs:
-            self.training_bar.set_postfix(loss=f"{logs['loss']:.4f}")
-
-
-class _SaveAdapter(TrainerCallback):
-    """The adapter to `folder` every `save_steps` steps (0: never) and where a stop is asked for."""
-
-    def __init__(self, trainer: Trainer, save_steps: int, folder: str, stop: StopRequest):
-        self.trainer, self.save_steps, self.folder, self.stop = trainer, save_steps, folder, stop
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        last = state.global_step == state.max_steps
-        status = 0 if last else self.stop.agreed(self.trainer.accelerator)
-        due = self.save_steps > 0 and state.global_step % self.save_steps == 0
-        if (due or status) and state.is_world_process_zero:
-            write_whole(self.folder, model.save_pretrained)
-        if status:
-            if state.is_world_process_zero:
-                print(
-                    f"\n{self.stop.reason(status)}: stopped after step {state.global_step} of "
-                    f"{state.max_steps}; {_kept(self.folder)}",
-                    file=sys.stderr,
-                    flush=True,
-                )
-            raise Stopped(status)
-
-
-def _kept(folder: str) -> str:
-    if not os.path.isdir(folder):
-        return "no adapter was written"
-    return f"{folder} has the last adapter that was saved; a finetune starts anew"
 
 
 def _record(trainer: Trainer, seconds: float) -> dict[str, Any]:

@@ -19,19 +19,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from darts_lora.bounds import check_ranks
+from darts_lora.bounds import MAX_RANK, NAMES, check_ranks, is_name
 from darts_lora.errors import InputError, one_line
 from darts_lora.files import read_json, write_json
 from darts_lora.mixed_linear import branch_columns, linear_shape
+from darts_lora.models import weights_digest
 from darts_lora.targets import check_matches
 
 if TYPE_CHECKING:
     from darts_lora.supernet import Supernet
 
 VERSION = 1
-MAX_RANK = 2**31 - 1
-MAX_NAME = 1000  # characters; transformers' longest have about 100
-NAMES = f"dotted module names, no part empty, of at most {MAX_NAME} printable characters"
+MAX_SIZE = 2**31 - 1  # of a layer's side
 PEFT_PREFIX = "base_model.model."
 
 
@@ -72,13 +71,13 @@ class Genotype:
             _require(
                 ok, "ranks", {name: rank}, f"must map module names to integers, 0 to {MAX_RANK}"
             )
-            _require(_is_name(name), "ranks", {name: rank}, "must map " + NAMES)
+            _require(is_name(name), "ranks", {name: rank}, "must map " + NAMES)
         ok = type(self.scaling) in (int, float) and 0 < self.scaling < 1e30
         _require(ok, "scaling", self.scaling, "must be a number above 0")
         ok = self.branches in ("independent", "nested")
         _require(ok, "branches", self.branches, "must be independent or nested")
         saved = self.modules_to_save
-        ok = isinstance(saved, list) and all(map(_is_name, saved))
+        ok = isinstance(saved, list) and all(map(is_name, saved))
         _require(ok, "modules_to_save", saved, "must be a list of " + NAMES)
         ok = self.base_model is None or isinstance(self.base_model, str)
         _require(ok, "base_model", self.base_model, "must be the name of a model")
@@ -107,6 +106,9 @@ class Genotype:
                 rule = f"must be at most {max(self.shapes[name])}, the larger side of the layer"
                 _require(rank <= max(self.shapes[name]), "ranks", {name: rank}, rule)
         _require(isinstance(self.found_by, dict), "found_by", self.found_by, "must be a mapping")
+        for option in ("versions", "verdict"):
+            value = self.found_by.get(option, {})
+            _require(isinstance(value, dict), option, value, "must be a mapping")
         budget = self.found_by.get("budget_parameters")
         ok = budget is None or (type(budget) in (int, float) and 0 <= budget < 1e30)
         _require(ok, "budget_parameters", budget, "must be a number >= 0")
@@ -232,9 +234,12 @@ class Genotype:
             its device.
 
         Raises:
-            InputError: the file cannot be read, or a module or rank is not in the supernet.
+            InputError: the file cannot be read, is of another search, or a module or rank is not in
+                the supernet.
         """
         searched = _read_tensors(source) if isinstance(source, str | os.PathLike) else None
+        if searched is not None:
+            self._check_search_of(searched, os.fspath(source))
         searched = source.state_dict() if searched is None else searched
         state = {}
         for name, rank in self.ranks.items():
@@ -250,6 +255,15 @@ class Genotype:
             if key.startswith(saved) and saved:
                 state[f"{PEFT_PREFIX}{key}"] = value.detach().clone()
         return state
+
+    def _check_search_of(self, searched: dict[str, Tensor], path: str) -> None:
+        """A genotype that was derived from one search may lie beside the weights of the next."""
+        digest = self.found_by.get("supernet_digest")
+        if digest is not None and digest != weights_digest(searched):
+            raise InputError(
+                f"genotype: is of another search than the weights in {path!r}; derive it anew from "
+                "the search that is there (recipes/derive.py), or use init=scratch"
+            )
 
     def _repr_html_(self) -> str:
         from darts_lora.tables import html  # a notebook's view: not needed to hold a result
@@ -307,13 +321,8 @@ def _require(ok: bool, option: str, value: Any, rule: str) -> None:
         raise InputError(f"genotype: {option}={value!r:.100}: {rule}")
 
 
-def _is_name(name: Any) -> bool:
-    ok = isinstance(name, str) and len(name) <= MAX_NAME and name.isprintable()
-    return ok and all(name.split("."))
-
-
 def _is_shape(row: Iterable) -> bool:
-    return all(type(size) is int and 0 < size <= MAX_RANK for size in row)
+    return all(type(size) is int and 0 < size <= MAX_SIZE for size in row)
 
 
 def _is_distribution(row: Iterable) -> bool:

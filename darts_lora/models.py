@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
@@ -34,7 +34,6 @@ from darts_lora.errors import InputError, one_line
 from darts_lora.interruption import lacks_memory
 
 EMBEDDED = Path(__file__).parent / "embedded"
-SAMPLE, SAMPLES = 4096, 256  # bytes, and about how many of each file, of a model's digest
 # What a message of a missing package says -> the extra of this package that brings it.
 EXTRAS = {
     "torchvision": "vision",
@@ -66,6 +65,11 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
         options["ignore_mismatched_sizes"] = True
     loader = auto_class(model_config, config.task)
     model, info = _load(loader, config, config=model_config, **options)
+    if getattr(model, "_hf_peft_config_loaded", False):  # of the hub: no folder was looked at
+        raise InputError(
+            f"model_name_or_path={config.model_name_or_path!r}: brings an adapter, which was "
+            "loaded into the model; name the base model, or merge the adapter into it"
+        )
     if config.num_labels is not None:
         _check_head(config, [key for key, *_ in info["mismatched_keys"]])
     if classifier:
@@ -90,6 +94,39 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     return model
 
 
+def weight_samples(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Each parameter with a few of its elements as they are now: enough to tell another checkpoint,
+    and a change of all elements, without reading all of them."""
+    plain = (p for p in model.parameters() if type(p.data) is Tensor)  # torchao has its own
+    return [(p, sample_of(p)) for p in plain]
+
+
+def sample_of(weight: Tensor, most: int = 256) -> Tensor:
+    """At most about `most` elements of a tensor, evenly spaced; a copy, on the CPU."""
+    flat = weight.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // most)].to("cpu", copy=True)
+
+
+def frozen_digest(model: nn.Module) -> str:
+    """Of samples of all parameters that are not trained: names a checkpoint, whatever its path."""
+    digest = hashlib.blake2b(digest_size=8)
+    for weight, sample in weight_samples(model):
+        if not weight.requires_grad:
+            digest.update(repr((tuple(weight.shape), weight.dtype)).encode())
+            digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def weights_digest(state: dict[str, Tensor]) -> str:
+    """Names a supernet's state by its names, shapes and values."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(state.items()):
+        digest.update(repr((name, tuple(value.shape), value.dtype)).encode())
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def checkpoint_activations(model: PreTrainedModel, **options) -> None:
     """Gradient checkpointing, by the name that this release of transformers has for it.
 
@@ -110,6 +147,7 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
     options = {} if config.num_labels is None else {"num_labels": config.num_labels}
     if config.gguf_file is not None:
         options["gguf_file"] = config.gguf_file
+    _refuse_adapter(config)
     found = _load(AutoConfig, config, **options)
     if config.num_labels is not None and not is_classifier(found, config.task):
         raise InputError(
@@ -117,6 +155,17 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
             "and has no classes; use task=classification, or leave num_labels out"
         )
     return found
+
+
+def _refuse_adapter(config: ModelConfig) -> None:
+    """InputError for a folder with an adapter in it: transformers would follow it to another base
+    model, or load it into this one, without a word."""
+    if os.path.isfile(os.path.join(_source(config), "adapter_config.json")):
+        raise InputError(
+            f"model_name_or_path={config.model_name_or_path!r}: holds an adapter "
+            "(adapter_config.json), which would be loaded into the model; name the base model, or "
+            "merge the adapter into it"
+        )
 
 
 def auto_class(config: PretrainedConfig, task: str = "auto") -> type:
@@ -209,24 +258,6 @@ def _quantization(
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute or torch.float32,
     )
-
-
-def model_identity(config: ModelConfig) -> str:
-    """What tells the base model from others wherever it lies: a hub name; of a local folder a
-    digest of its configuration and of samples of its weights, in well below a second."""
-    source = _source(config)
-    if not os.path.isdir(source):
-        return source
-    digest, folder = hashlib.blake2b(digest_size=8), Path(source)
-    weights = [p for kind in ("*.safetensors", "*.gguf") for p in sorted(folder.glob(kind))]
-    for path in [p for p in (folder / "config.json", *weights) if p.is_file()]:
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size} ".encode())
-        with path.open("rb") as file:
-            for start in range(0, max(size, 1), max(size // SAMPLES, SAMPLE)):
-                file.seek(start)
-                digest.update(file.read(SAMPLE))
-    return f"a local folder of digest {digest.hexdigest()}"
 
 
 def _load(loader: type, model: ModelConfig, /, **options):

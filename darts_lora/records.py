@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from darts_lora.errors import InputError, one_line
-from darts_lora.files import write_json, write_text
+from darts_lora.files import check_lock, parse_json, write_json, write_text
 from darts_lora.relaxation import entropies
 from darts_lora.supernet import Supernet
 from darts_lora.targets import model_parts
@@ -82,6 +82,7 @@ class Metrics:
 
     def write(self, record: dict[str, Any]) -> None:
         """Add one record."""
+        check_lock(self.path)
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
@@ -109,9 +110,9 @@ def read_metrics(path: str, last_step: int | None = None) -> list[dict[str, Any]
 
 def _read_record(line: bytes, where: str) -> dict[str, Any]:
     try:
-        record = json.loads(line.decode())
+        record = parse_json(line)
         if type(record["step"]) is not int:
             raise TypeError("its step is no integer")
-    except (ValueError, RecursionError, TypeError, KeyError) as error:
+    except (InputError, TypeError, KeyError) as error:
         raise InputError(f"{where} is no record of this search ({one_line(error)})") from error
     return record

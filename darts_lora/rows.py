@@ -156,7 +156,7 @@ def _open(row: dict, column: str, image: Any) -> Image.Image:
 
 def _find(row: dict, column: str, path: str) -> str:
     """The path in a folder of the row's source; else the path as it is."""
-    folders = {os.path.dirname(file) for file in str(row.get(SOURCE, "")).split(" + ")}
+    folders = source_folders(str(row.get(SOURCE, "")))
     found = {os.path.join(folder, path) for folder in folders if folder}
     found = sorted(filter(os.path.exists, found)) or [path]
     if len(found) > 1:
@@ -167,6 +167,20 @@ def _find(row: dict, column: str, path: str) -> str:
     if os.path.exists(found[0]) and not (os.path.isfile(found[0]) or os.path.isdir(found[0])):
         raise ValueError("no regular file")  # a pipe or a device: reading it may never end
     return found[0]
+
+
+def source_folders(source: str) -> set[str]:
+    """The folders of the files that a source's name joins by " + ", which may be in their own names
+    too: what is longest and there counts."""
+    parts, folders = source.split(" + "), set()
+    while parts:
+        for end in range(len(parts), 0, -1):
+            folder = os.path.dirname(" + ".join(parts[:end]))
+            if os.path.isdir(folder):
+                break
+        folders.add(folder)
+        parts = parts[end:]
+    return folders
 
 
 def _turns(row: dict, column: str, role: str) -> list[dict]:

@@ -3,11 +3,11 @@ Not here: how it is drawn (report.py), the records that a search writes (records
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass, field
 from typing import Any
 
+from darts_lora.bounds import is_real
 from darts_lora.cli import CONFIG_NAME, load_config
 from darts_lora.errors import InputError, one_line
 from darts_lora.files import read_json
@@ -130,7 +130,7 @@ def _layers(about: Any) -> Genotype:
 
 def _is_number(value: Any) -> bool:
     """None stands for one that was not finite."""
-    return value is None or (type(value) in (int, float) and math.isfinite(value))
+    return value is None or is_real(value)
 
 
 def _is_record(record: Any, layers: int) -> bool:

@@ -4,12 +4,11 @@ Not here: which split a row goes to (data.py), what it means (rows.py)."""
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
-from functools import cache
-from glob import glob
+from glob import escape, glob
 from typing import Any, NamedTuple
 
+import pyarrow.parquet as pq
 from datasets import (
     Dataset,
     DatasetBuilder,
@@ -24,6 +23,7 @@ from datasets import (
 from darts_lora.config import DataConfig
 from darts_lora.errors import InputError
 from darts_lora.models import EMBEDDED
+from darts_lora.rawdata import check_nesting, check_text
 from darts_lora.rows import IMAGE_COLUMNS, ROW, SOURCE
 
 Rows = Dataset | IterableDataset
@@ -43,7 +43,7 @@ def load_source(config: DataConfig) -> Source:
         InputError: it cannot be loaded, a file is missing or empty, or the embedded data are given
             files.
     """
-    name, files, options = config.dataset, config.data_files, {}
+    name, files = config.dataset, config.data_files
     if name == "embedded":
         for option in ("data_files", "dataset_config"):
             if getattr(config, option) is not None:
@@ -51,20 +51,22 @@ def load_source(config: DataConfig) -> Source:
                     f"{option}={getattr(config, option)!r}: dataset='embedded' has its own; name "
                     "what it is of by dataset (json, csv, parquet, a hub name or a folder)"
                 )
-        files = {split: str(EMBEDDED / "data" / f"{split}.parquet") for split in ("train", "test")}
-        name, options["cache_dir"] = "parquet", _temporary_cache()
+        return _embedded(config.streaming)
     if "/" not in name and not os.path.isdir(name):  # a loader; else files are relative to name
-        _check_files(files)
+        files = _checked_files(files)
     found = {}
     try:
         if any(os.path.isfile(os.path.join(name, f)) for f in ("dataset_dict.json", "state.json")):
             source = load_from_disk(name)  # what save_to_disk wrote
             return Source(source if isinstance(source, dict) else {"train": source}, found)
-        builder = load_dataset_builder(name, config.dataset_config, data_files=files, **options)
+        builder = load_dataset_builder(name, config.dataset_config, data_files=files)
         if config.data_files is not None or os.path.isdir(name):
             data_files = builder.config.data_files or {}
             found = {str(split): list(map(str, data_files[split])) for split in data_files}
+            check_nesting(file for files in found.values() for file in files)
         return Source(_read(builder, config.streaming), found)
+    except InputError:
+        raise
     except Exception as error:  # datasets raises any kind here: files, formats, network, scripts
         raise InputError(_what_failed(error, config, found)) from error
 
@@ -92,28 +94,35 @@ def _what_failed(error: Exception, config: DataConfig, found: dict[str, list[str
     return f"{where}: cannot be loaded ({reason})"
 
 
-@cache
-def _temporary_cache() -> str:
-    """The embedded data's cache: gone with the process, nothing in the home folder."""
-    folder = tempfile.TemporaryDirectory(prefix="darts_lora-")
-    _temporary_cache.folder = folder  # its finalizer removes it
-    return folder.name
+def _embedded(streaming: bool) -> Source:
+    """The embedded data, read into memory: a cache on the disk would stay where a run is killed."""
+    splits = {}
+    for split in ("train", "test"):
+        rows = Dataset(pq.read_table(EMBEDDED / "data" / f"{split}.parquet"))
+        splits[split] = rows.to_iterable_dataset() if streaming else rows
+    return Source(splits, {})
 
 
-def _check_files(files: Any) -> None:
-    """InputError for a local path or pattern that matches no file, or an empty file."""
+def _checked_files(files: Any) -> Any:
+    """The paths and patterns; a path that is there, whatever its characters, as a pattern of it.
+
+    Raises:
+        InputError: a local path or pattern that matches no file, or an empty file.
+    """
     if isinstance(files, dict):
-        files = list(files.values())
+        return {split: _checked_files(own) for split, own in files.items()}
     if isinstance(files, list):
-        for file in files:
-            _check_files(file)
-    elif files is not None and "://" not in files:
-        found = glob(files, recursive=True)
-        if not found:
-            raise InputError(f"data_files: no such file: {files!r}")
-        empty = [file for file in found if _has_nothing(file)]
-        if empty:
-            raise InputError(f"data_files: {empty[0]!r}: the file is empty")
+        return [_checked_files(file) for file in files]
+    if files is None or "://" in files:
+        return files
+    literal = os.path.exists(files)
+    found = [files] if literal else glob(files, recursive=True)
+    if not found:
+        raise InputError(f"data_files: no such file: {files!r}")
+    empty = [file for file in found if _has_nothing(file)]
+    if empty:
+        raise InputError(f"data_files: {empty[0]!r}: the file is empty")
+    return escape(files) if literal else files
 
 
 def _has_nothing(file: str) -> bool:
@@ -143,6 +152,7 @@ def source_split(source: Source, config: DataConfig, option: str) -> Rows:
         raise InputError(f"{where}: has no sample in it")
     if config.streaming:
         return split
+    check_text(split.data.table, where)
     split = split.remove_columns([c for c in (ROW, SOURCE) if c in split.column_names])
     split = split.add_column(ROW, list(range(len(split))))
     return split.add_column(SOURCE, [where] * len(split))

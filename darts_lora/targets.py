@@ -14,6 +14,7 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 from transformers import PreTrainedModel
 
+from darts_lora.bounds import check_names
 from darts_lora.errors import InputError
 from darts_lora.mixed_linear import linear_shape
 
@@ -33,7 +34,8 @@ def match_modules(
     several: "vision", "connector+language".
 
     Raises:
-        InputError: nothing matches; the message names the nearest module names.
+        InputError: nothing matches (the message names the nearest module names), or a name that no
+            genotype can hold.
     """
     parts = target_modules.split("+") if isinstance(target_modules, str) else [""]
     named_parts = set(parts) <= set(PARTS)
@@ -51,6 +53,7 @@ def match_modules(
         matched = [name for name in matched if part_of[name] in parts]
     if not matched:
         _raise_no_match(model, names, target_modules, exclude_modules)
+    check_names("target_modules", matched)
     return matched
 
 
@@ -125,6 +128,7 @@ def match_saved_modules(model: nn.Module, modules_to_save: list[str] | None) -> 
     keys = [*(modules_to_save or ()), *(SEQ_CLS_HEAD_NAMES if task_type(model) else ())]
     fresh = _fresh(model)
     matched = [name for name in names if name.endswith(tuple(keys)) or name in fresh]
+    check_names("modules_to_save", matched)
     return [name for name in matched if not any(_is_inside(name, outer) for outer in matched)]
 
 

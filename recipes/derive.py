@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from darts_lora import Genotype, InputError, discretize
+from darts_lora.bounds import check_bounds
 from darts_lora.cli import run
 from darts_lora.tables import show
 
@@ -27,6 +28,9 @@ class DeriveRun:
     """Budget: trainable parameters (count); default of both: the budget of the search."""
     output: str | None = None
     """File for the new genotype; default: genotype_<choice>.json in search_dir."""
+
+    def __post_init__(self):
+        check_bounds(self, above={"budget_rank": 0.0, "budget_parameters": 0})
 
 
 def main(options: DeriveRun) -> None:

@@ -16,8 +16,8 @@ from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
 from darts_lora.data import load_splits, make_collator, search_dataloaders, split_record
 from darts_lora.files import check_writable, locked, write_json
 from darts_lora.launch import check_launch
-from darts_lora.models import load_model, model_identity
-from darts_lora.resume import check_start, placeless
+from darts_lora.models import load_model
+from darts_lora.resume import check_start, placeless, remove_search
 from darts_lora.tables import show, show_batch, show_supernet
 from darts_lora.verdict import verdict_text
 
@@ -90,6 +90,8 @@ def _search(
     if options.resume:
         rank_search.resume()
     if accelerator.is_main_process:
+        if not options.resume:
+            remove_search(options.output_dir)
         save_config(options.output_dir, search, model, data, training)
         write_json(os.path.join(options.output_dir, "split.json"), rows)
     _describe(accelerator, supernet, splits, supervised)
@@ -109,7 +111,8 @@ def _course(
     # a longer row than max_length is an error, no shorter batch
     free = ("gradient_checkpointing", "trust_remote_code", "max_test_samples", "max_length")
     options = {n: v for n, v in {**asdict(model), **asdict(data)}.items() if n not in free}
-    options["model_name_or_path"] = model_identity(model)
+    # the weights are compared as they were loaded
+    options["model_name_or_path"] = placeless(model.model_name_or_path)
     if not data.streaming:  # else nothing tells the rows but where they are
         options |= {name: placeless(options[name]) for name in ("dataset", "data_files")}
     if data.streaming:  # workers share a stream's files: their number decides the order

@@ -221,6 +221,22 @@ def test_missing_files_are_named(source):
             load_splits(DataConfig("json", files))
 
 
+@pytest.mark.parametrize("name", ["rows[1].jsonl", "a*b.jsonl", "what?.jsonl", "a + b.jsonl"])
+def test_a_file_that_is_there_is_no_pattern(source, tmp_path, name):
+    path = str(shutil.copy(source, tmp_path / name))
+    for files in (path, [path], {"train": [path]}):
+        assert len(load_splits(DataConfig("json", files))["train"]) == 28
+    shutil.copy(source, tmp_path / "other.jsonl")
+    both = DataConfig("json", {"train": str(tmp_path / "[or]*.jsonl")})
+    assert len(load_splits(replace(both, split_by="row"))["train"]) >= 56, "patterns stay patterns"
+
+
+def test_the_embedded_data_leave_nothing_in_the_temporary_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert load_splits(DataConfig())["train"].num_rows > 5000
+    assert not list(tmp_path.iterdir())
+
+
 def test_missing_columns_are_named_with_those_found(tmp_path):
     path = write(tmp_path / "rows.jsonl", [{"question": "q", "completion": "a"}] * 4)
     rows = load_splits(DataConfig("json", path))["train"]

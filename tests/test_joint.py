@@ -16,7 +16,7 @@ from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
 from darts_lora.data import load_splits, make_collator
 from darts_lora.joint import JointStep, halves_loss, join
 from darts_lora.models import load_model
-from darts_lora.search import model_loss
+from darts_lora.tokens import model_loss
 from darts_lora.weights import WeightStep
 from small_models import randomise, residual
 

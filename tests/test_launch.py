@@ -1,4 +1,5 @@
-"""Ways to launch that are refused; the order of rows under a caller's own accelerator.
+"""Ways to launch that are refused; accelerate's environment variables: none changes what a search
+computes, bad ones are one line; the order of rows under a caller's own accelerator.
 Not here: searches under the ways that work (test_processes.py)."""
 
 from types import SimpleNamespace
@@ -8,11 +9,19 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration, DistributedType
+from test_search import make
 from torch.utils.data import DataLoader, RandomSampler, WeightedRandomSampler
 
 from darts_lora import InputError
 from darts_lora.finetune import FinetuneConfig, finetune
-from darts_lora.launch import check_distribution, check_launch, check_replays, prepare_loaders
+from darts_lora.launch import (
+    check_accumulation,
+    check_distribution,
+    check_launch,
+    check_replays,
+    explained,
+    prepare_loaders,
+)
 
 REFUSED = {
     "FSDP, version 1": ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "fsdp_version=1"),
@@ -51,6 +60,48 @@ def test_an_accelerator_of_such_a_kind_is_refused(kind):
             check_distribution(accelerator)
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def variables(monkeypatch):
+    """Set variables for an accelerator that is made anew."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield lambda **values: [monkeypatch.setenv(*pair) for pair in values.items()]
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_accumulation_by_a_variable_divides_no_loss(variables):
+    plain = make()
+    plain.run()
+    variables(ACCELERATE_GRADIENT_ACCUMULATION_STEPS="7")
+    search = make()
+    search.run()
+    assert torch.equal(search.supernet.alpha, plain.supernet.alpha)
+    weights = zip(
+        search.supernet.weight_parameters(), plain.supernet.weight_parameters(), strict=True
+    )
+    assert all(torch.equal(*pair) for pair in weights)
+
+
+def test_an_accelerator_that_divides_losses_is_refused():
+    check_accumulation(Accelerator())
+    with pytest.raises(InputError, match=r"gradient_accumulation_steps=3 of the accelerator"):
+        check_accumulation(Accelerator(gradient_accumulation_steps=3))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ACCELERATE_DYNAMO_BACKEND", "no such"),
+        ("ACCELERATE_USE_CPU", "perhaps"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "many"),
+    ],
+)
+def test_a_bad_variable_is_one_line(variables, name, value):
+    variables(**{name: value})
+    told = r"^accelerate cannot start \(.*ACCELERATE_\*"
+    with pytest.raises(InputError, match=told), explained():
+        Accelerator()
 
 
 def order(loader, epoch):

@@ -38,7 +38,8 @@ from darts_lora.models import (
     load_model,
     load_model_config,
     load_processor,
-    model_identity,
+    sample_of,
+    weight_samples,
 )
 from small_models import vision_model, vision_processor
 
@@ -381,14 +382,19 @@ def test_a_damaged_configuration(text_model, tmp_path, content):
         load_model(ModelConfig(str(tmp_path)))
 
 
-def test_a_model_is_told_from_others_wherever_it_lies(tmp_path):
-    folder = make_family(TEXT_FAMILIES["llama"], str(tmp_path / "one"))
-    shutil.copytree(folder, tmp_path / "two")
-    same, moved = (model_identity(ModelConfig(str(p))) for p in (folder, tmp_path / "two"))
-    assert same == moved
-    weights = tmp_path / "two" / "model.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-1] ^= 1
-    weights.write_bytes(data)
-    assert model_identity(ModelConfig(str(tmp_path / "two"))) != same
-    assert model_identity(ModelConfig("user/model")) == "user/model"
+def test_a_folder_of_a_model_that_holds_an_adapter_too_is_refused(vision_folder, tmp_path):
+    """transformers would load the adapter into the model, or follow it to another base model."""
+    folder = shutil.copytree(vision_folder, tmp_path / "both")
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere"}')
+    for load in (load_model_config, load_model):
+        with pytest.raises(InputError, match=r"both': holds an adapter \(adapter_config\.json\)"):
+            load(ModelConfig(str(folder)))
+
+
+def test_a_few_elements_tell_another_checkpoint_and_stay_as_they_were():
+    model = torch.nn.Linear(1000, 3)
+    ((weight, sample), (_, bias)) = weight_samples(model)
+    assert weight is model.weight and 256 <= len(sample) < 512 and len(bias) == 3
+    with torch.no_grad():
+        model.weight += 1
+    assert not torch.equal(sample, sample_of(weight))

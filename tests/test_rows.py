@@ -558,3 +558,14 @@ def test_what_a_row_says_is_the_same_in_each_process():
     assert first == row_text(rows[1]) and '"content": "a"' in first
     pair = {"text": "a", "text_pair": "b", "label": 0}
     assert len({row_text(pair | other) for other in ({}, {"text_pair": "c"}, {"label": 1})}) == 3
+
+
+@pytest.mark.parametrize("name", ["a + b", "a + ", "+", " + "])
+def test_images_are_found_where_a_folders_name_has_a_plus(tmp_path, name):
+    folder, other = tmp_path / name, tmp_path / "other"
+    for place in (folder, other):
+        place.mkdir()
+    PILImage.new("RGB", (4, 4), "red").save(folder / "red.png")
+    for files in ([folder / "rows.jsonl"], [other / "x.jsonl", folder / "y + z.jsonl"]):
+        row = {ROW: 0, SOURCE: " + ".join(map(str, files)), "image": "red.png"}
+        assert row_images(row)[0].size == (4, 4)

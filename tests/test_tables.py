@@ -4,10 +4,11 @@ Not here: the views in TensorBoard (test_tensorboard.py)."""
 import io
 import re
 
+import torch
 from rich.console import Console
 
 from darts_lora import Genotype
-from darts_lora.tables import by_part, rank_tables, show
+from darts_lora.tables import by_part, rank_tables, show, show_batch
 
 RANKS = {
     "vision.layers.0.mlp.fc1": 16,
@@ -38,6 +39,30 @@ def test_names_are_taken_apart_at_their_first_number():
         },
         "b": {"-": {0: "b"}},
     }
+
+
+def test_a_terminal_without_blocks_shows_plain_characters():
+    console = Console(file=io.TextIOWrapper(io.BytesIO(), encoding="ascii"), width=100)
+    show(Genotype(RANKS, shapes=SHAPES), console)
+    console.file.flush()
+    assert b"16  0" in console.file.buffer.getvalue() and b"8." in console.file.buffer.getvalue()
+
+
+def test_the_text_of_a_row_sends_no_commands_to_the_terminal():
+    """Colours, a cleared screen, a title, lines that a return hides; line ends stay."""
+
+    class Tokenizer:
+        def decode(self, tokens):
+            return "a\x1b[2J\x1b]0;t\x07b\rc\nd\u202e" if tokens else ""
+
+    console = Console(file=io.StringIO(), width=100)
+    ones = torch.ones(1, 2, dtype=torch.long)
+    show_batch(
+        {name: ones for name in ("input_ids", "labels", "attention_mask")}, Tokenizer(), console
+    )
+    shown = console.file.getvalue()
+    assert shown.count("a\\x1b[2J\\x1b]0;t\\x07b\\rc\nd\\u202e") == 2
+    assert not set("\x1b\x07\r\u202e") & set(shown)
 
 
 def test_each_layer_has_its_place_in_the_table_of_its_part():

@@ -308,3 +308,13 @@ def test_a_head_tied_to_the_embedding_is_refused_and_one_of_its_own_is_not():
     with pytest.raises(InputError, match=r"lm_head shares a weight with model\.embed_tokens"):
         Supernet(tied(True), config)
     assert "lm_head" in Supernet(tied(False), config).layers
+
+
+@pytest.mark.parametrize("name", ["zh\u00a0tw", "a\u200bb", "x" * 1001])
+def test_a_name_that_no_genotype_can_hold_is_refused_at_the_start(name):
+    model = nn.ModuleDict({name: nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+    with pytest.raises(InputError, match=r"target_modules='.*must match dotted module names"):
+        match_modules(model, "all-linear")
+    assert match_modules(model, ["b"]) == ["b"]
+    with pytest.raises(InputError, match=r"modules_to_save='"):
+        match_saved_modules(model, [name])
