@@ -11,10 +11,12 @@ from itertools import islice
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
+from darts_lora.checks import usable_rows
 from darts_lora.collator import Collator
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
 from darts_lora.errors import InputError
@@ -26,8 +28,9 @@ from darts_lora.models import (
     load_model_config,
     load_processor,
 )
-from darts_lora.rows import ROW, first_rows, row_prompt, row_text
-from darts_lora.sources import Rows, is_empty, load_source, source_split
+from darts_lora.places import ROW
+from darts_lora.rows import first_rows, row_prompt, row_text
+from darts_lora.sources import Rows, Source, is_empty, load_source, source_split
 
 SHUFFLE_BUFFER = 1000  # rows of a stream that are shuffled among each other
 
@@ -40,19 +43,52 @@ def make_collator(model: ModelConfig, data: DataConfig) -> Collator | LabelColla
         InputError: the model's configuration or processor cannot be loaded.
     """
     model_config, processor = load_model_config(model), load_processor(model)
-    context = context_length(model_config)
+    context, truncate = context_length(model_config), data.on_long_row == "truncate"
     if is_classifier(model_config, model.task):
         # RoBERTa has two positions more than it takes tokens: its tokenizer knows.
         known = getattr(processor, "model_max_length", context)
         context = known if context is None else min(context, known)
-        return LabelCollator(
-            processor, data.max_length, model_config.label2id, context, data.pad_to_multiple_of
-        )
-    return Collator(processor, data.max_length, data.pad_to_multiple_of, context)
+        labels, multiple = model_config.label2id, data.pad_to_multiple_of
+        return LabelCollator(processor, data.max_length, labels, context, multiple, truncate)
+    return Collator(
+        processor,
+        data.max_length,
+        data.pad_to_multiple_of,
+        context,
+        truncate,
+        data.max_image_pixels,
+    )
+
+
+def checked_rows(
+    rows: Rows, collator: Collator | LabelCollator, config: DataConfig, reads: int = 0
+) -> tuple[Rows, float | None]:
+    """Rows that batches can be made of (skip leaves the others out), and the share of their tokens
+    that is learnt, None of labels.
+
+    Args:
+        reads: rows that the run reads; that many are checked, 10,000 at least.
+
+    Raises:
+        InputError: a bad row; no row is left.
+    """
+    bad = config.on_bad_row == "skip"
+    long = bad if config.on_long_row is None else config.on_long_row == "skip"
+    if bad or long:
+        rows = usable_rows(rows, collator, bad=bad, long=long)
+    return rows, collator.check(rows, max(10_000, reads))
+
+
+def rows_read(training: TrainingConfig) -> int:
+    """Rows that a run reads, on all processes together."""
+    batch = training.batch_size * PartialState().num_processes
+    return training.max_steps * training.gradient_accumulation_steps * batch
 
 
 def load_splits(
-    config: DataConfig, names: Sequence[str] = ("train", "validation")
+    config: DataConfig,
+    names: Sequence[str] = ("train", "validation"),
+    source: Source | None = None,
 ) -> dict[str, Rows]:
     """The data sets of these names, out of train, validation and test; disjoint, always the same.
 
@@ -61,10 +97,13 @@ def load_splits(
     `row_source` hold each row's number in its source split, and what that is. Images stay encoded.
     In a stream each row's prompt, or number, and split_seed decide.
 
+    Args:
+        source: of load_source(config), where it is loaded already.
+
     Raises:
         InputError: data that cannot be loaded, a missing split, a split with no rows.
     """
-    source = load_source(config)
+    source = source or load_source(config)
     own_test = config.test_split is not None
     splits = {}
     if "test" in names and own_test:
@@ -76,6 +115,19 @@ def load_splits(
     if "test" in splits:
         splits["test"] = _at_most(splits["test"], config.max_test_samples, config)
     return {name: splits[name] for name in names}
+
+
+def test_plan(source: Source, config: DataConfig) -> str:
+    """One line for the screen: which rows will test what comes out, if there are any."""
+    if config.test_split is None:
+        return f"test: {config.test_fraction:.0%} of the rows are held back for evaluate.py"
+    if config.test_split in source.splits:
+        return f"test: evaluate.py takes the split {config.test_split!r}"
+    return (
+        f"test: nothing for evaluate.py to test on, the data set has no split "
+        f"{config.test_split!r} (only {', '.join(source.splits)}); --test_split null holds "
+        f"{config.test_fraction:.0%} of the rows back from the search on"
+    )
 
 
 def training_rows(config: DataConfig, seed: int = 0) -> Rows:

@@ -11,6 +11,7 @@ from glob import glob
 from typing import Any, NamedTuple
 
 from datasets import (
+    ClassLabel,
     Dataset,
     DatasetBuilder,
     Features,
@@ -24,7 +25,7 @@ from datasets import (
 from darts_lora.config import DataConfig
 from darts_lora.errors import InputError
 from darts_lora.models import EMBEDDED
-from darts_lora.rows import IMAGE_COLUMNS, ROW, SOURCE
+from darts_lora.places import ADDED, LABEL, ROW, SOURCE
 
 Rows = Dataset | IterableDataset
 
@@ -137,15 +138,25 @@ def source_split(source: Source, config: DataConfig, option: str) -> Rows:
         raise InputError(f"{option}={name!r}: {has}{hint}")
     split = _keep_encoded(source.splits[name])
     where = _source_name(config, name, source.files.get(name, []))
+    label = (split.features or {}).get("label")
+    label = label if isinstance(label, ClassLabel) else None
     if config.streaming:
-        split = IterableDataset.from_generator(_NumberedStream(split, where))
+        split = IterableDataset.from_generator(_NumberedStream(split, where, label))
     if is_empty(split):
         raise InputError(f"{where}: has no sample in it")
     if config.streaming:
         return split
-    split = split.remove_columns([c for c in (ROW, SOURCE) if c in split.column_names])
+    split = split.remove_columns([c for c in ADDED if c in split.column_names])
     split = split.add_column(ROW, list(range(len(split))))
-    return split.add_column(SOURCE, [where] * len(split))
+    split = split.add_column(SOURCE, [where] * len(split))
+    if label is not None:
+        split = split.add_column(LABEL, [_label_name(label, n) for n in split["label"]])
+    return split
+
+
+def _label_name(label: ClassLabel, number: int | None) -> str | None:
+    """What the data call a class; -1 stands for none."""
+    return label.int2str(number) if number is not None and number >= 0 else None
 
 
 class _NumberedStream:
@@ -155,14 +166,16 @@ class _NumberedStream:
     workers, and count anew; a row's number decides its split, so the splits would overlap.
     """
 
-    def __init__(self, rows: Rows, where: str):
-        self.rows, self.where = rows, where
+    def __init__(self, rows: Rows, where: str, label: ClassLabel | None):
+        self.rows, self.where, self.label = rows, where, label
 
     def __call__(self) -> Iterator[dict]:
         read = 0
         try:
             for batch in self.rows.iter(batch_size=1):  # iter(self.rows) would heed the worker
                 row = {column: values[0] for column, values in batch.items()}
+                if self.label is not None:
+                    row[LABEL] = _label_name(self.label, row["label"])
                 yield {**row, ROW: read, SOURCE: self.where}
                 read += 1
         except Exception as error:  # any kind, as when a data set is loaded
@@ -197,15 +210,11 @@ def _named(files: list[str]) -> str:
 
 
 def _keep_encoded(split: Rows) -> Rows:
-    """Images as {"bytes", "path"}: whoever needs one opens it, and says which does not open."""
+    """Images as {"bytes", "path"}, inside messages too: whoever needs one opens it, and says which
+    does not open."""
     features = dict(split.features or {})
-    encoded = {}
-    for column in IMAGE_COLUMNS:
-        feature = features.get(column)
-        if isinstance(feature, Image):
-            encoded[column] = Image(decode=False)
-        elif isinstance(feature, List) and isinstance(feature.feature, Image):
-            encoded[column] = List(Image(decode=False))
+    encoded = {column: _encoded(feature) for column, feature in features.items()}
+    encoded = {column: f for column, f in encoded.items() if f != features[column]}
     if isinstance(split, IterableDataset):
         for column, feature in encoded.items():
             split = split.cast_column(column, feature)
@@ -214,3 +223,13 @@ def _keep_encoded(split: Rows) -> Rows:
         info.features = Features({**features, **encoded})
         split = Dataset(split.data, info, split.split)
     return split
+
+
+def _encoded(feature: Any) -> Any:
+    if isinstance(feature, Image):
+        return Image(decode=False)
+    if isinstance(feature, List):
+        return List(_encoded(feature.feature))
+    if isinstance(feature, dict):
+        return {name: _encoded(inner) for name, inner in feature.items()}
+    return feature

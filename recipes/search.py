@@ -13,10 +13,19 @@ from transformers import set_seed
 from darts_lora import RankSearch, SearchConfig, Supernet
 from darts_lora.cli import is_main_process, rights, run, save_config
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
-from darts_lora.data import load_splits, make_collator, search_dataloaders, split_record
+from darts_lora.data import (
+    checked_rows,
+    load_splits,
+    make_collator,
+    rows_read,
+    search_dataloaders,
+    split_record,
+    test_plan,
+)
 from darts_lora.files import check_writable, locked, write_json
 from darts_lora.models import load_model
 from darts_lora.resume import check_start
+from darts_lora.sources import load_source
 from darts_lora.tables import show, show_batch, show_supernet
 from darts_lora.verdict import verdict_text
 
@@ -65,10 +74,14 @@ def _search(
     training: TrainingConfig,
 ) -> None:
     collator = make_collator(model, data)
-    splits = load_splits(data)
-    supervised = {name: collator.check(split) for name, split in splits.items()}
+    source = load_source(data)
+    splits, supervised, reads = load_splits(data, source=source), {}, rows_read(training)
+    for name, split in splits.items():
+        splits[name], supervised[name] = checked_rows(split, collator, data, reads)
     set_seed(search.seed)  # a classification head may be new
-    supernet = Supernet(load_model(model), search)
+    base = load_model(model)
+    collator.limits.of_model(base)
+    supernet = Supernet(base, search)
     loaders = search_dataloaders(splits, collator, training, search.seed)
     if options.dry_run:
         if is_main_process():
@@ -91,6 +104,7 @@ def _search(
         save_config(options.output_dir, search, model, data, training)
         write_json(os.path.join(options.output_dir, "split.json"), rows)
     _describe(accelerator, supernet, splits, supervised)
+    accelerator.print(test_plan(source, data))
     genotype = rank_search.run()
     if accelerator.is_main_process:
         show(genotype)
@@ -104,8 +118,9 @@ def _course(
     model: ModelConfig, data: DataConfig, rows: dict[str, Any], training: TrainingConfig
 ) -> dict[str, Any]:
     """What a resumed search must share of model and data, and a name of the split into rows."""
-    # a longer row than max_length is an error, no shorter batch
-    free = ("gradient_checkpointing", "trust_remote_code", "max_test_samples", "max_length")
+    free = ("gradient_checkpointing", "trust_remote_code", "max_test_samples", "max_image_pixels")
+    if data.on_long_row != "truncate":  # a longer row is an error, or left out: no shorter batch
+        free += ("max_length",)
     options = {n: v for n, v in {**asdict(model), **asdict(data)}.items() if n not in free}
     if data.streaming:  # workers share a stream's files: their number decides the order
         options["num_workers"] = training.num_workers

@@ -28,7 +28,8 @@ from darts_lora.data import (
 )
 from darts_lora.errors import InputError
 from darts_lora.models import load_processor
-from darts_lora.rows import ROW, SOURCE, row_images, row_prompt
+from darts_lora.places import ROW, SOURCE
+from darts_lora.rows import row_images, row_prompt
 from darts_lora.stream import BatchStream
 from small_models import residual
 
@@ -226,7 +227,9 @@ def test_missing_columns_are_named_with_those_found(tmp_path):
     rows = load_splits(DataConfig("json", path))["train"]
     with pytest.raises(InputError) as error:
         Collator(load_processor(ModelConfig())).check(rows)
-    assert f"{path}, row {rows[0][ROW]}: needs the columns messages, or prompt" in str(error.value)
+    first = rows[0][ROW]
+    assert str(error.value).startswith("3 of 3 rows cannot be used:\n")
+    assert f"{path}:{first + 1}, row {first}: needs the columns messages, or" in str(error.value)
     assert "found: question, completion" in str(error.value)
 
 

@@ -6,7 +6,7 @@ import torch
 
 from darts_lora.errors import InputError
 from darts_lora.label_collator import LabelCollator
-from darts_lora.rows import ROW
+from darts_lora.places import ROW
 from small_models import make_tokenizer
 
 LABELS = {"no": 0, "maybe": 1, "yes": 2}
@@ -63,6 +63,6 @@ def test_labels_that_the_model_does_not_have(label, text):
     rows = [{"text": "a", "label": 0, ROW: 3}, {"text": "a", "label": label, ROW: 4}]
     for read in (collator, collator.check):
         with pytest.raises(
-            InputError, match=rf"^row 4, column 'label': {text}.*\(no, maybe, yes\)"
+            InputError, match=rf"^row 4, column 'label': {text}.*\(0: no, 1: maybe, 2: yes\)"
         ):
             read(rows)
