@@ -92,10 +92,10 @@ def check_rows(rows: Iterable[dict], check: Callable[[dict], T]) -> list[T]:
             good.append(check(row))
         except InputError as error:
             bad.append(error)
-    if len(bad) > 1:
-        raise InputError(_listed(bad, len(good) + len(bad))) from bad[0]
-    if bad:
+    if len(bad) == 1:
         raise bad[0]
+    if bad:
+        raise InputError(_listed(bad, len(good) + len(bad))) from bad[0]
     return good
 
 
@@ -150,7 +150,11 @@ class _Usable:
 
 
 def _listed(errors: Sequence[InputError], count: int, what: str = "cannot be used") -> str:
-    """How many rows of `count` are bad, and the first ones, each in a line."""
+    """How many rows of `count` are bad, and the first ones, each in a line; where all rows have the
+    same fault, the first alone."""
+    faults = {str(error).partition(": ")[2] for error in errors}
+    if len(errors) == count and len(faults) == 1:
+        return f"{errors[0]}; so it is in all {count:,} rows"
     first = "".join(f"\n  {error}" for error in errors[:TOLD])
     more = f"\n  and {len(errors) - TOLD:,} more" if len(errors) > TOLD else ""
     return f"{len(errors):,} of {count:,} rows {what}:{first}{more}"

@@ -50,6 +50,7 @@ class Collator:
         context: longest sequence that the model takes, if it says.
         truncate: cut longer sequences of a training batch at their end, instead of an error.
         max_image_pixels: largest image, width times height.
+        refuse_labels: whether a text with a label is an error: nobody said which is to be learnt.
 
     Attributes:
         limits: what a row may be at most; `limits.of_model(model)` adds the model's vocabulary.
@@ -67,6 +68,7 @@ class Collator:
         context: int | None = None,
         truncate: bool = False,
         max_image_pixels: int = MAX_IMAGE_PIXELS,
+        refuse_labels: bool = False,
     ):
         if "labels" in getattr(processor, "model_input_names", ()):
             raise InputError(
@@ -79,6 +81,7 @@ class Collator:
         self.template = ChatTemplate(processor)
         self.limits = Limits(self.tokenizer, max_length, context)
         self.truncate, self.max_image_pixels = truncate, max_image_pixels
+        self.refuse_labels = refuse_labels
         if truncate:
             self.tokenizer.truncation_side = "right"
 
@@ -156,6 +159,11 @@ class Collator:
     def _read(self, row: dict) -> _Chat:
         """The row's messages as the chat template wants them: processors take lists of parts."""
         messages = [{"role": m["role"], "content": m["content"]} for m in row_messages(row)]
+        if self.refuse_labels and row_layout(row) == ("text",) and row.get("label") is not None:
+            raise InputError(
+                f"{row_name(row, 'label')}: the checkpoint has no head for labels; give "
+                "task=classification to learn them, or task=generation to learn the text"
+            )
         if self.multimodal:
             mark = self.template.image_token
             return _Chat(row, *placed_images(row, messages, mark, self.max_image_pixels))

@@ -57,6 +57,7 @@ def make_collator(model: ModelConfig, data: DataConfig) -> Collator | LabelColla
         context,
         truncate,
         data.max_image_pixels,
+        refuse_labels=model.task == "auto",
     )
 
 

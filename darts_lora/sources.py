@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from functools import cache
-from glob import glob
+from glob import escape, glob
 from typing import Any, NamedTuple
 
 from datasets import (
@@ -21,6 +21,8 @@ from datasets import (
     load_dataset_builder,
     load_from_disk,
 )
+from datasets.data_files import get_data_patterns
+from datasets.packaged_modules.csv.csv import CsvConfig
 
 from darts_lora.config import DataConfig
 from darts_lora.errors import InputError
@@ -28,6 +30,10 @@ from darts_lora.models import EMBEDDED
 from darts_lora.places import ADDED, LABEL, ROW, SOURCE
 
 Rows = Dataset | IterableDataset
+# Endings of a file that is named as the data set -> its loader
+LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+# Columns of a table that stay as written: pandas takes answers like 42 or None for something else.
+_TEXTS = ("prompt", "completion", "text", "text_pair", "label")
 
 
 class Source(NamedTuple):
@@ -54,6 +60,8 @@ def load_source(config: DataConfig) -> Source:
                 )
         files = {split: str(EMBEDDED / "data" / f"{split}.parquet") for split in ("train", "test")}
         name, options["cache_dir"] = "parquet", _temporary_cache()
+    elif os.path.isfile(name):
+        name, files = _loader(config), name
     if "/" not in name and not os.path.isdir(name):  # a loader; else files are relative to name
         _check_files(files)
     found = {}
@@ -61,13 +69,59 @@ def load_source(config: DataConfig) -> Source:
         if any(os.path.isfile(os.path.join(name, f)) for f in ("dataset_dict.json", "state.json")):
             source = load_from_disk(name)  # what save_to_disk wrote
             return Source(source if isinstance(source, dict) else {"train": source}, found)
-        builder = load_dataset_builder(name, config.dataset_config, data_files=files, **options)
-        if config.data_files is not None or os.path.isdir(name):
+        builder = _builder(name, config.dataset_config, _patterns(name, files), **options)
+        if files is not None or os.path.isdir(name):
             data_files = builder.config.data_files or {}
             found = {str(split): list(map(str, data_files[split])) for split in data_files}
         return Source(_read(builder, config.streaming), found)
     except Exception as error:  # datasets raises any kind here: files, formats, network, scripts
         raise InputError(_what_failed(error, config, found)) from error
+
+
+def _builder(name: str, config_name: str | None, files: Any, **options) -> DatasetBuilder:
+    builder = load_dataset_builder(name, config_name, data_files=files, **options)
+    if isinstance(builder.config, CsvConfig):
+        options |= {"converters": dict.fromkeys(_TEXTS, _text), "keep_default_na": False}
+        builder = load_dataset_builder(name, config_name, data_files=files, **options)
+    return builder
+
+
+def _loader(config: DataConfig) -> str:
+    """The loader of a single file that is named in place of a data set, by its ending."""
+    ending = os.path.splitext(config.dataset)[1].lower()
+    if config.data_files is not None:
+        raise InputError(
+            f"dataset={config.dataset!r}, data_files={config.data_files!r}: give a file once, by "
+            "data_files with dataset=json, csv or parquet, or by dataset alone"
+        )
+    if ending not in LOADERS:
+        raise InputError(
+            f"dataset={config.dataset!r}: a file must end in {', '.join(LOADERS)}; or give the "
+            "loader as dataset and the file as data_files"
+        )
+    return LOADERS[ending]
+
+
+def _patterns(name: str, files: Any) -> Any:
+    """The files as patterns, as which datasets takes them: those that exist stand for themselves,
+    whatever brackets are in their names."""
+    if isinstance(files, dict):
+        return {split: _patterns(name, several) for split, several in files.items()}
+    if isinstance(files, list | tuple):
+        return [_patterns(name, file) for file in files]
+    folder = os.path.abspath(name) if os.path.isdir(name) else ""
+    if isinstance(files, str):
+        if os.path.exists(os.path.join(folder, files)):
+            return escape(os.path.join(folder, files))
+        return os.path.join(escape(folder), files) if folder and "://" not in files else files
+    if folder == escape(folder):
+        return files
+    splits = get_data_patterns(escape(folder))
+    return {str(split): _patterns(name, several) for split, several in splits.items()}
+
+
+def _text(cell: str) -> str | None:
+    return cell or None
 
 
 def _read(builder: DatasetBuilder, streaming: bool) -> dict[str, Rows]:
@@ -109,7 +163,7 @@ def _check_files(files: Any) -> None:
         for file in files:
             _check_files(file)
     elif files is not None and "://" not in files:
-        found = glob(files, recursive=True)
+        found = [files] if os.path.exists(files) else glob(files, recursive=True)
         if not found:
             raise InputError(f"data_files: no such file: {files!r}")
         empty = [file for file in found if _has_nothing(file)]

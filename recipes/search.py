@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from transformers import set_seed
 
 from darts_lora import RankSearch, SearchConfig, Supernet
-from darts_lora.cli import is_main_process, rights, run, save_config
+from darts_lora.cli import command, is_main_process, run, save_config
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
 from darts_lora.data import (
     checked_rows,
@@ -110,8 +110,7 @@ def _search(
         show(genotype)
         print(verdict_text(genotype.found_by["verdict"]))
         path = os.path.join(options.output_dir, "genotype.json")
-        command = f"accelerate launch recipes/finetune.py --genotype {path}{rights(model)}"
-        print(f"Genotype: {path}. Next: {command}")
+        print(f"Genotype: {path}. Next: {command('finetune', model, genotype=path)}")
 
 
 def _course(

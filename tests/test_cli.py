@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from darts_lora.cli import load_config, parse, rights, run, save_config
+from darts_lora.cli import command, load_config, parse, run, save_config
 from darts_lora.config import DataConfig, ModelConfig, SearchConfig, TrainingConfig
 from darts_lora.errors import InputError
 
@@ -97,8 +97,8 @@ def test_a_right_is_not_inherited_from_the_run_before(tmp_path, written):
     own = tmp_path / "own.yaml"
     own.write_text("trust_remote_code: true\n")
     _, model = parse([*before, "--config", str(own)], Folder, ModelConfig, previous="folder")
-    assert model.trust_remote_code and rights(model) == " --trust_remote_code"
-    assert rights(ModelConfig()) == ""
+    assert model.trust_remote_code and command("x", model).endswith("x.py --trust_remote_code")
+    assert command("x", ModelConfig()).endswith("x.py")
 
 
 def test_a_lack_of_memory_is_told_in_one_line_wherever_it_shows(monkeypatch, capsys):
