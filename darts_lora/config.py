@@ -234,9 +234,10 @@ class DataConfig:
     """Largest image (width times height); decoding and resizing takes some 70 bytes a pixel."""
     pad_to_multiple_of: int = 1
     """Pad the sequences of a batch to a multiple of this many tokens: fewer shapes of batches."""
-    split_by: Literal["prompt", "row"] = "prompt"
-    """What stays on one side of a split: all rows of a prompt (with its images), unless all rows
-    have the same; or each row by itself. Alpha must not learn on prompts that the weights know."""
+    split_by: Literal["image", "prompt", "row"] = "image"
+    """What stays on one side of a split, unless all rows have the same: all rows of an image, and
+    where there is none of a prompt; all rows of a prompt with its images; or each row by itself.
+    Alpha must not learn on images or prompts that the weights know."""
     split_seed: int = 0
     """Seed of the split into training and validation rows."""
 

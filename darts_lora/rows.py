@@ -106,7 +106,7 @@ def _image_bytes(row: dict) -> list[bytes]:
     """What is stored of each image in the row's columns: its file's bytes, or its path."""
     found = []
     for column in IMAGE_COLUMNS:
-        images = row.get(column) or ()
+        images = row.get(column) or []
         found += map(_stored_bytes, images if isinstance(images, list) else [images])
     return found
 

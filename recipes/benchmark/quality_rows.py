@@ -13,7 +13,7 @@ from torch.utils.data import Sampler
 
 from darts_lora import InputError
 from darts_lora.collator import IGNORED, Collator
-from darts_lora.data import row_prompts
+from darts_lora.splits import row_prompts
 
 POSITIONS, LABELS = "supervised_positions", "supervised_labels"
 GROUP = 25  # batches whose rows are sorted by length
