@@ -123,7 +123,7 @@ def load_splits(
     return {name: splits[name] for name in names}
 
 
-def test_plan(source: Source, config: DataConfig) -> str:
+def how_tested(source: Source, config: DataConfig) -> str:
     """One line for the screen: which rows will test what comes out, if there are any."""
     if config.test_split is None:
         return f"test: {config.test_fraction:.0%} of the rows are held back for evaluate.py"

@@ -15,12 +15,12 @@ from darts_lora.cli import command, is_main_process, run, save_config
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
 from darts_lora.data import (
     checked_rows,
+    how_tested,
     load_splits,
     make_collator,
     rows_read,
     search_dataloaders,
     split_record,
-    test_plan,
 )
 from darts_lora.files import check_writable, locked, write_json
 from darts_lora.models import load_model
@@ -104,7 +104,7 @@ def _search(
         save_config(options.output_dir, search, model, data, training)
         write_json(os.path.join(options.output_dir, "split.json"), rows)
     _describe(accelerator, supernet, splits, supervised)
-    accelerator.print(test_plan(source, data))
+    accelerator.print(how_tested(source, data))
     genotype = rank_search.run()
     if accelerator.is_main_process:
         show(genotype)

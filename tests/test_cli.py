@@ -1,6 +1,8 @@
 """The command line of the recipes: where a value comes from, and how bad ones are told.
 Not here: bounds of single options (test_config.py), nor the recipes themselves (recipes/)."""
 
+import re
+import shlex
 import sys
 from dataclasses import dataclass
 
@@ -262,3 +264,29 @@ def test_help_shows_every_option_with_its_default(monkeypatch, capsys):
         assert part in text
     for name in TrainingConfig.__dataclass_fields__:
         assert f"--{name} " in text
+
+
+@pytest.mark.parametrize("path", ["runs/a", "my run/a", "it's", "$HOME/`x`", "a;b"])
+def test_a_printed_command_is_made_of_whole_words(path):
+    words = shlex.split(command("finetune", ModelConfig(trust_remote_code=True), genotype=path))
+    assert words[:3] == ["accelerate", "launch", "recipes/finetune.py"]
+    assert words[3:] == ["--genotype", path, "--trust_remote_code"]
+
+
+@pytest.mark.parametrize("args", [["--help"], ["-h"], ["--dataset", "mine", "--help"]])
+def test_help_says_which_options_are_in_force_in_place_of_its_defaults(
+    monkeypatch, tmp_path, capsys, args
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "embedded.yaml").write_text("split_seed: 7\n")
+    monkeypatch.setattr(sys, "argv", ["recipe.py", *args])
+    for options, wanted in (
+        ({"default_config": "embedded.yaml"}, "embedded.yaml are in force .*: split_seed: 7"),
+        ({"previous": "folder"}, "the options in the config.yaml beside --folder are in force"),
+    ):
+        with pytest.raises(SystemExit):
+            run(lambda *_: None, Folder, DataConfig, **options)
+        text = " ".join(capsys.readouterr().out.split())
+        assert re.search(wanted, text)
+        shown = re.search(r"Seed of the split .*?\(type: int, default: (\d+)\)", text)
+        assert shown[1] == "0", "the field's own"

@@ -396,3 +396,26 @@ def test_a_check_of_nothing_and_of_the_first_rows():
     with pytest.raises(InputError, match="10 tokens, max_length=8"):
         collator.check(iter([good] * 249 + [bad]))
     assert collator.check(iter([good, bad]), limit=10) == pytest.approx(2 / 6)
+
+
+def test_each_image_is_decoded_once_for_all_that_is_made_of_its_row(tmp_path, monkeypatch):
+    rows = []
+    for i, row in enumerate(vision_rows(3)):
+        row["image"].save(tmp_path / f"{i}.png")
+        rows.append({"messages": row["messages"], "image": str(tmp_path / f"{i}.png")})
+    collator, opened, open_ = Collator(vision_processor()), [], Image.open
+    monkeypatch.setattr(Image, "open", lambda file: opened.append(file) or open_(file))
+    collator(rows)
+    assert len(opened) == 3
+    collator.evaluation(rows)
+    assert len(opened) == 6
+
+
+def test_labels_that_nobody_asked_for_are_refused():
+    row = {"text": "a b", "label": 1, ROW: 3}
+    asked = Collator(make_tokenizer(TEMPLATE), refuse_labels=True)
+    for read in (asked, asked.check):
+        with pytest.raises(InputError, match=r"^row 3, column 'label': .*task=classification"):
+            read([row])
+        read([{"text": "a b", "label": None}, {"prompt": "a", "completion": "b", "label": 1}])
+    Collator(make_tokenizer(TEMPLATE))([row])

@@ -3,6 +3,7 @@ Not here: what a row is (test_rows.py), and becomes (test_collator.py)."""
 
 import json
 import random
+import re
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -18,6 +19,7 @@ from darts_lora import RankSearch, SearchConfig, Supernet
 from darts_lora.collator import Collator
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
 from darts_lora.data import (
+    how_tested,
     load_splits,
     make_collator,
     make_dataloader,
@@ -30,6 +32,7 @@ from darts_lora.errors import InputError
 from darts_lora.models import load_processor
 from darts_lora.places import ROW, SOURCE
 from darts_lora.rows import row_images, row_prompt
+from darts_lora.sources import load_source
 from darts_lora.stream import BatchStream
 from small_models import residual
 
@@ -574,3 +577,13 @@ def test_a_stream_reads_only_what_is_taken(stream, tmp_path):
     assert len(list(islice(rows, 100))) == 100
     with pytest.raises(InputError, match="cannot be read after 300 rows"):
         numbers(rows)
+
+
+def test_how_a_model_will_be_tested_is_told_before_the_search(tmp_path, data_folder):
+    both, train = DataConfig(data_folder), DataConfig(data_folder, {"train": "train.parquet"})
+    for config, wanted in (
+        (both, "^test: evaluate.py takes the split 'test'$"),
+        (replace(both, test_split=None), "^test: 10% of the rows are held back for evaluate.py$"),
+        (train, "no split 'test' \\(only train\\); --test_split null holds 10% of the rows back"),
+    ):
+        assert re.search(wanted, how_tested(load_source(config), config))

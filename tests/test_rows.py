@@ -18,7 +18,7 @@ from darts_lora.data import load_splits, make_collator
 from darts_lora.errors import InputError
 from darts_lora.label_collator import LabelCollator
 from darts_lora.places import ROW, SOURCE
-from darts_lora.rows import row_images, row_text
+from darts_lora.rows import placed_images, row_images, row_text
 from small_models import COLOURS
 
 QUESTION, ANSWER = "which colour is it please", "very red"
@@ -281,6 +281,71 @@ def test_labels_as_numbers_and_as_names(models, tmp_path, writer, streaming):
         assert isinstance(collator, LabelCollator)
         assert batch["labels"].tolist() == [0, 1, 2] * 2
         assert collator.tokenizer.decode(batch["input_ids"][5]) == "it is red"
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["", "stream"])
+@pytest.mark.parametrize("key", ["image", "path"])
+def test_images_inside_the_messages_are_used(models, tmp_path, key, streaming):
+    rows = []
+    for name, colour in COLOURS.items():
+        PILImage.new("RGB", (16, 16), colour).save(tmp_path / f"{name}.png")
+        part = {"type": "image", key: f"{name}.png"}
+        user = {**PARTS[0], "content": [part, *PARTS[0]["content"]]}
+        rows += [{"messages": [user, {**PARTS[1], "content": name}]}] * 2
+    answers = [row["messages"][1]["content"] for row in rows]
+    columns = [
+        {"messages": LAYOUTS["messages"]["messages"], "image": f"{answer}.png"}
+        for answer in answers
+    ]
+    source = write_jsonl(tmp_path, rows)
+    inside, collator = rows_and_collator(source, models["vision"], streaming=streaming)
+    collator.check(inside)
+    message = refused(source, models["text"])
+    assert "the model takes text only, a message has a part of type 'image'" in message
+    beside, _ = rows_and_collator(write_jsonl(tmp_path, columns), models["vision"])
+    assert torch.equal(collator(inside)["pixel_values"], collator(beside)["pixel_values"])
+
+
+def test_images_inside_the_messages_of_a_table_stay_encoded(models, tmp_path):
+    part = {"type": Value("string"), "text": Value("string"), "image": Image()}
+    feature = Features({"messages": [{"role": Value("string"), "content": [part]}]})
+    user = [{"type": "image", "text": None, "image": PILImage.new("RGB", (8, 8), "red")}]
+    user += [{"type": "text", "text": QUESTION, "image": None}]
+    answer = [{"type": "text", "text": ANSWER, "image": None}]
+    turns = [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
+    rows, collator = rows_and_collator(
+        write_parquet(tmp_path, [{"messages": turns}] * 6, feature), models["vision"]
+    )
+    assert set(rows[0]["messages"][0]["content"][0]["image"]) == {"bytes", "path"}
+    assert collator(rows)["pixel_values"].shape[0] == 6
+
+
+def test_images_inside_messages_stand_among_those_of_the_column(models):
+    inside, first, second = (PILImage.new("RGB", (8, 8), colour) for colour in COLOURS)
+    question = [{"type": "image", "image": inside}, {"type": "image"}, *PARTS[0]["content"]]
+    row = {"messages": [{**USER, "content": question}, ASSISTANT], "images": [first, second]}
+    messages, pictures = placed_images(row, row["messages"], "<|image|>")
+    assert [picture.stored for picture in pictures] == [first, inside, second]
+    assert [part["type"] for part in messages[0]["content"]] == ["image"] * 3 + ["text"]
+    with pytest.raises(InputError, match="2 places for images, 1 images"):
+        placed_images({**row, "images": [first]}, [USER | {"content": question[1:2] * 2}], None)
+
+
+LOST = {
+    "url": {"type": "image", "url": "https://example.org/a.png"},
+    "base64": {"type": "image", "base64": "iVBO"},
+    "image_url": {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}},
+    "video": {"type": "video", "video": "a.mp4"},
+    "audio": {"type": "text", "text": "a", "audio": "a.wav"},
+}
+
+
+@pytest.mark.parametrize("key", LOST)
+def test_what_a_part_of_a_message_would_lose_is_refused(models, tmp_path, key):
+    bad = {"messages": [{**USER, "content": [LOST[key], *PARTS[0]["content"]]}, PARTS[1]]}
+    rows = [LAYOUTS["messages of parts"]] * 3 + [bad] * 3
+    message = refused(write_jsonl(tmp_path, rows), models["vision"])
+    assert f"{key!r} of a part of type {LOST[key]['type']!r} would be lost" in message
 
 
 # What is wrong with a row.
