@@ -8,6 +8,7 @@ import gc
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -90,10 +91,13 @@ def run(
     try:
         args = sys.argv[1:]
         named = {arg.split("=")[0] for arg in args}
-        if default_config and not named & {"--config", "--model_name_or_path", "--dataset"}:
+        about = {"description": main.__doc__}
+        if named & {"--help", "-h"}:
+            about["epilog"] = _in_force(previous, default_config)
+        elif default_config and not named & {"--config", "--model_name_or_path", "--dataset"}:
             args = ["--config", default_config, *args]
         with told_as_input_errors():
-            main(*parse(args, own, *shared, previous=previous, description=main.__doc__))
+            main(*parse(args, own, *shared, previous=previous, **about))
     except Stopped as stopped:
         status = stopped.code
     except KeyboardInterrupt:
@@ -133,9 +137,10 @@ def parse(
     own: type,
     *shared: type,
     previous: str | None = None,
-    description: str | None = None,
+    **about: str | None,
 ) -> list[Any]:
-    """One object of each class from the arguments; see `run`.
+    """One object of each class from the arguments; see `run`. `about`: the help's description and
+    epilog.
 
     Raises:
         InputError: an unknown option, a value of the wrong type or out of its bounds.
@@ -148,7 +153,7 @@ def parse(
         exit_on_error=False,
         allow_abbrev=False,
         usage="%(prog)s [--config FILE.yaml] [--option value ...]",
-        description=description,
+        **about,
     )
     parser.add_argument("--config", help="YAML file of options; the command line wins.")
     classes = (own, *shared)
@@ -170,6 +175,22 @@ def parse(
     except (ArgumentError, TypeError, ValueError, RecursionError) as error:
         raise error if isinstance(error, InputError) else InputError(one_line(error)) from error
     return [c(**{f.name: values[f.name] for f in fields(c) if f.init}) for c in classes]
+
+
+def _in_force(previous: str | None, default_config: str | None) -> str | None:
+    """What the help says of options that are in force in place of the defaults that it shows."""
+    if previous is not None:
+        return (
+            f"Of model, data and training the options in the config.yaml beside --{previous} are "
+            "in force, where it is there, in place of the defaults above."
+        )
+    if default_config is None:
+        return None
+    options = ", ".join(f"{n}: {v}" for n, v in load_config(default_config).items())
+    return (
+        "Without --config, --model_name_or_path and --dataset the options of "
+        f"{os.path.relpath(default_config)} are in force in place of the defaults above: {options}"
+    )
 
 
 def _config_file(args: list[str]) -> str | None:
@@ -253,12 +274,14 @@ def _refuse_rights(inherited: dict[str, Any], source: str) -> None:
             )
 
 
-def rights(*configs) -> str:
-    """The flags of the rights that these options (dataclass objects) have, for a printed command:
-    the next run does not inherit them."""
+def command(recipe: str, *configs, **options: str) -> str:
+    """A command to copy: the recipe with these options, each value as one word of the shell, and
+    the flags of the rights that `configs` (dataclass objects) have: a run inherits none of them."""
     values = {name: value for config in configs for name, value in asdict(config).items()}
     granted = [n for n, harmless in RIGHTS.items() if values.get(n, harmless) != harmless]
-    return "".join(f" --{name}" for name in granted)
+    words = [f"--{name} {shlex.quote(value)}" for name, value in options.items()]
+    words += [f"--{name}" for name in granted]
+    return " ".join([f"accelerate launch recipes/{recipe}.py", *words])
 
 
 def load_config(path: str) -> dict[str, Any]:

@@ -25,7 +25,14 @@ from darts_lora.bounds import check_bounds
 from darts_lora.cli import CONFIG_NAME, load_config
 from darts_lora.collator import IGNORED, Collator
 from darts_lora.config import DataConfig, ModelConfig
-from darts_lora.data import Rows, load_splits, make_collator, make_dataloader, process_share
+from darts_lora.data import (
+    Rows,
+    checked_rows,
+    load_splits,
+    make_collator,
+    make_dataloader,
+    process_share,
+)
 from darts_lora.errors import InputError, one_line
 from darts_lora.files import write_json
 from darts_lora.label_collator import LabelCollator
@@ -81,10 +88,11 @@ def evaluate(
         accelerator = Accelerator()
     rows = load_splits(data, ["test"])["test"]
     collator = make_collator(model, data)
-    collator.check(rows)
+    rows, _ = checked_rows(rows, collator, data)
     # Recomputing activations is for training; generation would lose its cache to it.
     base = load_model(replace(model, gradient_checkpointing=False))
     samples = weight_samples(base)
+    collator.limits.of_model(base)
     adapted = _load_adapter(base, config.adapter).to(accelerator.device)
     if config.compare_base:
         _check_base(samples, config.adapter)

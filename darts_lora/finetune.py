@@ -30,7 +30,7 @@ from darts_lora.callbacks import Progress, SaveAdapter, Views, kept
 from darts_lora.cli import save_config
 from darts_lora.collator import Collator
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
-from darts_lora.data import Rows, make_collator, training_rows
+from darts_lora.data import Rows, checked_rows, make_collator, rows_read, training_rows
 from darts_lora.errors import DivergedError, InputError
 from darts_lora.files import check_writable, locked, remove, write_into, write_json
 from darts_lora.frozen import hold_statistics
@@ -129,9 +129,10 @@ def _finetune(
     genotype = _load_genotype(config.genotype)
     collator = make_collator(model, data)
     rows = training_rows(data, config.seed)
-    share = collator.check(rows)
+    rows, share = checked_rows(rows, collator, data, rows_read(training))
     set_seed(config.seed)  # the initialisation of a new head, and of the LoRA weights
     base = load_model(model)  # the slowest, so behind what can be wrong before it
+    collator.limits.of_model(base)
     set_seed(config.seed)
     adapted = add_adapter(base, config, genotype)
     record = {"genotype": config.genotype, "rank": config.rank, "init": config.init}

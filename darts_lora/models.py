@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
+from darts_lora.causality import check_causal, check_decoder
 from darts_lora.config import ModelConfig
 from darts_lora.errors import InputError, one_line
 from darts_lora.interruption import lacks_memory
@@ -50,7 +52,8 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     weights for.
 
     Raises:
-        InputError: the model is not there, or its files cannot be loaded.
+        InputError: the model is not there, its files cannot be loaded, or it is to generate and
+            attends to later tokens.
     """
     options = {"dtype": config.dtype, "output_loading_info": True}
     if config.gguf_file is not None:
@@ -87,6 +90,8 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
         for owner, mark in ((model, "hf_quantizer"), (model.config, "quantization_config")):
             if hasattr(owner, mark):
                 delattr(owner, mark)
+    if not classifier:
+        check_causal(model, config.model_name_or_path)
     if config.gradient_checkpointing:
         # The re-entrant kind gives no gradients where, as here, the model's input needs none.
         checkpoint_activations(model, use_reentrant=False)
@@ -141,8 +146,8 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
     """transformers' configuration of the model; reads no weights.
 
     Raises:
-        InputError: the model is not there, its configuration cannot be read, or num_labels is
-            given for what is no classifier.
+        InputError: the model is not there, its configuration cannot be read, num_labels is given
+            for what is no classifier, or a model that is to generate has an encoder.
     """
     options = {} if config.num_labels is None else {"num_labels": config.num_labels}
     if config.gguf_file is not None:
@@ -154,6 +159,8 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
             f"num_labels={config.num_labels}: with task={config.task!r} this model generates text "
             "and has no classes; use task=classification, or leave num_labels out"
         )
+    if not is_classifier(found, config.task):
+        check_decoder(found, config.model_name_or_path)
     return found
 
 
@@ -285,8 +292,16 @@ def _explained(model: ModelConfig):
         extras = {extra for package, extra in named if package in reason.lower()}
         if extras:
             advice = " and ".join(f'pip install "darts_lora[{extra}]"' for extra in sorted(extras))
+        elif files := _gguf_files(source) if model.gguf_file is None else []:
+            advice = f"the folder has GGUF files: give --gguf_file {shlex.quote(files[0])}"
         else:
             advice = "give a hub name, a folder written by save_pretrained, or embedded"
         local = os.path.isdir(source) or extras
         kind = "cannot be loaded" if local else "no local folder, no model of the hub"
         raise InputError(f"model_name_or_path={name!r}: {kind} ({reason}); {advice}") from error
+
+
+def _gguf_files(folder: str) -> list[str]:
+    """GGUF files of a folder; of one that is such a file itself, its name."""
+    names = os.listdir(folder) if os.path.isdir(folder) else [os.path.basename(folder)]
+    return sorted(name for name in names if name.lower().endswith(".gguf"))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from darts_lora.bounds import is_real
-from darts_lora.cli import CONFIG_NAME, load_config
+from darts_lora.cli import CONFIG_NAME, command, load_config
 from darts_lora.errors import InputError, one_line
 from darts_lora.files import read_json
 from darts_lora.genotype import Genotype
@@ -113,7 +113,7 @@ def load_finetune(folder: str, search: Search | None = None) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"finetune_dir={folder!r}: no evaluation.json there ({one_line(error)}); run "
-            f"`accelerate launch recipes/evaluate.py --adapter {folder}` first"
+            f"`{command('evaluate', adapter=folder)}` first"
         ) from error
     return {"name": os.path.basename(os.path.normpath(folder)), **adapter} | {"base": base}
 

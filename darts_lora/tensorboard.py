@@ -11,6 +11,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from darts_lora.cli import command
 from darts_lora.genotype import Genotype
 from darts_lora.images import probability_image, rank_image
 from darts_lora.records import layer_parts
@@ -120,7 +121,7 @@ class SearchViews:
             f"{adapted} of {len(genotype.ranks)} layers adapted, "
             f"{genotype.num_parameters:,} trainable parameters.\n\n"
             f"{verdict_text(genotype.found_by['verdict'])}\n\n"
-            f"Next: `accelerate launch recipes/finetune.py --genotype {path}`"
+            f"Next: `{command('finetune', genotype=path)}`"
         )
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from darts_lora import Genotype, InputError, discretize
 from darts_lora.bounds import check_bounds
-from darts_lora.cli import run
+from darts_lora.cli import command, run
 from darts_lora.tables import show
 
 
@@ -50,7 +50,7 @@ def main(options: DeriveRun) -> None:
     output = options.output or os.path.join(options.search_dir, f"genotype_{_choice(options)}.json")
     genotype.save(output)
     show(genotype)
-    print(f"Genotype: {output}. Next: accelerate launch recipes/finetune.py --genotype {output}")
+    print(f"Genotype: {output}. Next: {command('finetune', genotype=output)}")
 
 
 def _choice(options: DeriveRun) -> str:

@@ -11,13 +11,22 @@ from accelerate import Accelerator
 from transformers import set_seed
 
 from darts_lora import RankSearch, SearchConfig, Supernet
-from darts_lora.cli import is_main_process, rights, run, save_config
+from darts_lora.cli import command, is_main_process, run, save_config
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
-from darts_lora.data import load_splits, make_collator, search_dataloaders, split_record
+from darts_lora.data import (
+    checked_rows,
+    how_tested,
+    load_splits,
+    make_collator,
+    rows_read,
+    search_dataloaders,
+    split_record,
+)
 from darts_lora.files import check_writable, locked, write_json
 from darts_lora.launch import check_launch
 from darts_lora.models import load_model
 from darts_lora.resume import check_start, placeless, remove_search
+from darts_lora.sources import load_source
 from darts_lora.tables import show, show_batch, show_supernet
 from darts_lora.verdict import verdict_text
 
@@ -67,10 +76,14 @@ def _search(
     training: TrainingConfig,
 ) -> None:
     collator = make_collator(model, data)
-    splits = load_splits(data)
-    supervised = {name: collator.check(split) for name, split in splits.items()}
+    source = load_source(data)
+    splits, supervised, reads = load_splits(data, source=source), {}, rows_read(training)
+    for name, split in splits.items():
+        splits[name], supervised[name] = checked_rows(split, collator, data, reads)
     set_seed(search.seed)  # a classification head may be new
-    supernet = Supernet(load_model(model), search)
+    base = load_model(model)
+    collator.limits.of_model(base)
+    supernet = Supernet(base, search)
     loaders = search_dataloaders(splits, collator, training, search.seed)
     if options.dry_run:
         if is_main_process():
@@ -95,21 +108,22 @@ def _search(
         save_config(options.output_dir, search, model, data, training)
         write_json(os.path.join(options.output_dir, "split.json"), rows)
     _describe(accelerator, supernet, splits, supervised)
+    accelerator.print(how_tested(source, data))
     genotype = rank_search.run()
     if accelerator.is_main_process:
         show(genotype)
         print(verdict_text(genotype.found_by["verdict"]))
         path = os.path.join(options.output_dir, "genotype.json")
-        command = f"accelerate launch recipes/finetune.py --genotype {path}{rights(model)}"
-        print(f"Genotype: {path}. Next: {command}")
+        print(f"Genotype: {path}. Next: {command('finetune', model, genotype=path)}")
 
 
 def _course(
     model: ModelConfig, data: DataConfig, rows: dict[str, Any], training: TrainingConfig
 ) -> dict[str, Any]:
     """What a resumed search must share of model and data, and a name of the split into rows."""
-    # a longer row than max_length is an error, no shorter batch
-    free = ("gradient_checkpointing", "trust_remote_code", "max_test_samples", "max_length")
+    free = ("gradient_checkpointing", "trust_remote_code", "max_test_samples", "max_image_pixels")
+    if data.on_long_row != "truncate":  # a longer row is an error, or left out: no shorter batch
+        free += ("max_length",)
     options = {n: v for n, v in {**asdict(model), **asdict(data)}.items() if n not in free}
     # the weights are compared as they were loaded
     options["model_name_or_path"] = placeless(model.model_name_or_path)

@@ -2,6 +2,8 @@
 Not here: bounds of single options (test_config.py), nor the recipes themselves (recipes/)."""
 
 import io
+import re
+import shlex
 import sys
 import time
 from dataclasses import dataclass
@@ -10,7 +12,7 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from darts_lora.cli import load_config, parse, rights, run, save_config
+from darts_lora.cli import command, load_config, parse, run, save_config
 from darts_lora.config import DataConfig, ModelConfig, SearchConfig, TrainingConfig
 from darts_lora.errors import InputError
 from darts_lora.interruption import PeerLostError
@@ -101,8 +103,8 @@ def test_a_right_is_not_inherited_from_the_run_before(tmp_path, written):
     own = tmp_path / "own.yaml"
     own.write_text("trust_remote_code: true\n")
     _, model = parse([*before, "--config", str(own)], Folder, ModelConfig, previous="folder")
-    assert model.trust_remote_code and rights(model) == " --trust_remote_code"
-    assert rights(ModelConfig()) == ""
+    assert model.trust_remote_code and command("x", model).endswith("x.py --trust_remote_code")
+    assert command("x", ModelConfig()).endswith("x.py")
 
 
 def test_a_lack_of_memory_is_told_in_one_line_wherever_it_shows(monkeypatch, capsys):
@@ -326,3 +328,29 @@ def test_help_shows_every_option_with_its_default(monkeypatch, capsys):
         assert part in text
     for name in TrainingConfig.__dataclass_fields__:
         assert f"--{name} " in text
+
+
+@pytest.mark.parametrize("path", ["runs/a", "my run/a", "it's", "$HOME/`x`", "a;b"])
+def test_a_printed_command_is_made_of_whole_words(path):
+    words = shlex.split(command("finetune", ModelConfig(trust_remote_code=True), genotype=path))
+    assert words[:3] == ["accelerate", "launch", "recipes/finetune.py"]
+    assert words[3:] == ["--genotype", path, "--trust_remote_code"]
+
+
+@pytest.mark.parametrize("args", [["--help"], ["-h"], ["--dataset", "mine", "--help"]])
+def test_help_says_which_options_are_in_force_in_place_of_its_defaults(
+    monkeypatch, tmp_path, capsys, args
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "embedded.yaml").write_text("split_seed: 7\n")
+    monkeypatch.setattr(sys, "argv", ["recipe.py", *args])
+    for options, wanted in (
+        ({"default_config": "embedded.yaml"}, "embedded.yaml are in force .*: split_seed: 7"),
+        ({"previous": "folder"}, "the options in the config.yaml beside --folder are in force"),
+    ):
+        with pytest.raises(SystemExit):
+            run(lambda *_: None, Folder, DataConfig, **options)
+        text = " ".join(capsys.readouterr().out.split())
+        assert re.search(wanted, text)
+        shown = re.search(r"Seed of the split .*?\(type: int, default: (\d+)\)", text)
+        assert shown[1] == "0", "the field's own"

@@ -34,7 +34,7 @@ from darts_lora.data import load_splits, split_record
 from darts_lora.finetune import FinetuneConfig, add_adapter, finetune
 from darts_lora.interruption import Stopped
 from darts_lora.models import load_model, load_processor
-from darts_lora.rows import ROW
+from darts_lora.places import ROW
 from small_models import randomise
 
 TRAINING = TrainingConfig(max_steps=3, batch_size=4, logging_steps=1, save_steps=2)

@@ -12,11 +12,13 @@ import gguf
 import pytest
 import torch
 from families import IMAGE_FAMILIES, TEXT_FAMILIES, TORCHVISION_FAMILIES, bert, deberta, make_family
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     BertConfig,
     GPT2Config,
     LlamaConfig,
@@ -268,6 +270,27 @@ def test_a_model_and_its_tokenizer_from_gguf(gguf_model):
     assert tokenizer("abba")["input_ids"] == [5, 6] and tokenizer.pad_token is not None
     half = load_model(ModelConfig(str(folder), gguf_file="tiny.gguf", dtype="bfloat16"))
     assert half.dtype == torch.bfloat16
+
+
+def test_a_merged_model_of_a_gguf_base_loads_as_any_other(gguf_model, tmp_path):
+    config = ModelConfig(str(gguf_model[1]), gguf_file="tiny.gguf")
+    adapted = get_peft_model(load_model(config), LoraConfig(r=2, target_modules="all-linear"))
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    merged, ids = adapted.merge_and_unload(), torch.arange(6)[None]
+    merged.save_pretrained(tmp_path)
+    load_processor(config).save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again(ids).logits, merged(ids).logits)
+    assert AutoTokenizer.from_pretrained(tmp_path)("abba")["input_ids"] == [5, 6]
+
+
+def test_a_folder_of_gguf_files_is_told_to_name_one(gguf_model, tmp_path):
+    for name in (str(gguf_model[1]), str(gguf_model[1] / "tiny.gguf")):
+        for load in (load_model, load_processor):
+            with pytest.raises(InputError, match=r"GGUF files: give --gguf_file tiny\.gguf$"):
+                load(ModelConfig(name))
 
 
 @pytest.mark.parametrize("load", [load_model, load_processor])

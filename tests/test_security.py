@@ -26,8 +26,9 @@ from darts_lora.data import load_splits
 from darts_lora.evaluate import EvaluateConfig, evaluate
 from darts_lora.finetune import FinetuneConfig, add_adapter
 from darts_lora.models import load_model, load_model_config, load_processor
+from darts_lora.places import ROW, SOURCE
 from darts_lora.report import write_report
-from darts_lora.rows import ROW, SOURCE, row_images
+from darts_lora.rows import row_images
 from darts_lora.runs import Search
 from darts_lora.tables import rank_tables, show
 
