@@ -14,7 +14,7 @@ import peft
 import torch
 import transformers
 from accelerate import PartialState
-from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import PeftModel, set_peft_model_state_dict
 from peft.helpers import disable_input_dtype_casting
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
@@ -26,6 +26,7 @@ from transformers import (
     set_seed,
 )
 
+from darts_lora.adapter import add_lora
 from darts_lora.bounds import check_bounds
 from darts_lora.collator import Collator
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
@@ -37,7 +38,13 @@ from darts_lora.interruption import Stopped, StopRequest, told_as_input_errors, 
 from darts_lora.label_collator import LabelCollator
 from darts_lora.models import load_model
 from darts_lora.padded import save_padded
-from darts_lora.targets import check_fresh, match_modules, match_saved_modules, task_type
+from darts_lora.targets import (
+    check_fresh,
+    match_modules,
+    match_parameters,
+    match_saved_modules,
+    task_type,
+)
 
 SUPERNET_NAME = "supernet.safetensors"
 RESULTS = ("finetune.json", "evaluation.json", SAFETENSORS_WEIGHTS_NAME, "adapter_config.json")
@@ -54,6 +61,8 @@ class FinetuneConfig:
     """Uniform baseline: this rank for every layer of the genotype; default: the genotype's own."""
     target_modules: str | list[str] = "all-linear"
     """Layers of a uniform baseline without a genotype, as in a search."""
+    target_parameters: str | list[str] | None = None
+    """Experts of a uniform baseline without a genotype, as in a search."""
     scaling: float = 2.0
     """lora_alpha / r of a uniform baseline without a genotype."""
     init: Literal["scratch", "inherit"] = "scratch"
@@ -148,12 +157,13 @@ def add_adapter(base: nn.Module, config: FinetuneConfig, genotype: Genotype | No
     if genotype is None:
         names = match_modules(base, config.target_modules)
         saved = match_saved_modules(base, None)
+        names += match_parameters(base, config.target_parameters, config.target_modules)
         genotype = Genotype(dict.fromkeys(names, 1), config.scaling, modules_to_save=saved)
     if config.rank is not None:
         genotype = replace(genotype, ranks=dict.fromkeys(genotype.ranks, config.rank))
     genotype = genotype.with_shapes(base)
     lora_config = genotype.to_lora_config(base, task_type=task_type(base))
-    model = get_peft_model(base, lora_config)
+    model = add_lora(base, lora_config, genotype.ranks, genotype.modules_to_save)
     check_fresh(model, f"genotype={config.genotype!r}")
     if config.init == "inherit":
         _inherit(model, genotype, os.path.join(os.path.dirname(config.genotype), SUPERNET_NAME))

@@ -15,6 +15,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+from darts_lora.cost import parameters_per_rank
 from darts_lora.files import check_writable, write_text, write_whole
 from darts_lora.genotype import Genotype
 from darts_lora.images import rank_image
@@ -139,7 +140,7 @@ def _trajectories(search: Search) -> bytes:
 def _draw_parts(panel, search: Search) -> None:
     sizes = {
         _short(part): sum(
-            sum(search.layers[name]) * search.ranks[name]
+            parameters_per_rank(*search.layers[name]) * search.ranks[name]
             for layers in kinds.values()
             for name in layers.values()
         )

@@ -5,17 +5,20 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 
 import torch
 from einops import einsum
 from torch import Tensor, nn
 
 from darts_lora.config import SearchConfig
-from darts_lora.cost import parameters_per_rank, rank_costs, resolve_budget
+from darts_lora.cost import resolve_budget, unit_costs, usable_table
 from darts_lora.errors import InputError
+from darts_lora.experts import MixedRankExperts
 from darts_lora.mixed_linear import MixedRankLinear, linear_shape
+from darts_lora.probe import check_plain, left_out, left_out_lines
 from darts_lora.relaxation import Relaxation, sample
-from darts_lora.targets import match_modules, match_saved_modules
+from darts_lora.targets import match_modules, match_parameters, match_saved_modules
 
 
 class Supernet:
@@ -32,12 +35,16 @@ class Supernet:
         config: the search's options.
 
     Attributes:
-        layers: name -> MixedRankLinear, in the model's order (N of them).
+        layers: name -> MixedRankLinear, or of a parameter of experts MixedRankExperts, in the
+            model's order (N of them).
+        left_out: name of each match that is not searched -> why, in words.
         alpha: (N, K) float32 parameter, the architecture weights of all layers. It is no part of
             the model: what wraps or shards the model leaves it whole. `layer.alpha` is a row of it.
         held: (N, K) logits that gates are drawn from in alpha's stead, whose gradient is then the
             one there; None: gates are drawn from alpha itself.
         saved_modules: name -> module that is trained in full; the budget does not count it.
+        layer_ranks: (N, K) float64, each candidate as it is on a layer (usable_ranks).
+        unit_costs: (N,) float64, trainable parameters of one rank.
         costs: (N, K) float64, trainable parameters of each candidate.
         budget: trainable parameters, None without a budget.
         arch_update: how alpha moves; the config's, or what suits the budget.
@@ -45,21 +52,20 @@ class Supernet:
 
     Raises:
         InputError: no target matches, a target is not a linear layer, a rank or the budget does not
-            fit the layers.
+            fit the layers; the model has adapters or rank branches, or is compiled.
     """
 
     def __init__(self, model: nn.Module, config: SearchConfig):
         self.model, self.config = model, config
         self.relaxation: Relaxation = config.relaxation
         self._temperature = torch.tensor(config.temperature[0])
+        check_plain(model)
         saved = match_saved_modules(model, config.modules_to_save)
-        names = match_modules(model, config.target_modules, config.exclude_modules)
-        inside = tuple(f"{name}." for name in saved)
-        targets = {n: model.get_submodule(n) for n in names if not f"{n}.".startswith(inside)}
-        self._check_targets(targets)
-        shapes = [linear_shape(module) for module in targets.values()]
-        self.costs = rank_costs(shapes, config.ranks)
-        self.parameters_per_rank = sum(parameters_per_rank(*shape) for shape in shapes)
+        shapes = self._targets(saved)
+        self.layer_ranks = usable_table(shapes.values(), config.ranks)
+        self.unit_costs = unit_costs(shapes.values())
+        self.costs = self.unit_costs[:, None] * self.layer_ranks
+        self.parameters_per_rank = int(self.unit_costs.sum())
         self.budget = resolve_budget(
             self.costs, self.parameters_per_rank, config.budget_rank, config.budget_parameters
         )
@@ -70,24 +76,19 @@ class Supernet:
 
         self._required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         model.requires_grad_(False)
-        self.layers: dict[str, MixedRankLinear] = {}
+        self.layers: dict[str, MixedRankLinear | MixedRankExperts] = {}
+        self._originals: dict[str, nn.Module] = {}
         devices = {p.device for p in model.parameters() if p.is_cuda}
         with torch.random.fork_rng(devices):  # the caller's random state is not ours to move
             torch.default_generator.manual_seed(config.seed)
             for device in devices:  # torch.manual_seed would seed those of other models too
                 torch.cuda.default_generators[device.index].manual_seed(config.seed)
-            for name, module in targets.items():
-                self.layers[name] = MixedRankLinear(
-                    module,
-                    config.ranks,
-                    scaling=config.scaling,
-                    branches=config.branches,
-                    dropout=config.dropout,
-                    dtype=getattr(torch, config.adapter_dtype),
-                )
-        self._originals = {name: model.get_submodule(name) for name in (*targets, *saved)}
+            for name in shapes:
+                self._put_in(name)
+        for name in saved:
+            self._originals[name] = model.get_submodule(name)
         self.saved_modules = {name: _trainable_copy(name, self._originals[name]) for name in saved}
-        for name, module in {**self.layers, **self.saved_modules}.items():
+        for name, module in self.saved_modules.items():
             model.set_submodule(name, module)
         layers = self.layers.values()
         self.alpha = nn.Parameter(torch.stack([layer.alpha.detach() for layer in layers]))
@@ -98,26 +99,69 @@ class Supernet:
         self._arch_gradients, self._weight_gradients, self._joint = False, True, False
         self._hook = model.register_forward_pre_hook(self._draw_gates, with_kwargs=True)
 
-    def _check_targets(self, targets: dict[str, nn.Module]) -> None:
-        if not targets:
+    def _targets(self, saved: list[str]) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of what is searched; sets left_out, and says what is in it."""
+        config, model = self.config, self.model
+        names = match_modules(model, config.target_modules, config.exclude_modules)
+        shapes = {name: linear_shape(model.get_submodule(name)) for name in names}
+        no_linear = next((name for name, shape in shapes.items() if shape is None), None)
+        if no_linear is not None:
             raise InputError(
-                f"target_modules={self.config.target_modules!r}: nothing is left to search, every "
+                f"target_modules={config.target_modules!r}: {no_linear} is a "
+                f"{type(model.get_submodule(no_linear)).__name__}, not a linear layer; name it in "
+                "exclude_modules"
+            )
+        stacked = match_parameters(
+            model, config.target_parameters, config.target_modules, config.exclude_modules
+        )
+        inside = tuple(f"{name}." for name in saved)
+        shapes = {n: s for n, s in {**shapes, **stacked}.items() if not f"{n}.".startswith(inside)}
+        if not shapes:
+            raise InputError(
+                f"target_modules={config.target_modules!r}: nothing is left to search, every "
                 "match is trained in full (modules_to_save, or a classification model's head)"
             )
-        largest = self.config.ranks[-1]
-        for name, module in targets.items():
-            shape = linear_shape(module)
-            if shape is None:
-                raise InputError(
-                    f"target_modules={self.config.target_modules!r}: {name} is a "
-                    f"{type(module).__name__}, not a linear layer; name it in exclude_modules"
-                )
-            if largest > min(shape):
-                raise InputError(
-                    f"ranks={list(self.config.ranks)}: rank {largest} is above {min(shape)}, the "
-                    f"smaller side of {name} ({shape[0]} -> {shape[1]}); "
-                    "lower the ranks or name the layer in exclude_modules"
-                )
+        largest = config.ranks[-1]
+        widest = max(shapes, key=lambda name: min(shapes[name][-2:]))
+        *_, inside, outside = shapes[widest]
+        if largest > min(inside, outside):
+            raise InputError(
+                f"ranks={list(config.ranks)}: rank {largest} is above {min(inside, outside)}, the "
+                f"smaller side of {widest} ({inside} -> {outside}), and no layer is wider"
+            )
+        self.left_out = left_out(model, shapes, stacked, config.ranks)
+        for line in left_out_lines(self.left_out):
+            warnings.warn(line, stacklevel=3)
+        kept = {name: shape for name, shape in shapes.items() if name not in self.left_out}
+        if not kept:
+            first, reason = next(iter(self.left_out.items()))
+            raise InputError(
+                f"target_modules={config.target_modules!r}: nothing is left to search, first "
+                f"{first}: {reason}"
+            )
+        # in the model's order, also where parameters of experts are between layers
+        order = {name: i for i, (name, _) in enumerate(model.named_parameters())}
+        order |= {name: order.get(f"{name}.weight", order.get(name, 0)) for name in kept}
+        return dict(sorted(kept.items(), key=lambda item: order[item[0]]))
+
+    def _put_in(self, name: str) -> None:
+        """A layer of rank branches in the place of the linear layer, or around the experts."""
+        config, modules = self.config, dict(self.model.named_modules())
+        options = {
+            "scaling": config.scaling,
+            "branches": config.branches,
+            "dtype": getattr(torch, config.adapter_dtype),
+        }
+        owner, _, parameter = name.rpartition(".")
+        if name in modules:
+            owner, base = name, modules[name]
+            layer = MixedRankLinear(base, config.ranks, dropout=config.dropout, **options)
+        else:
+            base = modules[owner]
+            layer = MixedRankExperts(base, parameter, config.ranks, **options)
+        self._originals.setdefault(owner, base)
+        self.model.set_submodule(owner, layer)
+        self.layers[name] = layer
 
     def _draw_gates(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         self._follow_weights()
@@ -128,7 +172,7 @@ class Supernet:
         if self._joint:
             rows = rows or 2  # one draw for each half
         drawn = sample(alpha, self.relaxation, self._temperature, rows)
-        gates = einsum(drawn, self._membership, "... n k, r k -> n ... r")
+        gates = einsum(drawn, self._membership, "... n k, n r k -> n ... r")
         arch_gates = [None] * len(self.layers)
         if self._joint:
             if gates.dim() == 2:  # softmax draws nothing
@@ -154,7 +198,7 @@ class Supernet:
         if self.held is not None:
             self.held = self.held.to(self.alpha)
         self._temperature = self._temperature.to(device)
-        membership = next(iter(self.layers.values())).membership
+        membership = torch.stack([layer.membership for layer in self.layers.values()])
         self._membership = self.config.scaling * membership.to(self.alpha)
 
     @property

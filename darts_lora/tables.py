@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from darts_lora.collator import IGNORED
+from darts_lora.cost import parameters_per_rank
 from darts_lora.genotype import Genotype
 from darts_lora.supernet import Supernet
 from darts_lora.targets import model_parts
@@ -61,7 +62,10 @@ def rank_tables(genotype: Genotype) -> list[Table]:
             mean = f"{sum(ranks.values()) / len(ranks):.1f}"
             cells = [escape(kind), *([row] if few else []), bars, mean]
             if genotype.shapes is not None:
-                sizes = [sum(genotype.shapes[n]) * genotype.ranks[n] for n in layers.values()]
+                sizes = [
+                    parameters_per_rank(*genotype.shapes[n]) * genotype.ranks[n]
+                    for n in layers.values()
+                ]
                 cells.append(f"{sum(sizes):,}")
             table.add_row(*cells)
         tables.append(table)
@@ -141,13 +145,13 @@ def show_supernet(supernet: Supernet, console: Console | None = None) -> None:
     for group, kinds in by_part(supernet.layers).items():
         for kind, names in kinds.items():
             layers = [supernet.layers[name] for name in names.values()]
-            shapes = dict.fromkeys((layer.in_features, layer.out_features) for layer in layers)
+            shapes = dict.fromkeys(layer.shape for layer in layers)
             table.add_row(
                 escape(group if kind == "-" else f"{group}.*.{kind}"),
                 parts.get(next(iter(names.values())), "-"),
                 str(len(layers)),
-                ", ".join(f"{i} -> {o}" for i, o in shapes),
-                f"{sum(layer.in_features + layer.out_features for layer in layers):,}",
+                ", ".join(map(_shape_text, shapes)),
+                f"{sum(parameters_per_rank(*layer.shape) for layer in layers):,}",
             )
     console.print(table)
     for name in supernet.saved_modules:
@@ -163,3 +167,8 @@ def show_supernet(supernet: Supernet, console: Console | None = None) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _shape_text(shape: tuple[int, ...]) -> str:
+    *experts, inside, outside = shape
+    return "".join(f"{count} x " for count in experts) + f"{inside} -> {outside}"

@@ -14,7 +14,9 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 from transformers import PreTrainedModel
 
+from darts_lora.config import ALL_EXPERTS
 from darts_lora.errors import InputError
+from darts_lora.experts import expert_tensors, stacked_tensors
 from darts_lora.mixed_linear import linear_shape
 
 PARTS = ("vision", "language", "connector")
@@ -54,8 +56,59 @@ def match_modules(
     return matched
 
 
+def match_parameters(
+    model: nn.Module,
+    target_parameters: str | list[str] | None,
+    target_modules: str | list[str] = "all-linear",
+    exclude_modules: str | list[str] | None = None,
+) -> dict[str, tuple[int, int, int]]:
+    """Name -> (experts, in, out) of the 3-D parameters of experts that are searched, in the model's
+    order.
+
+    Args:
+        target_parameters: ends of names, as in PEFT; or "all-experts", of the parts of the model
+            that target_modules names, if it does; None: none.
+        exclude_modules: as of match_modules; matches the parameters' names and their modules'.
+
+    Raises:
+        InputError: nothing matches.
+    """
+    wanted = [target_parameters] if isinstance(target_parameters, str) else target_parameters or []
+    if wanted == [ALL_EXPERTS]:
+        found = expert_tensors(model)
+        parts = target_modules.split("+") if isinstance(target_modules, str) else [""]
+        if set(parts) <= set(PARTS):
+            part_of = model_parts(model)
+            found = {name: shape for name, shape in found.items() if part_of[name] in parts}
+        matched = [ALL_EXPERTS] if found else []
+    else:
+        found, stacked, matched = {}, stacked_tensors(model), []
+        for name, shape in stacked.items():
+            keys = [key for key in wanted if f".{name}".endswith(f".{key}")]
+            found |= {name: shape} if keys else {}
+            matched += keys
+    for key in wanted:
+        if key not in matched:
+            near = difflib.get_close_matches(key, stacked_tensors(model), cutoff=0.3)
+            near = near or list(expert_tensors(model))[:3]
+            raise InputError(
+                f"target_parameters={target_parameters!r}: {key!r} matches no 3-D parameter; "
+                f"nearest names: {', '.join(near) or 'the model has none'}"
+            )
+    if exclude_modules is None:
+        return found
+    lora = LoraConfig(target_modules=exclude_modules)
+    kept = {}
+    for name, shape in found.items():
+        owner = name.rpartition(".")[0]
+        if not any(check_target_module_exists(lora, each) for each in (name, owner)):
+            kept[name] = shape
+    return kept
+
+
 def model_parts(model: nn.Module) -> dict[str, str]:
-    """Name of each linear layer -> the part of the model that it belongs to.
+    """Name of each linear layer, and each 3-D parameter of experts, -> the part of the model that
+    it belongs to.
 
     vision: the blocks of the image encoder, and its embeddings. connector: what joins images and
     text, that is the rest of the encoder (mergers), what is in neither encoder nor language model
@@ -64,6 +117,7 @@ def model_parts(model: nn.Module) -> dict[str, str]:
     """
     modules = dict(model.named_modules())
     linear = [name for name, module in modules.items() if linear_shape(module)]
+    linear += expert_tensors(model)
     names = {id(module): name for name, module in modules.items()}
     encoder = audio = decoder = None
     if isinstance(model, PreTrainedModel):
@@ -162,23 +216,31 @@ def check_matches(
         InputError: it does not.
     """
     names = [name for name, _ in model.named_modules()]
-    _check_keys(lora_config, wanted, names)
+    parameters = lora_config.target_parameters or []
+    _check_keys(lora_config, [*names, *parameters])
+    targets = {name for name in names if check_target_module_exists(lora_config, name)}
+    have = [name for name, _ in model.named_parameters()]
+    for key in parameters:
+        hits = [name for name in have if f".{name}".endswith(f".{key}")]
+        if hits != [key]:
+            raise InputError(
+                f"genotype: the parameter {key!r} is {len(hits)} in the model, not one"
+            )
+        targets.add(key if key in wanted else key.removesuffix(".weight"))
+    if targets != set(wanted):
+        raise InputError(
+            f"genotype: target_modules matches {len(targets)} modules, not {len(wanted)}"
+        )
     _check_saved(saved, names)
 
 
-def _check_keys(lora_config: LoraConfig, wanted: Collection[str], names: list[str]) -> None:
-    """Every key of the patterns matches exactly one module, as PEFT matches them."""
+def _check_keys(lora_config: LoraConfig, names: list[str]) -> None:
+    """Every key of the patterns matches exactly one name, as PEFT matches them."""
     for key in lora_config.rank_pattern:
         compiled = re.compile(rf"(.*\.)?({key})$")
         hits = [name for name in names if compiled.match(name)]
         if len(hits) != 1:
             raise InputError(f"genotype: the pattern {key!r} matches {len(hits)} modules, not one")
-    compiled = re.compile(lora_config.target_modules)
-    targets = [name for name in names if compiled.fullmatch(name)]
-    if set(targets) != set(wanted):
-        raise InputError(
-            f"genotype: target_modules matches {len(targets)} modules, not {len(wanted)}"
-        )
 
 
 def _check_saved(saved: list[str], names: list[str]) -> None:
