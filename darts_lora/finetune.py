@@ -43,6 +43,7 @@ from darts_lora.targets import (
     match_modules,
     match_parameters,
     match_saved_modules,
+    outside,
     task_type,
 )
 
@@ -158,7 +159,8 @@ def add_adapter(base: nn.Module, config: FinetuneConfig, genotype: Genotype | No
         names = match_modules(base, config.target_modules)
         saved = match_saved_modules(base, None)
         names += match_parameters(base, config.target_parameters, config.target_modules)
-        genotype = Genotype(dict.fromkeys(names, 1), config.scaling, modules_to_save=saved)
+        ranks = dict.fromkeys(outside(names, saved), 1)
+        genotype = Genotype(ranks, config.scaling, modules_to_save=saved)
     if config.rank is not None:
         genotype = replace(genotype, ranks=dict.fromkeys(genotype.ranks, config.rank))
     genotype = genotype.with_shapes(base)

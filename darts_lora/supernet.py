@@ -18,7 +18,7 @@ from darts_lora.experts import MixedRankExperts
 from darts_lora.mixed_linear import MixedRankLinear, linear_shape
 from darts_lora.probe import check_plain, left_out, left_out_lines
 from darts_lora.relaxation import Relaxation, sample
-from darts_lora.targets import match_modules, match_parameters, match_saved_modules
+from darts_lora.targets import match_modules, match_parameters, match_saved_modules, outside
 
 
 class Supernet:
@@ -114,8 +114,8 @@ class Supernet:
         stacked = match_parameters(
             model, config.target_parameters, config.target_modules, config.exclude_modules
         )
-        inside = tuple(f"{name}." for name in saved)
-        shapes = {n: s for n, s in {**shapes, **stacked}.items() if not f"{n}.".startswith(inside)}
+        shapes = {**shapes, **stacked}
+        shapes = {name: shapes[name] for name in outside(shapes, saved)}
         if not shapes:
             raise InputError(
                 f"target_modules={config.target_modules!r}: nothing is left to search, every "
@@ -123,11 +123,12 @@ class Supernet:
             )
         largest = config.ranks[-1]
         widest = max(shapes, key=lambda name: min(shapes[name][-2:]))
-        *_, inside, outside = shapes[widest]
-        if largest > min(inside, outside):
+        *_, width_in, width_out = shapes[widest]
+        smaller = min(width_in, width_out)
+        if largest > smaller:
             raise InputError(
-                f"ranks={list(config.ranks)}: rank {largest} is above {min(inside, outside)}, the "
-                f"smaller side of {widest} ({inside} -> {outside}), and no layer is wider"
+                f"ranks={list(config.ranks)}: rank {largest} is above {smaller}, the smaller "
+                f"side of {widest} ({width_in} -> {width_out}), and no layer is wider"
             )
         self.left_out = left_out(model, shapes, stacked, config.ranks)
         for line in left_out_lines(self.left_out):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import torch
 from rich.console import Console
@@ -16,7 +16,10 @@ from torch import Tensor
 
 from darts_lora.collator import IGNORED
 from darts_lora.cost import parameters_per_rank
+from darts_lora.experts import expert_tensors
 from darts_lora.genotype import Genotype
+from darts_lora.prior import layer_type
+from darts_lora.probe import left_out_lines
 from darts_lora.supernet import Supernet
 from darts_lora.targets import model_parts
 
@@ -156,6 +159,8 @@ def show_supernet(supernet: Supernet, console: Console | None = None) -> None:
     console.print(table)
     for name in supernet.saved_modules:
         console.print(f"trained in full and saved with the adapter: {name}", markup=False)
+    for line in (*left_out_lines(supernet.left_out), *_unreached_lines(supernet)):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     searched = sum(p.numel() for p in supernet.weight_parameters())
     whole = sum(p.numel() for p in supernet.model.parameters())
     console.print(
@@ -167,6 +172,33 @@ def show_supernet(supernet: Supernet, console: Console | None = None) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _unreached_lines(supernet: Supernet) -> list[str]:
+    """How many of the model's parameters are in no searched layer, and where most of them are."""
+    own = {id(p) for p in supernet.weight_parameters()}
+    reached = {id(layer.weight) for layer in supernet.layers.values()}
+    whole, left = 0, Counter()
+    for name, parameter in supernet.model.named_parameters():
+        if id(parameter) not in own:
+            whole += parameter.numel()
+            if id(parameter) not in reached:
+                left[layer_type(name.replace(".base_layer", ""))] += parameter.numel()
+    if not left:
+        return []
+    most = ", ".join(f"{name} ({count:,})" for name, count in left.most_common(3))
+    lines = [
+        f"no adapter reaches {left.total():,} of {whole:,} parameters "
+        f"({left.total() / whole:.0%}), most of them in {most}"
+    ]
+    experts = expert_tensors(supernet.model)
+    if experts:
+        size = sum(count * inside * outside for count, inside, outside in experts.values())
+        lines.append(
+            f"experts that are not searched: {len(experts)} tensors, {size:,} parameters; "
+            "--target_parameters all-experts searches them"
+        )
+    return lines
 
 
 def _shape_text(shape: tuple[int, ...]) -> str:

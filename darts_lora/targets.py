@@ -128,6 +128,7 @@ def model_parts(model: nn.Module) -> dict[str, str]:
         return dict.fromkeys(linear, "language")
     lists = [name for name, module in modules.items() if isinstance(module, nn.ModuleList)]
     blocks = tuple(f"{name}." for name in lists if _is_inside(name, encoder))
+    whole = heads(model)
     language = [_outermost(decoder or "", encoder), *([audio] if audio else [])]
     parts = {}
     for name in linear:
@@ -136,7 +137,7 @@ def model_parts(model: nn.Module) -> dict[str, str]:
             parts[name] = "vision" if own and "merger" not in name else "connector"
         else:
             own = any(_is_inside(name, part) for part in language)
-            own |= name.endswith(("lm_head", *SEQ_CLS_HEAD_NAMES))
+            own |= name.endswith("lm_head") or any(name == h or _is_inside(name, h) for h in whole)
             cross = any(piece.startswith(CROSS_ATTENTION) for piece in name.split("."))
             parts[name] = "language" if own and not cross else "connector"
     return parts
@@ -176,10 +177,35 @@ def match_saved_modules(model: nn.Module, modules_to_save: list[str] | None) -> 
                 f"modules_to_save={modules_to_save!r}: {key!r} matches no module; nearest names: "
                 f"{', '.join(near)}"
             )
-    keys = [*(modules_to_save or ()), *(SEQ_CLS_HEAD_NAMES if task_type(model) else ())]
-    fresh = _fresh(model)
-    matched = [name for name in names if name.endswith(tuple(keys)) or name in fresh]
+    keys, whole = tuple(modules_to_save or ()), {*heads(model), *_fresh(model)}
+    matched = [name for name in names if (keys and name.endswith(keys)) or name in whole]
     return [name for name in matched if not any(_is_inside(name, outer) for outer in matched)]
+
+
+def heads(model: nn.Module) -> list[str]:
+    """Names of the modules of a classifier that make labels of what the base model gives: those
+    that PEFT knows by name; else those beside the base model, or, where it holds all, the linear
+    layer that ends in labels. [] of other models."""
+    if task_type(model) is None:
+        return []
+    names = [name for name, _ in model.named_modules()]
+    known = [name for name in names if name.endswith(tuple(SEQ_CLS_HEAD_NAMES))]
+    if known or not isinstance(model, PreTrainedModel):
+        return known
+    beside = [
+        name
+        for name, child in model.named_children()
+        if child is not model.base_model and any(True for _ in child.parameters())
+    ]
+    sizes = {name: linear_shape(module) or (0, 0) for name, module in model.named_modules()}
+    ends = [name for name, (_, size) in sizes.items() if size == model.config.num_labels]
+    return beside or ends[-1:]
+
+
+def outside(names: Collection[str], outer: Collection[str]) -> list[str]:
+    """Those of the names that are not of a module in `outer`, nor inside one."""
+    inside = tuple(f"{name}." for name in outer)
+    return [name for name in names if not f"{name}.".startswith(inside)]
 
 
 def check_fresh(model: PeftModel, source: str) -> None:

@@ -11,12 +11,14 @@ from peft import LoraConfig, TaskType, get_peft_model
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from darts_lora import InputError
+from darts_lora import InputError, SearchConfig, Supernet
 from darts_lora.config import ModelConfig
+from darts_lora.finetune import FinetuneConfig, add_adapter
 from darts_lora.models import load_model
 from darts_lora.targets import (
     check_fresh,
     check_matches,
+    heads,
     match_modules,
     match_saved_modules,
     model_parts,
@@ -25,6 +27,48 @@ from darts_lora.targets import (
 from small_models import residual, vision_model, vision_processor
 
 PARTS = ("vision", "connector", "language")
+
+
+def tiny(name, **sizes):
+    text = {k: v for k, v in TEXT.items() if not k.startswith("num_key")}
+    return getattr(t, f"{name}ForSequenceClassification")(
+        getattr(t, f"{name}Config")(**text, num_labels=3, **sizes)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "head"),
+    [
+        ("Bert", {}, ["classifier"]),
+        ("Llama", {}, ["score"]),
+        (
+            "Bart",
+            {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1},
+            ["classification_head"],
+        ),
+        ("XLNet", {"d_model": 16, "n_layer": 1, "n_head": 2}, ["sequence_summary", "logits_proj"]),
+        ("XLM", {"emb_dim": 16, "n_layers": 1, "n_heads": 2}, ["sequence_summary"]),
+        (
+            "Perceiver",
+            {"num_latents": 4, "d_latents": 16, "d_model": 16, "num_cross_attention_heads": 2}
+            | {"num_self_attends_per_block": 1, "num_self_attention_heads": 2},
+            ["perceiver.decoder.decoder.final_layer"],
+        ),
+    ],
+)
+def test_a_head_is_trained_in_full_whatever_its_name_is(name, sizes, head):
+    model = tiny(name, **sizes)
+    assert heads(model) == head
+    saved = match_saved_modules(model, None)
+    assert saved == head
+    supernet = Supernet(model, SearchConfig(ranks=(0, 1)))
+    assert list(supernet.saved_modules) == saved
+    inside = tuple(f"{name}." for name in saved)
+    assert supernet.layers and not any(f"{n}.".startswith(inside) for n in supernet.layers)
+    # and by the finetune without a search
+    adapted = add_adapter(supernet.remove(), FinetuneConfig(None, rank=1), None)
+    trained = [n for n, p in adapted.named_parameters() if p.requires_grad and "lora_" not in n]
+    assert trained and all(".modules_to_save." in name for name in trained)
 
 
 def llama():
