@@ -10,7 +10,13 @@ import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
@@ -164,16 +170,21 @@ def refused(model: nn.Module, names: Collection[str], stacked: Collection[str]) 
 
 
 def _refusal(model: nn.Module, names: list[str], stacked: Collection[str]) -> str | None:
-    """Why PEFT does not give these layers ranks 1 and 2 in turns, None where it does."""
+    """Why PEFT does not give these layers ranks 1 and 2 in turns, or not when the adapter is loaded
+    again; None where it does."""
     ranks = {name: 1 + i % 2 for i, name in enumerate(names)}
     config = lora_config(ranks, stacked, 1.0, model)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    shell = _shell(model, {})
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            inject_adapter_in_model(config, shell, low_cpu_mem_usage=True)
-        check_adapter(shell, ranks, ())
+            shell = get_peft_model(_shell(model, {}), config, low_cpu_mem_usage=True)
+            check_adapter(shell, ranks, ())
+            state = get_peft_model_state_dict(shell, save_embedding_layers=False)
+            loaded = set_peft_model_state_dict(shell, state, low_cpu_mem_usage=True)
+        lost = [key for key in loaded.missing_keys if ".lora_" in key] + loaded.unexpected_keys
+        if lost:
+            return f"the saved adapter would not be loaded again, first {lost[0]}"
     except InputError as error:
         return str(error).removeprefix("genotype: ")
     except Exception as error:  # of any kind: PEFT has many layers, and the packages behind them

@@ -25,7 +25,9 @@ def stacked_tensors(model: nn.Module) -> dict[str, tuple[int, int, int]]:
     """
     found = {}
     for name, module in model.named_modules():
-        if not name or type(module).__module__.startswith("torch.nn."):
+        if not name or isinstance(module, RankBranches):
+            continue
+        if type(module).__module__.startswith("torch.nn."):
             continue
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.dim() == 3 and parameter.dtype in FLOATING:

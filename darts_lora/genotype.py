@@ -177,12 +177,11 @@ class Genotype:
         Raises:
             InputError: a module is not in the model, or is not a linear layer.
         """
-        modules = dict(model.named_modules())
+        stacked = stacked_tensors(model)
+        modules = dict(model.named_modules()) | dict.fromkeys(stacked)
         names = dict(zip(self.ranks, _current_names(self.ranks, modules, model), strict=True))
         linear = {name: linear_shape(module) for name, module in modules.items()}
-        linear |= stacked_tensors(model)
-        modules |= dict.fromkeys(stacked_tensors(model))
-        linear = {name: shape for name, shape in linear.items() if shape is not None}
+        linear = {name: shape for name, shape in linear.items() if shape is not None} | stacked
         missing = [old for old, new in names.items() if new not in linear]
         if missing:
             raise InputError(

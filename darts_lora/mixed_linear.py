@@ -19,9 +19,9 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     transformers' Conv1D, the linear layer of GPT-2, calls them nx and nf.
     """
     for names in (("in_features", "out_features"), ("nx", "nf")):
-        shape = tuple(getattr(module, name, None) for name in names)
-        if all(isinstance(size, int) for size in shape):
-            return shape
+        shape = [getattr(module, name, None) for name in names]
+        if all(hasattr(size, "__index__") for size in shape):
+            return tuple(map(int, shape))
     return None
 
 

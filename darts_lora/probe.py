@@ -17,6 +17,9 @@ from darts_lora.branches import RankBranches
 from darts_lora.cost import usable_ranks
 from darts_lora.errors import InputError
 
+READ_PAST = "its weight is read past its forward, so that a LoRA changes nothing"
+NO_TENSOR = "its forward gives other than one tensor"
+
 
 def check_plain(model: nn.Module) -> None:
     """The model has no rank branches and no adapters, and is not compiled.
@@ -59,9 +62,7 @@ def left_out(
     for name, shape in shapes.items():
         if usable_ranks(shape, ranks)[-1] == 0:
             found[name] = f"no candidate above 0 is at most {min(shape[-2:])}, its smaller side"
-    modules = [name for name in shapes if name not in stacked]
-    why = "its weight is read past its forward, so that a LoRA changes nothing"
-    found |= dict.fromkeys(read_past_forward(model, modules), why)
+    found |= not_plain_layers(model, [name for name in shapes if name not in stacked])
     left = [name for name in shapes if name not in found]
     return found | {n: f"PEFT: {why}" for n, why in refused(model, left, stacked).items()}
 
@@ -75,18 +76,19 @@ def left_out_lines(reasons: Mapping[str, str]) -> list[str]:
     return [f"left out: {names[0]}{more[why]}: {why}" for why, names in groups.items()]
 
 
-def read_past_forward(model: nn.Module, names: Collection[str]) -> list[str]:
-    """Those of these modules whose weight the model reads, but whose forward it does not call.
+def not_plain_layers(model: nn.Module, names: Collection[str]) -> dict[str, str]:
+    """Which of these modules a LoRA does not suit -> why: the model reads the weight and does not
+    call the forward, or the forward gives more than a tensor.
 
-    torch's MultiheadAttention does that to its out_proj. Of transformers' models a forward of a few
-    tokens tells; one that does not take its own `dummy_inputs` tells nothing.
+    torch's MultiheadAttention does the former to its out_proj. Of transformers' models a forward of
+    a few tokens tells; one that does not take its own `dummy_inputs` tells nothing.
     """
     attention = [n for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
-    found = {f"{name}.out_proj".removeprefix(".") for name in attention}
+    found = dict.fromkeys((f"{name}.out_proj".removeprefix(".") for name in attention), READ_PAST)
     inputs = _few_tokens(model)
     if inputs:
         found |= _watched(model, names, inputs)
-    return [name for name in names if name in found]
+    return {name: found[name] for name in names if name in found}
 
 
 def _few_tokens(model: nn.Module) -> dict[str, Tensor]:
@@ -103,7 +105,7 @@ def _few_tokens(model: nn.Module) -> dict[str, Tensor]:
     return {name: v.to(model.device).clamp(max=tokens - 1) for name, v in inputs.items()}
 
 
-def _watched(model: nn.Module, names: Collection[str], inputs: dict[str, Tensor]) -> set[str]:
+def _watched(model: nn.Module, names: Collection[str], inputs: dict[str, Tensor]) -> dict[str, str]:
     spies = {name: _Spy(model.get_submodule(name)) for name in names}
     training = [module for module in model.modules() if module.training]
     devices = [model.device] if model.device.type == "cuda" else []
@@ -113,25 +115,28 @@ def _watched(model: nn.Module, names: Collection[str], inputs: dict[str, Tensor]
         with torch.no_grad(), torch.random.fork_rng(devices):
             model.eval()(**inputs)
     except Exception:  # any kind: models that want more than text, or other text
-        return set()
+        return {}
     finally:
         for name, spy in spies.items():
             model.set_submodule(name, spy.watched)
         for module in training:
             module.training = True
-    return {name for name, spy in spies.items() if spy.was_read and not spy.was_called}
+    past = [name for name, spy in spies.items() if spy.was_read and not spy.was_called]
+    other = [name for name, spy in spies.items() if not spy.gives_tensor]
+    return dict.fromkeys(past, READ_PAST) | dict.fromkeys(other, NO_TENSOR)
 
 
 class _Spy(nn.Module):
-    """In the place of a module: whether its weight is read, whether its forward is called."""
+    """In the place of a module: whether its weight is read, its forward called, what that gives."""
 
     def __init__(self, watched: nn.Module):
         super().__init__()
-        vars(self).update(watched=watched, was_read=False, was_called=False)
+        vars(self).update(watched=watched, was_read=False, was_called=False, gives_tensor=True)
 
     def forward(self, *args, **kwargs):
-        vars(self)["was_called"] = True
-        return self.watched(*args, **kwargs)
+        output = self.watched(*args, **kwargs)
+        vars(self).update(was_called=True, gives_tensor=isinstance(output, Tensor))
+        return output
 
     def __getattr__(self, name: str):
         if name == "weight":

@@ -191,7 +191,11 @@ def _unreached_lines(supernet: Supernet) -> list[str]:
         f"no adapter reaches {left.total():,} of {whole:,} parameters "
         f"({left.total() / whole:.0%}), most of them in {most}"
     ]
-    experts = expert_tensors(supernet.model)
+    experts = {
+        name: shape
+        for name, shape in expert_tensors(supernet.model).items()
+        if id(supernet.model.get_parameter(name)) not in reached
+    }
     if experts:
         size = sum(count * inside * outside for count, inside, outside in experts.values())
         lines.append(

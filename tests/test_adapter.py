@@ -113,6 +113,17 @@ def test_a_linear_layer_that_peft_does_not_know_is_found_before_a_search():
     assert list(reasons) == ["blocks.1"] and "not supported" in reasons["blocks.1"]
 
 
+def test_layers_whose_weights_would_be_lost_at_a_load_are_found_before_a_search():
+    """Laguna's renaming of old keys, shared_expert to shared_experts, damages current ones."""
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "head_dim": 8}
+    model = t.LagunaForCausalLM(t.LagunaConfig(**{**TEXT, **sizes}))
+    names = match_modules(model, "all-linear")
+    shared = [name for name in names if ".shared_experts." in name]
+    reasons = refused(model, names, ())
+    assert shared and list(reasons) == shared
+    assert all("would not be loaded again" in reason for reason in reasons.values())
+
+
 @pytest.mark.parametrize("family", MOE)
 def test_mixtures_of_experts_get_their_ranks_and_their_experts_none(family):
     """PEFT takes names that experts had before transformers 5 for the experts' parameters."""

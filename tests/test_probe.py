@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from darts_lora import InputError, SearchConfig, Supernet
-from darts_lora.probe import left_out_lines, read_past_forward
+from darts_lora.probe import left_out_lines, not_plain_layers
 from darts_lora.targets import match_modules
 from small_models import residual
 
@@ -88,8 +88,8 @@ def test_a_forward_tells_what_is_read_past_the_forward():
     model = mamba().train()
     names, random_state = match_modules(model, "all-linear"), torch.get_rng_state()
     structure = str(model)
-    found = read_past_forward(model, names)
-    assert found == ["backbone.layers.0.mixer.dt_proj"]
+    found = not_plain_layers(model, names)
+    assert list(found) == ["backbone.layers.0.mixer.dt_proj"]
     assert str(model) == structure and all(module.training for module in model.modules())
     assert torch.equal(torch.get_rng_state(), random_state)
     # it is what a LoRA there says: any B, the same output
@@ -110,7 +110,18 @@ def test_a_model_that_calls_its_layers_has_none(monkeypatch):
     model = t.LlamaForCausalLM(t.LlamaConfig(**{**TEXT, **ids}))  # fewer than dummy_inputs'
     called = []
     model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: called.append(1))
-    assert read_past_forward(model, match_modules(model, "all-linear")) == [] and called
+    assert not_plain_layers(model, match_modules(model, "all-linear")) == {} and called
+
+
+def test_a_layer_whose_forward_gives_more_than_a_tensor():
+    """Llama 4's and Phi-MoE's routers are Linears by class, but give logits and scores."""
+    config = t.PhimoeConfig(**{**TEXT, "num_local_experts": 4, "num_experts_per_tok": 2})
+    model = t.PhimoeForCausalLM(config)
+    routers = [n for n in match_modules(model, "all-linear") if n.endswith(".router")]
+    with pytest.warns(UserWarning, match="left out: .*router and 1 more: .* other than one tensor"):
+        supernet = Supernet(model, SearchConfig(ranks=(0, 1)))
+    assert len(routers) == 2 and not set(routers) & set(supernet.layers)
+    model(input_ids=torch.tensor([[1, 2, 3]])).logits.sum().backward()
 
 
 def test_lines_name_the_first_layer_of_each_reason():

@@ -30,7 +30,8 @@ PARTS = ("vision", "connector", "language")
 
 
 def tiny(name, **sizes):
-    text = {k: v for k, v in TEXT.items() if not k.startswith("num_key")}
+    left_out = ("num_key_value_heads", "max_position_embeddings")  # XLNet refuses the latter
+    text = {k: v for k, v in TEXT.items() if k not in left_out}
     return getattr(t, f"{name}ForSequenceClassification")(
         getattr(t, f"{name}Config")(**text, num_labels=3, **sizes)
     )

@@ -147,19 +147,22 @@ def backward(supernet: Supernet, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     for parameter in supernet.weight_parameters():
         parameter.grad = None
     with supernet.arch_gradients():
-        loss(supernet.model, batch).backward()
+        value = loss(supernet.model, batch)
+        if value.requires_grad:  # else nothing that is trained is behind it, in PEFT neither
+            value.backward()
     found = {}
     for i, (name, layer) in enumerate(supernet.layers.items()):
         for part, parameter in (("A", layer.lora_A), ("B", layer.lora_B)):
             grad = parameter.grad
             found[f"{name}.{part}"] = torch.zeros_like(parameter) if grad is None else grad
-        found[f"{name}.alpha"] = supernet.alpha.grad[i].clone()
+        grad = supernet.alpha.grad
+        found[f"{name}.alpha"] = torch.zeros(len(RANKS)) if grad is None else grad[i].clone()
     return found
 
 
 def choose(supernet: Supernet) -> Genotype:
     """One rank for each layer, in turns, and alpha that gives all weight to it."""
-    chosen = torch.arange(len(supernet.layers)) % len(RANKS)
+    chosen = (1 + torch.arange(len(supernet.layers))) % len(RANKS)
     with torch.no_grad():
         supernet.alpha.copy_(200.0 * nn.functional.one_hot(chosen, len(RANKS)))
     return Genotype.from_supernet(supernet)
@@ -167,7 +170,9 @@ def choose(supernet: Supernet) -> Genotype:
 
 def check_reach(adapted, batch, genotype: Genotype, gradients: dict[str, Tensor]) -> None:
     """Each layer that PEFT's adapter gives a gradient got one of A, B and alpha in the supernet."""
-    loss(adapted, batch).backward()
+    value = loss(adapted, batch)
+    if value.requires_grad:
+        value.backward()
     for key, parameter in adapted.named_parameters():
         if ".lora_B." not in key or parameter.grad is None or not parameter.grad.any():
             continue
@@ -180,7 +185,7 @@ def check_reach(adapted, batch, genotype: Genotype, gradients: dict[str, Tensor]
 def check_parts(model: nn.Module) -> None:
     """Each linear layer is in one part; the image encoder's are not in the language's."""
     parts = model_parts(model)
-    encoder = model.get_encoder(modality="image")
+    encoder = model.get_encoder(modality="image") or model
     for name, module in model.named_modules():
         if linear_shape(module):
             require(parts.get(name) in PARTS, f"{name} is in no part of the model")
@@ -197,6 +202,9 @@ def plain_peft(task: str, kind: str) -> str:
         adapted = get_peft_model(model, config)
         loss(adapted, batch).backward()
         wanted = outputs(adapted, batch)
+        if getattr(model, "supports_gradient_checkpointing", False):
+            checkpoint_activations(model.train(), use_reentrant=False)
+            loss(adapted, batch).backward()
         with tempfile.TemporaryDirectory() as folder:
             adapted.save_pretrained(folder)
             again = PeftModel.from_pretrained(tiny_model(task, kind), folder)

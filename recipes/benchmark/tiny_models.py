@@ -27,6 +27,8 @@ VOCABULARY, LENGTH = 96, 8
 SIZES = [
     (r"num_kv_shared_layers|hidden_size_per_layer_input", 0),
     (r"index_topk", 16),
+    (r"index_kpool", 4),
+    (r"adapter_in_dim", 32),
     (r"mamba_(d_head|head_?dim)", 32),
     (r"d_head", 16),
     (r"mamba_d_ssm", 64),
@@ -104,6 +106,8 @@ def _small(config: PretrainedConfig, hidden: int, sections: list[int] | None) ->
             size = _size(name, value)
             if size is not None:
                 small[name] = hidden if size == 32 and name not in FIXED else size
+        elif name == "layer_types" and value is None:
+            small[name] = ["full_attention"] * 2
         elif isinstance(value, list) and value and all(isinstance(v, str) for v in value):
             kinds = list(dict.fromkeys(value))
             small[name] = (kinds[:1] + kinds[-1:]) if len(value) > 1 else value
