@@ -2,6 +2,7 @@
 
 import torch
 import transformers as t
+from families import tokenizer
 
 SIZE = {
     "vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
@@ -27,3 +28,16 @@ MOE = {
 def make_moe(family: str) -> t.PreTrainedModel:
     torch.manual_seed(0)
     return t.AutoModelForCausalLM.from_config(MOE[family]()).eval()
+
+
+def moe_family(name: str):
+    """A maker for families.make_family."""
+
+    def make(folder: str) -> None:
+        make_moe(name).save_pretrained(folder)
+        tokenizer().save_pretrained(folder)
+
+    return make
+
+
+MOE_FAMILIES = {name: moe_family(name) for name in MOE}

@@ -231,9 +231,9 @@ def main() -> None:
     options = parser.parse_args()
     os.makedirs(os.path.dirname(options.output) or ".", exist_ok=True)
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
-    warnings.simplefilter("ignore")
     records = []
-    with open(options.output, "w", encoding="utf-8") as file:
+    with open(options.output, "w", encoding="utf-8") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         for task, kind in pairs():
             if options.types and kind not in options.types:
                 continue
