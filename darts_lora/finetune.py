@@ -38,13 +38,13 @@ from darts_lora.interruption import Stopped, StopRequest, told_as_input_errors, 
 from darts_lora.label_collator import LabelCollator
 from darts_lora.models import load_model
 from darts_lora.padded import save_padded
+from darts_lora.parts import task_type
 from darts_lora.targets import (
     check_fresh,
     match_modules,
     match_parameters,
     match_saved_modules,
     outside,
-    task_type,
 )
 
 SUPERNET_NAME = "supernet.safetensors"

@@ -30,7 +30,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from darts_lora.config import ModelConfig
 from darts_lora.errors import InputError, one_line
 from darts_lora.interruption import lacks_memory
-from darts_lora.targets import heads
+from darts_lora.parts import heads
 
 EMBEDDED = Path(__file__).parent / "embedded"
 # What a message of a missing package says -> the extra of this package that brings it.

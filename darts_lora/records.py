@@ -13,9 +13,9 @@ from torch import Tensor
 
 from darts_lora.errors import InputError, one_line
 from darts_lora.files import write_json, write_text
+from darts_lora.parts import model_parts
 from darts_lora.relaxation import entropies
 from darts_lora.supernet import Supernet
-from darts_lora.targets import model_parts
 
 
 def alpha_figures(supernet: Supernet) -> dict[str, Any]:

@@ -18,10 +18,10 @@ from darts_lora.collator import IGNORED
 from darts_lora.cost import parameters_per_rank
 from darts_lora.experts import expert_tensors
 from darts_lora.genotype import Genotype
+from darts_lora.parts import model_parts
 from darts_lora.prior import layer_type
 from darts_lora.probe import left_out_lines
 from darts_lora.supernet import Supernet
-from darts_lora.targets import model_parts
 
 BARS = "▁▂▃▄▅▆▇█"
 MOST_NUMBERS = 50  # characters of a row of numbers; deeper models show bars alone

@@ -7,21 +7,16 @@ import difflib
 import re
 from collections.abc import Collection
 
-from peft import LoraConfig, PeftModel, TaskType
+from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils import ModulesToSaveWrapper
-from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
-from transformers import PreTrainedModel
 
 from darts_lora.config import ALL_EXPERTS
 from darts_lora.errors import InputError
 from darts_lora.experts import expert_tensors, stacked_tensors
 from darts_lora.mixed_linear import linear_shape
-
-PARTS = ("vision", "language", "connector")
-# How transformers' models name the attention of their text blocks to the image.
-CROSS_ATTENTION = ("cross_attn", "crossattention", "cross_attention", "encoder_attn")
+from darts_lora.parts import PARTS, heads, model_parts, task_type, within
 
 
 def match_modules(
@@ -106,61 +101,6 @@ def match_parameters(
     return kept
 
 
-def model_parts(model: nn.Module) -> dict[str, str]:
-    """Name of each linear layer, and each 3-D parameter of experts, -> the part of the model that
-    it belongs to.
-
-    vision: the blocks of the image encoder, and its embeddings. connector: what joins images and
-    text, that is the rest of the encoder (mergers), what is in neither encoder nor language model
-    (projectors, resamplers), and the cross-attention in the language model's blocks. language: all
-    else; the whole of a text-only model.
-    """
-    modules = dict(model.named_modules())
-    linear = [name for name, module in modules.items() if linear_shape(module)]
-    linear += expert_tensors(model)
-    names = {id(module): name for name, module in modules.items()}
-    encoder = audio = decoder = None
-    if isinstance(model, PreTrainedModel):
-        encoder = names.get(id(model.get_encoder(modality="image")))
-        audio = names.get(id(model.get_encoder(modality="audio")))
-        decoder = names.get(id(model.get_decoder()))
-    if not encoder:  # get_encoder gives the model itself where it has no image encoder
-        return dict.fromkeys(linear, "language")
-    lists = [name for name, module in modules.items() if isinstance(module, nn.ModuleList)]
-    blocks = tuple(f"{name}." for name in lists if _is_inside(name, encoder))
-    whole = heads(model)
-    language = [_outermost(decoder or "", encoder), *([audio] if audio else [])]
-    parts = {}
-    for name in linear:
-        if _is_inside(name, encoder):
-            own = name.startswith(blocks) or "embed" in name.removeprefix(encoder)
-            parts[name] = "vision" if own and "merger" not in name else "connector"
-        else:
-            own = any(_is_inside(name, part) for part in language)
-            own |= name.endswith("lm_head") or any(name == h or _is_inside(name, h) for h in whole)
-            cross = any(piece.startswith(CROSS_ATTENTION) for piece in name.split("."))
-            parts[name] = "language" if own and not cross else "connector"
-    return parts
-
-
-def _is_inside(name: str, outer: str) -> bool:
-    return not outer or name.startswith(f"{outer}.")
-
-
-def _outermost(name: str, other: str) -> str:
-    """The outermost module around `name` that does not hold the module `other` as well."""
-    pieces = name.split(".")
-    around = [".".join(pieces[: i + 1]) for i in range(len(pieces))]
-    return next((outer for outer in around if not _is_inside(other, outer)), name)
-
-
-def task_type(model: nn.Module) -> TaskType | None:
-    """SEQ_CLS for a model with a sequence classification head: PEFT leaves heads alone there."""
-    names = [cls.__name__ for cls in type(model).__mro__]
-    classifier = any(name.endswith("ForSequenceClassification") for name in names)
-    return TaskType.SEQ_CLS if classifier else None
-
-
 def match_saved_modules(model: nn.Module, modules_to_save: list[str] | None) -> list[str]:
     """Names of the modules that are trained in full and saved with the adapter, as PEFT matches
     them: by the end of their names. The head of a classification model is always one of them, and
@@ -179,27 +119,8 @@ def match_saved_modules(model: nn.Module, modules_to_save: list[str] | None) -> 
             )
     keys, whole = tuple(modules_to_save or ()), {*heads(model), *_fresh(model)}
     matched = [name for name in names if (keys and name.endswith(keys)) or name in whole]
-    return [name for name in matched if not any(_is_inside(name, outer) for outer in matched)]
-
-
-def heads(model: nn.Module) -> list[str]:
-    """Names of the modules of a classifier that make labels of what the base model gives: those
-    that PEFT knows by name; else those beside the base model, or, where it holds all, the linear
-    layer that ends in labels. [] of other models."""
-    if task_type(model) is None:
-        return []
-    names = [name for name, _ in model.named_modules()]
-    known = [name for name in names if name.endswith(tuple(SEQ_CLS_HEAD_NAMES))]
-    if known or not isinstance(model, PreTrainedModel):
-        return known
-    beside = [
-        name
-        for name, child in model.named_children()
-        if child is not model.base_model and any(True for _ in child.parameters())
-    ]
-    sizes = {name: linear_shape(module) or (0, 0) for name, module in model.named_modules()}
-    ends = [name for name, (_, size) in sizes.items() if size == model.config.num_labels]
-    return beside or ends[-1:]
+    inside = [n for n in matched if any(n != outer and within(n, outer) for outer in matched)]
+    return [name for name in matched if name not in inside]
 
 
 def outside(names: Collection[str], outer: Collection[str]) -> list[str]:
@@ -221,7 +142,7 @@ def check_fresh(model: PeftModel, source: str) -> None:
     modules = base.named_modules()
     saved = [name for name, module in modules if isinstance(module, ModulesToSaveWrapper)]
     for name in _fresh(base):
-        if not any(name == outer or _is_inside(name, outer) for outer in saved):
+        if not any(within(name, outer) for outer in saved):
             raise InputError(
                 f"{source}: the model's checkpoint has no weights for {name}, and modules_to_save "
                 "does not name it; search and finetune with this model anew"

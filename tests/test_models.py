@@ -42,7 +42,7 @@ from darts_lora.models import (
     load_model_config,
     load_processor,
 )
-from darts_lora.targets import heads
+from darts_lora.parts import heads
 from small_models import make_tokenizer, vision_model, vision_processor
 
 

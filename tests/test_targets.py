@@ -15,15 +15,8 @@ from darts_lora import InputError, SearchConfig, Supernet
 from darts_lora.config import ModelConfig
 from darts_lora.finetune import FinetuneConfig, add_adapter
 from darts_lora.models import load_model
-from darts_lora.targets import (
-    check_fresh,
-    check_matches,
-    heads,
-    match_modules,
-    match_saved_modules,
-    model_parts,
-    task_type,
-)
+from darts_lora.parts import heads, model_parts, task_type
+from darts_lora.targets import check_fresh, check_matches, match_modules, match_saved_modules
 from small_models import residual, vision_model, vision_processor
 
 PARTS = ("vision", "connector", "language")
@@ -190,7 +183,7 @@ def test_a_text_model_is_language_alone(family, name):
             match_modules(model, target)
 
 
-@pytest.mark.parametrize("target", ["visoin", "vision+audio", "Vision", "vision language"])
+@pytest.mark.parametrize("target", ["visoin", "vision+video", "Vision", "vision language"])
 def test_a_part_that_no_model_has(family, target):
     message = rf"target_modules='{re.escape(target)}': matches no .*: connector, language, vision$"
     with pytest.raises(InputError, match=message):

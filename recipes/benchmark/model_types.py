@@ -32,7 +32,7 @@ from darts_lora.experts import expert_tensors
 from darts_lora.finetune import FinetuneConfig, add_adapter
 from darts_lora.mixed_linear import linear_shape
 from darts_lora.models import checkpoint_activations
-from darts_lora.targets import PARTS, model_parts
+from darts_lora.parts import PARTS, model_parts
 
 RANKS = (0, 1, 2, 4)
 TOLERANCE = 1e-4  # of the largest logit
