@@ -152,8 +152,8 @@ def add_adapter(base: nn.Module, config: FinetuneConfig, genotype: Genotype | No
     """`base` with fresh or inherited LoRA weights.
 
     Raises:
-        InputError: layers that are not in the model, no searched weights to inherit, or a genotype
-            that does not train what the model's checkpoint lacks.
+        InputError: layers that are not in the model, no searched weights to inherit, a genotype
+            that does not train what the model's checkpoint lacks, or another adapter than it says.
     """
     if genotype is None:
         names = match_modules(base, config.target_modules)
@@ -164,6 +164,11 @@ def add_adapter(base: nn.Module, config: FinetuneConfig, genotype: Genotype | No
     if config.rank is not None:
         genotype = replace(genotype, ranks=dict.fromkeys(genotype.ranks, config.rank))
     genotype = genotype.with_shapes(base)
+    if config.pad_to_max and genotype.stacked:
+        raise InputError(
+            f"pad_to_max=true: {genotype.stacked[0]} is a parameter of experts, which engines that "
+            "ignore rank_pattern do not read either; leave pad_to_max out"
+        )
     lora_config = genotype.to_lora_config(base, task_type=task_type(base))
     model = add_lora(base, lora_config, genotype.ranks, genotype.modules_to_save)
     check_fresh(model, f"genotype={config.genotype!r}")

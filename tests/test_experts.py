@@ -149,3 +149,16 @@ def test_the_budget_counts_every_expert():
     supernet = Supernet(model, config)
     assert supernet.parameters_per_rank == 2 * (16 + 16) + 2 * 4 * (24 + 16)
     assert supernet.budget == 4 * supernet.parameters_per_rank
+
+
+def test_experts_are_not_padded():
+    genotype = Genotype({"model.layers.0.mlp.experts.down_proj": 2})
+    with pytest.raises(InputError, match=r"pad_to_max=true: .* is a parameter of experts"):
+        add_adapter(make_moe("mixtral"), FinetuneConfig("x", pad_to_max=True), genotype)
+
+
+def test_a_uniform_baseline_of_experts_without_a_search():
+    config = FinetuneConfig(None, rank=3, target_parameters="all-experts")
+    adapted = add_adapter(make_moe("gpt_oss"), config, None)
+    ranks = adapted_ranks(adapted)
+    assert set(ranks.values()) == {3} and sum(".experts." in name for name in ranks) == 4

@@ -3,6 +3,7 @@ configurations by making every size small. Not here: what is tried on them (mode
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -28,7 +29,7 @@ SIZES = [
     (r"num_kv_shared_layers|hidden_size_per_layer_input", 0),
     (r"index_topk", 16),
     (r"index_kpool", 4),
-    (r"adapter_in_dim", 32),
+    (r"adapter_in_dim|adapter_input_size|codebook_dim", 32),
     (r"mamba_(d_head|head_?dim)", 32),
     (r"d_head", 16),
     (r"mamba_d_ssm", 64),
@@ -170,6 +171,8 @@ def inputs(model: PreTrainedModel, task: str) -> dict[str, Tensor]:
     if task == "image-text":
         batch |= _with_images(model, ids, generator)
     ids = batch["input_ids"]
+    if "bbox" in inspect.signature(model.forward).parameters:
+        batch["bbox"] = torch.zeros(*ids.shape, 4, dtype=torch.long)
     batch["labels"] = torch.tensor([0, 1]) if task == "classification" else ids
     if task == "classification":  # encoder-decoders classify by the state at the end
         end = getattr(model.config.get_text_config(), "eos_token_id", None)
@@ -187,6 +190,8 @@ def _with_images(model: PreTrainedModel, ids: Tensor, generator) -> dict[str, Te
     size = size[0] if isinstance(size, list | tuple) else size or 32
     pixels = torch.randn(2, getattr(vision, "num_channels", 3), size, size, generator=generator)
     token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
+    if token is None:
+        token = config.image_token_id = config.image_token_index = VOCABULARY - 1
     for wanted in (True, False):
         try:
             batch = {"input_ids": ids, "pixel_values": pixels}
@@ -196,6 +201,8 @@ def _with_images(model: PreTrainedModel, ids: Tensor, generator) -> dict[str, Te
                     features = getattr(features, "pooler_output", features)
                     count = sum(each.shape[:-1].numel() for each in features) // 2
                     batch["input_ids"] = torch.cat([ids, torch.full((2, count), token)], 1)
+                if "qformer_input_ids" in inspect.signature(model.forward).parameters:
+                    batch["qformer_input_ids"] = ids
                 model(**batch)
             return batch
         except Exception:  # of any kind: other inputs, other tokens
