@@ -9,6 +9,8 @@ from typing import Literal
 from darts_lora.bounds import check_bounds, check_modules, check_ranks, is_real, require
 from darts_lora.errors import InputError
 
+ALL_EXPERTS = "all-experts"
+
 
 @dataclass
 class SearchConfig:
@@ -24,6 +26,9 @@ class SearchConfig:
     """Layers to search, as in PEFT: all-linear, a list of name suffixes, or a regex; or parts of
     the model, one or several: vision, language, connector (with cross-attention), vision+language.
     """
+    target_parameters: str | list[str] | None = None
+    """Experts to search whose weights are 3-D parameters, one rank for all experts of a parameter:
+    as in PEFT ends of names, such as experts.down_proj; or all-experts. Default: none."""
     exclude_modules: str | list[str] | None = None
     """Layers to leave out, as in PEFT: a list of name suffixes or a regex."""
     modules_to_save: list[str] | None = None
@@ -117,10 +122,12 @@ class SearchConfig:
 
     def __post_init__(self):
         self.ranks = check_ranks(self.ranks)
-        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+        for name in ("target_modules", "target_parameters", "exclude_modules", "modules_to_save"):
             value = getattr(self, name)
+            if name == "target_parameters" and value == ALL_EXPERTS:
+                continue
             if value is not None or name == "target_modules":
-                check_modules(name, value, regex=name != "modules_to_save")
+                check_modules(name, value, regex=name in ("target_modules", "exclude_modules"))
         check_bounds(
             self,
             at_least={"dropout": 0.0, "arch_weight_decay": 0.0, "arch_noise": 0.0}

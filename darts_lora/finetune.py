@@ -14,7 +14,7 @@ import peft
 import torch
 import transformers
 from accelerate import PartialState
-from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import PeftModel, set_peft_model_state_dict
 from peft.helpers import disable_input_dtype_casting
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from torch import nn
@@ -25,6 +25,7 @@ from transformers import (
     set_seed,
 )
 
+from darts_lora.adapter import add_lora
 from darts_lora.bounds import check_bounds
 from darts_lora.callbacks import Progress, SaveAdapter, Views, kept
 from darts_lora.cli import save_config
@@ -40,13 +41,15 @@ from darts_lora.label_collator import LabelCollator
 from darts_lora.launch import check_launch, explained
 from darts_lora.models import load_model
 from darts_lora.padded import save_padded
+from darts_lora.parts import task_type
 from darts_lora.supernet import SUPERNET_NAME
 from darts_lora.targets import (
     check_fresh,
     check_unshared,
     match_modules,
+    match_parameters,
     match_saved_modules,
-    task_type,
+    outside,
 )
 from darts_lora.together import check_not_anothers
 
@@ -65,6 +68,8 @@ class FinetuneConfig:
     """Uniform baseline: this rank for every layer of the genotype; default: the genotype's own."""
     target_modules: str | list[str] = "all-linear"
     """Layers of a uniform baseline without a genotype, as in a search."""
+    target_parameters: str | list[str] | None = None
+    """Experts of a uniform baseline without a genotype, as in a search."""
     scaling: float = 2.0
     """lora_alpha / r of a uniform baseline without a genotype."""
     init: Literal["scratch", "inherit"] = "scratch"
@@ -181,18 +186,26 @@ def add_adapter(base: nn.Module, config: FinetuneConfig, genotype: Genotype | No
 
     Raises:
         InputError: layers that are not in the model, or share their weights; no searched weights to
-            inherit, or a genotype that does not train what the model's checkpoint lacks.
+            inherit, a genotype that does not train what the model's checkpoint lacks, or another
+            adapter than it says.
     """
     if genotype is None:
         names = match_modules(base, config.target_modules)
         saved = match_saved_modules(base, None)
-        genotype = Genotype(dict.fromkeys(names, 1), config.scaling, modules_to_save=saved)
+        names += match_parameters(base, config.target_parameters, config.target_modules)
+        ranks = dict.fromkeys(outside(names, saved), 1)
+        genotype = Genotype(ranks, config.scaling, modules_to_save=saved)
     if config.rank is not None:
         genotype = replace(genotype, ranks=dict.fromkeys(genotype.ranks, config.rank))
     genotype = genotype.with_shapes(base)
     check_unshared(base, [name for name, rank in genotype.ranks.items() if rank])
+    if config.pad_to_max and genotype.stacked:
+        raise InputError(
+            f"pad_to_max=true: {genotype.stacked[0]} is a parameter of experts, which engines that "
+            "ignore rank_pattern do not read either; leave pad_to_max out"
+        )
     lora_config = genotype.to_lora_config(base, task_type=task_type(base))
-    model = get_peft_model(base, lora_config)
+    model = add_lora(base, lora_config, genotype.ranks, genotype.modules_to_save)
     check_fresh(model, f"genotype={config.genotype!r}")
     if config.init == "inherit":
         _inherit(model, genotype, os.path.join(os.path.dirname(config.genotype), SUPERNET_NAME))

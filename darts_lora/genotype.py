@@ -3,7 +3,6 @@ Not here: how ranks are chosen (discretize.py) and retrained (finetune.py)."""
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections import Counter
@@ -19,10 +18,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
+from darts_lora.adapter import lora_config
 from darts_lora.bounds import MAX_RANK, NAMES, check_ranks, is_name
+from darts_lora.branches import branch_columns
+from darts_lora.cost import parameters_per_rank
 from darts_lora.errors import InputError, one_line
+from darts_lora.experts import peft_names, stacked_tensors, to_peft
 from darts_lora.files import read_json, write_json
-from darts_lora.mixed_linear import branch_columns, linear_shape
+from darts_lora.mixed_linear import linear_shape
 from darts_lora.models import weights_digest
 from darts_lora.targets import check_matches
 
@@ -49,7 +52,8 @@ class Genotype:
     scaling: float = 2.0
     """lora_alpha / r, the same for every layer."""
     shapes: dict[str, tuple[int, int]] | None = None
-    """Module name -> (in_features, out_features); None where only ranks are known."""
+    """Module name -> (in_features, out_features); name of a 3-D parameter of experts -> (experts,
+    in_features, out_features). None where only ranks are known."""
     candidates: list[int] | None = None
     """The candidate ranks of the search."""
     branches: Literal["independent", "nested"] = "independent"
@@ -88,14 +92,16 @@ class Genotype:
         if self.candidates is not None:
             ok = list(check_ranks(self.candidates)) == self.candidates
             _require(ok, "candidates", self.candidates, "must be a list of ranks that rise")
-        for option, length in (("shapes", 2), ("probabilities", len(self.candidates or ()))):
+        lengths = {"shapes": (2, 3), "probabilities": (len(self.candidates or ()),)}
+        for option, allowed in lengths.items():
             table = getattr(self, option)
             if table is None:
                 continue
             ok = isinstance(table, dict) and table.keys() == self.ranks.keys()
+            length = " or ".join(map(str, allowed))
             _require(ok, option, table, f"must give {length} numbers for every module of ranks")
             for name, row in table.items():
-                ok = isinstance(row, list | tuple) and len(row) == length
+                ok = isinstance(row, list | tuple) and len(row) in allowed
                 ok = ok and (_is_shape(row) if option == "shapes" else _is_distribution(row))
                 kind = "sizes of at least 1" if option == "shapes" else "parts of 1"
                 rule = f"must give {length} numbers for every module of ranks, {kind}"
@@ -103,8 +109,9 @@ class Genotype:
         if self.shapes is not None:
             self.shapes = {name: tuple(shape) for name, shape in self.shapes.items()}
             for name, rank in self.ranks.items():
-                rule = f"must be at most {max(self.shapes[name])}, the larger side of the layer"
-                _require(rank <= max(self.shapes[name]), "ranks", {name: rank}, rule)
+                larger = max(self.shapes[name][-2:])
+                rule = f"must be at most {larger}, the larger side of the layer"
+                _require(rank <= larger, "ranks", {name: rank}, rule)
         _require(isinstance(self.found_by, dict), "found_by", self.found_by, "must be a mapping")
         for option in ("versions", "verdict"):
             value = self.found_by.get(option, {})
@@ -122,9 +129,14 @@ class Genotype:
         names = list(supernet.layers)
         model_config = getattr(supernet.model, "config", None)
         return cls(
-            ranks=dict(zip(names, (candidates[k] for k in probabilities.argmax(-1)), strict=True)),
+            ranks={
+                name: int(ranks[k])
+                for name, ranks, k in zip(
+                    names, supernet.layer_ranks, probabilities.argmax(-1), strict=True
+                )
+            },
             scaling=supernet.config.scaling,
-            shapes={n: (x.in_features, x.out_features) for n, x in supernet.layers.items()},
+            shapes={name: layer.shape for name, layer in supernet.layers.items()},
             candidates=candidates,
             branches=supernet.config.branches,
             probabilities=dict(zip(names, probabilities.tolist(), strict=True)),
@@ -145,7 +157,14 @@ class Genotype:
         """
         if self.shapes is None:
             raise InputError("genotype: holds ranks alone; call with_shapes(model) first")
-        return sum(rank * sum(self.shapes[name]) for name, rank in self.ranks.items())
+        return sum(
+            rank * parameters_per_rank(*self.shapes[name]) for name, rank in self.ranks.items()
+        )
+
+    @property
+    def stacked(self) -> list[str]:
+        """The names that are 3-D parameters of experts; needs shapes to tell."""
+        return [name for name, shape in (self.shapes or {}).items() if len(shape) == 3]
 
     @property
     def rank_pattern(self) -> dict[str, int]:
@@ -160,10 +179,11 @@ class Genotype:
         Raises:
             InputError: a module is not in the model, or is not a linear layer.
         """
-        modules = dict(model.named_modules())
+        stacked = stacked_tensors(model)
+        modules = dict(model.named_modules()) | dict.fromkeys(stacked)
         names = dict(zip(self.ranks, _current_names(self.ranks, modules, model), strict=True))
         linear = {name: linear_shape(module) for name, module in modules.items()}
-        linear = {name: shape for name, shape in linear.items() if shape is not None}
+        linear = {name: shape for name, shape in linear.items() if shape is not None} | stacked
         missing = [old for old, new in names.items() if new not in linear]
         if missing:
             raise InputError(
@@ -201,26 +221,16 @@ class Genotype:
         ranks = {name: rank for name, rank in genotype.ranks.items() if rank > 0}
         if not ranks:
             raise InputError("genotype: every rank is 0, there is nothing to train")
-        largest = max(ranks.values())
-        pattern = {key: rank for key, rank in genotype.rank_pattern.items() if rank != largest}
-        pattern = {} if pad_to_max else pattern
-        divisor = math.sqrt if options.get("use_rslora") else float
-        if model is not None and all(hasattr(model.get_submodule(name), "nx") for name in ranks):
+        stacked = genotype.stacked
+        linear = [name for name in ranks if name not in stacked]
+        if model and linear and all(hasattr(model.get_submodule(name), "nx") for name in linear):
             options.setdefault("fan_in_fan_out", True)  # transformers' Conv1D stores W transposed
         if self.modules_to_save:
             options.setdefault("modules_to_save", list(self.modules_to_save))  # PEFT extends it
-        lora_config = LoraConfig(
-            r=largest,
-            lora_alpha=self.scaling * divisor(largest),
-            # a string is matched in full, a list would match suffixes of other names as well
-            target_modules="|".join(re.escape(name) for name in ranks),
-            rank_pattern=pattern,
-            alpha_pattern={key: self.scaling * divisor(rank) for key, rank in pattern.items()},
-            **options,
-        )
+        config = lora_config(ranks, stacked, self.scaling, model, pad_to_max=pad_to_max, **options)
         if model is not None:
-            check_matches(model, lora_config, ranks, genotype.modules_to_save)
-        return lora_config
+            check_matches(model, config, ranks, genotype.modules_to_save)
+        return config
 
     def inherited_state(self, source: Supernet | str | os.PathLike) -> dict[str, Tensor]:
         """The chosen branches' searched weights, for peft.set_peft_model_state_dict.
@@ -241,15 +251,17 @@ class Genotype:
         if searched is not None:
             self._check_search_of(searched, os.fspath(source))
         searched = source.state_dict() if searched is None else searched
-        state = {}
+        adapted = [name for name, rank in self.ranks.items() if rank > 0]
+        state, places = {}, peft_names(adapted, set(self.stacked))
         for name, rank in self.ranks.items():
             if f"{name}.lora_A" not in searched:
                 raise InputError(f"genotype: module {name!r} is not in the supernet")
             if rank > 0:
                 columns = branch_columns(tuple(self.candidates or ()), rank, self.branches)
-                a, b = searched[f"{name}.lora_A"][columns], searched[f"{name}.lora_B"][:, columns]
-                state[f"{PEFT_PREFIX}{name}.lora_A.weight"] = a.detach().clone()
-                state[f"{PEFT_PREFIX}{name}.lora_B.weight"] = b.detach().clone()
+                a = searched[f"{name}.lora_A"][..., columns, :].detach()
+                b = searched[f"{name}.lora_B"][..., columns].detach()
+                for part, value in zip("AB", to_peft(a, b), strict=True):
+                    state[f"{PEFT_PREFIX}{places[name]}.lora_{part}.weight"] = value.clone()
         saved = tuple(f"{name}." for name in self.modules_to_save)
         for key, value in searched.items():
             if key.startswith(saved) and saved:

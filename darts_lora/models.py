@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -34,6 +33,7 @@ from darts_lora.causality import check_causal, check_decoder
 from darts_lora.config import ModelConfig
 from darts_lora.errors import InputError, one_line
 from darts_lora.interruption import lacks_memory
+from darts_lora.parts import heads
 
 EMBEDDED = Path(__file__).parent / "embedded"
 # What a message of a missing package says -> the extra of this package that brings it.
@@ -62,7 +62,8 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     classifier = is_classifier(model_config, config.task)
     if config.quantization is not None:
         with _explained(config):
-            options["quantization_config"] = _quantization(config, model_config, classifier)
+            whole = _heads_of(model_config) if classifier else None
+            options["quantization_config"] = _quantization(config, model_config, whole)
         options["device_map"] = {"": PartialState().device}
     if config.num_labels is not None:
         options["ignore_mismatched_sizes"] = True
@@ -74,7 +75,9 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
             "loaded into the model; name the base model, or merge the adapter into it"
         )
     if config.num_labels is not None:
-        _check_head(config, [key for key, *_ in info["mismatched_keys"]])
+        _check_head(config, model, [key for key, *_ in info["mismatched_keys"]])
+    if not classifier:
+        _check_whole(config, model, info["missing_keys"])
     if classifier:
         model.fresh_modules = _fresh_modules(config, model, info["missing_keys"])
         # models that take a decoder's last token find it by this
@@ -94,6 +97,10 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
         check_causal(model, config.model_name_or_path)
     if config.gradient_checkpointing:
         # The re-entrant kind gives no gradients where, as here, the model's input needs none.
+        if not model.supports_gradient_checkpointing:
+            raise InputError(
+                f"gradient_checkpointing=true: {type(model).__name__} has none; leave it out"
+            )
         checkpoint_activations(model, use_reentrant=False)
         model.config.get_text_config().use_cache = False
     return model
@@ -194,7 +201,8 @@ def is_classifier(config: PretrainedConfig, task: str = "auto") -> bool:
 
 def context_length(config: PretrainedConfig) -> int | None:
     """Longest sequence that the model's positions allow (tokens), None where it does not say."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return longest if longest is None or longest > 0 else None  # XLNet's -1: any length
 
 
 def load_processor(config: ModelConfig) -> ProcessorMixin | PreTrainedTokenizerBase:
@@ -217,9 +225,22 @@ def _tokenizer(processor: ProcessorMixin | PreTrainedTokenizerBase) -> PreTraine
     return getattr(processor, "tokenizer", processor)
 
 
-def _check_head(config: ModelConfig, mismatched: list[str]) -> None:
+def _check_whole(config: ModelConfig, model: PreTrainedModel, missing: set[str]) -> None:
+    """What generates text has all of its weights: others would be drawn at random at each load."""
+    names = [name for name, _ in model.named_parameters() if name in missing]
+    if names:
+        count = sum(1 for _ in model.parameters())
+        raise InputError(
+            f"model_name_or_path={config.model_name_or_path!r}: the checkpoint has no weights for "
+            f"{len(names)} of {count} tensors of {type(model).__name__}, first {names[0]}; name "
+            "one that was saved as this class, or, to classify, use task=classification"
+        )
+
+
+def _check_head(config: ModelConfig, model: PreTrainedModel, mismatched: list[str]) -> None:
     """Another number of labels makes a new head, and nothing else new."""
-    other = [key for key in mismatched if not any(name in key for name in SEQ_CLS_HEAD_NAMES)]
+    head = tuple(f"{name}." for name in heads(model))
+    other = [key for key in mismatched if not key.startswith(head)]
     if other:
         raise InputError(
             f"model_name_or_path={config.model_name_or_path!r}: cannot be loaded (the shape of "
@@ -245,12 +266,17 @@ def _fresh_modules(config: ModelConfig, model: PreTrainedModel, missing: set[str
     return names
 
 
+def _heads_of(config: PretrainedConfig) -> list[str]:
+    """Names of the head's modules of a classifier, of which nothing is loaded."""
+    with torch.device("meta"):
+        return heads(AutoModelForSequenceClassification.from_config(config))
+
+
 def _quantization(
-    config: ModelConfig, model_config: PretrainedConfig, classifier: bool
+    config: ModelConfig, model_config: PretrainedConfig, whole: list[str] | None
 ) -> BitsAndBytesConfig | TorchAoConfig:
     """Weights of the base in 4 bits (QLoRA, arXiv 2305.14314), computed with in the dtype of what
-    stays whole, or in 8 bits; a head that is trained stays whole."""
-    whole = SEQ_CLS_HEAD_NAMES if classifier else None
+    stays whole, or in 8 bits; the modules in `whole`, a head that is trained, stay as they are."""
     if config.quantization == "int8":
         from torchao.quantization import Int8WeightOnlyConfig
 

@@ -15,6 +15,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+from darts_lora.cost import parameters_per_rank
 from darts_lora.errors import InputError
 from darts_lora.files import check_writable, remove, write_into, write_text
 from darts_lora.genotype import Genotype
@@ -153,7 +154,7 @@ def _most_curves(kinds: dict[str, dict[int, str]]) -> dict[str, dict[int, str]]:
 def _draw_parts(panel, search: Search) -> None:
     sizes = {
         _short(part): sum(
-            sum(search.layers[name]) * search.ranks[name]
+            parameters_per_rank(*search.layers[name]) * search.ranks[name]
             for layers in kinds.values()
             for name in layers.values()
         )

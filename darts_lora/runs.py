@@ -12,8 +12,8 @@ from darts_lora.cli import CONFIG_NAME, command, load_config
 from darts_lora.errors import InputError, one_line
 from darts_lora.files import read_json
 from darts_lora.genotype import Genotype
+from darts_lora.parts import PARTS
 from darts_lora.records import read_metrics
-from darts_lora.targets import PARTS
 from darts_lora.together import other_task, task_of
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import torch
 from rich.console import Console
@@ -15,10 +15,14 @@ from rich.table import Table
 from torch import Tensor
 
 from darts_lora.collator import IGNORED
+from darts_lora.cost import parameters_per_rank
 from darts_lora.errors import printable
+from darts_lora.experts import expert_tensors
 from darts_lora.genotype import Genotype
+from darts_lora.parts import model_parts
+from darts_lora.prior import layer_type
+from darts_lora.probe import left_out_lines
 from darts_lora.supernet import Supernet
-from darts_lora.targets import model_parts
 
 BARS, PLAIN_BARS = "▁▂▃▄▅▆▇█", "12345678"  # the others for terminals that have no blocks
 MOST_ALONE = 20  # names without a number, each of which gets a table and a panel
@@ -66,7 +70,10 @@ def rank_tables(genotype: Genotype, blocks: str = BARS) -> list[Table]:
             mean = f"{sum(ranks.values()) / len(ranks):.1f}"
             cells = [escape(kind), *([row] if few else []), bars, mean]
             if genotype.shapes is not None:
-                sizes = [sum(genotype.shapes[n]) * genotype.ranks[n] for n in layers.values()]
+                sizes = [
+                    parameters_per_rank(*genotype.shapes[n]) * genotype.ranks[n]
+                    for n in layers.values()
+                ]
                 cells.append(f"{sum(sizes):,}")
             table.add_row(*cells)
         tables.append(table)
@@ -148,17 +155,19 @@ def show_supernet(supernet: Supernet, console: Console | None = None) -> None:
     for group, kinds in by_part(supernet.layers).items():
         for kind, names in kinds.items():
             layers = [supernet.layers[name] for name in names.values()]
-            shapes = dict.fromkeys((layer.in_features, layer.out_features) for layer in layers)
+            shapes = dict.fromkeys(layer.shape for layer in layers)
             table.add_row(
                 escape(group if kind == "-" else f"{group}.*.{kind}"),
                 parts.get(next(iter(names.values())), "-"),
                 str(len(layers)),
-                ", ".join(f"{i} -> {o}" for i, o in shapes),
-                f"{sum(layer.in_features + layer.out_features for layer in layers):,}",
+                ", ".join(map(_shape_text, shapes)),
+                f"{sum(parameters_per_rank(*layer.shape) for layer in layers):,}",
             )
     console.print(table)
     for name in supernet.saved_modules:
         console.print(f"trained in full and saved with the adapter: {name}", markup=False)
+    for line in (*left_out_lines(supernet.left_out), *_unreached_lines(supernet)):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     searched = sum(p.numel() for p in supernet.weight_parameters())
     whole = sum(p.numel() for p in supernet.model.parameters())
     console.print(
@@ -170,3 +179,39 @@ def show_supernet(supernet: Supernet, console: Console | None = None) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _unreached_lines(supernet: Supernet) -> list[str]:
+    """How many of the model's parameters are in no searched layer, and where most of them are."""
+    own = {id(p) for p in supernet.weight_parameters()}
+    reached = {id(layer.weight) for layer in supernet.layers.values()}
+    whole, left = 0, Counter()
+    for name, parameter in supernet.model.named_parameters():
+        if id(parameter) not in own:
+            whole += parameter.numel()
+            if id(parameter) not in reached:
+                left[layer_type(name.replace(".base_layer", ""))] += parameter.numel()
+    if not left:
+        return []
+    most = ", ".join(f"{name} ({count:,})" for name, count in left.most_common(3))
+    lines = [
+        f"no adapter reaches {left.total():,} of {whole:,} parameters "
+        f"({left.total() / whole:.0%}), most of them in {most}"
+    ]
+    experts = {
+        name: shape
+        for name, shape in expert_tensors(supernet.model).items()
+        if id(supernet.model.get_parameter(name)) not in reached
+    }
+    if experts:
+        size = sum(count * inside * outside for count, inside, outside in experts.values())
+        lines.append(
+            f"experts that are not searched: {len(experts)} tensors, {size:,} parameters; "
+            "--target_parameters all-experts searches them"
+        )
+    return lines
+
+
+def _shape_text(shape: tuple[int, ...]) -> str:
+    *experts, inside, outside = shape
+    return "".join(f"{count} x " for count in experts) + f"{inside} -> {outside}"

@@ -7,7 +7,6 @@ import os
 import time
 from typing import Any
 
-import torch
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
@@ -81,7 +80,7 @@ class SearchViews:
         names, candidates = list(self.supernet.layers), self.supernet.config.ranks
         alpha = self.supernet.alpha.detach().float().cpu()
         probabilities = alpha.softmax(-1)
-        ranks = (probabilities * torch.tensor(candidates)).sum(-1).tolist()
+        ranks = (probabilities * self.supernet.layer_ranks).sum(-1).tolist()
         expected = dict(zip(names, ranks, strict=True))
         image = probability_image(names, probabilities, candidates)
         self.writer.add_image("alpha/probability", image, step, dataformats="HWC")

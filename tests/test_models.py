@@ -11,14 +11,17 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+import transformers
 from families import IMAGE_FAMILIES, TEXT_FAMILIES, TORCHVISION_FAMILIES, bert, deberta, make_family
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BartConfig,
     BertConfig,
     GPT2Config,
     LlamaConfig,
@@ -29,6 +32,7 @@ from transformers import (
     MllamaForConditionalGeneration,
     PreTrainedTokenizerFast,
     T5Config,
+    XLNetConfig,
 )
 
 from darts_lora.config import ModelConfig
@@ -43,7 +47,8 @@ from darts_lora.models import (
     sample_of,
     weight_samples,
 )
-from small_models import vision_model, vision_processor
+from darts_lora.parts import heads
+from small_models import make_tokenizer, vision_model, vision_processor
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +131,7 @@ def test_the_configuration_and_the_task_decide_the_auto_class(config, task, expe
         (GPT2Config(n_positions=78), 78),
         (MllamaConfig(text_config={"max_position_embeddings": 79}), 79),
         (T5Config(), None),
+        (XLNetConfig(), None),  # -1 there
     ],
 )
 def test_the_longest_sequence_is_that_of_the_text(config, length):
@@ -154,6 +160,55 @@ def test_another_number_of_labels_makes_a_new_head_and_nothing_else_new(tmp_path
     path.write_text(json.dumps({**json.loads(path.read_text()), "intermediate_size": 12}))
     with pytest.raises(InputError, match=r"the shape of bert\.\S+ is not that .* new head alone"):
         load_model(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("Bart", {"d_model": 16}), ("XLNet", {"d_model": 16}), ("XLM", {"emb_dim": 16})],
+)
+def test_another_number_of_labels_of_a_head_with_a_name_of_its_own(tmp_path, name, options):
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "n_layer": 1, "n_layers": 1}
+    sizes = {"vocab_size": 64, "n_head": 2, "n_heads": 2, "encoder_attention_heads": 2}
+    sizes |= {"decoder_attention_heads": 2, "num_labels": 3, **layers, **options}
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    make = getattr(transformers, f"{name}ForSequenceClassification")
+    make(config).save_pretrained(tmp_path)
+    make_tokenizer(None).save_pretrained(tmp_path)
+    model = load_model(ModelConfig(str(tmp_path), num_labels=5))
+    assert model.config.num_labels == 5 and model.fresh_modules == []
+    assert any(
+        p.shape == (5,) for n, p in model.named_parameters() if n.startswith(heads(model)[-1])
+    )
+
+
+def test_a_generation_checkpoint_without_all_weights_is_refused(text_model, tmp_path):
+    folder = str(tmp_path / "model")
+    model = load_model(ModelConfig(text_model))
+    model.save_pretrained(folder)
+    make_tokenizer(None).save_pretrained(folder)
+    state = model.state_dict()
+    for name in ("model.layers.0.mlp.up_proj.weight", "lm_head.weight"):
+        del state[name]
+    save_file(state, f"{folder}/model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        InputError, match=r"no weights for 2 of 12 tensors of LlamaForCausalLM, fir"
+    ):
+        load_model(ModelConfig(folder))
+
+
+def test_checkpointing_of_a_model_that_has_none_is_refused(text_model, monkeypatch):
+    monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
+    with pytest.raises(InputError, match="gradient_checkpointing=true: LlamaForCausalLM has none"):
+        load_model(ModelConfig(text_model, gradient_checkpointing=True))
+
+
+def test_an_encoder_decoder_generates_no_text_here_but_classifies(tmp_path):
+    BartConfig(d_model=16).save_pretrained(tmp_path)
+    with pytest.raises(
+        InputError, match="bart has an encoder and a decoder, .* task=classification"
+    ):
+        load_model_config(ModelConfig(str(tmp_path)))
+    load_model_config(ModelConfig(str(tmp_path), task="classification"))
 
 
 def test_what_a_classifiers_checkpoint_lacks_is_named(tmp_path):

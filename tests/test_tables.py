@@ -4,11 +4,13 @@ Not here: the views in TensorBoard (test_tensorboard.py)."""
 import io
 import re
 
+import pytest
 import torch
+from moe_models import make_moe
 from rich.console import Console
 
-from darts_lora import Genotype
-from darts_lora.tables import by_part, rank_tables, show, show_batch
+from darts_lora import Genotype, SearchConfig, Supernet
+from darts_lora.tables import by_part, rank_tables, show, show_batch, show_supernet
 
 RANKS = {
     "vision.layers.0.mlp.fc1": 16,
@@ -105,3 +107,34 @@ def test_a_notebook_shows_the_tables():
     text = re.sub(r"<[^>]+>", "", shown)
     assert shown.startswith("<pre>") and "vision.layers" in text
     assert "5 of 6 layers adapted, 4,960 trainable parameters" in text
+
+
+def supernet_text(model, **options):
+    console = Console(file=io.StringIO(), width=150)
+    show_supernet(Supernet(model, SearchConfig(ranks=(0, 1), **options)), console)
+    return console.file.getvalue()
+
+
+def test_the_table_says_how_many_parameters_no_adapter_reaches():
+    model = make_moe("mixtral")
+    whole = sum(p.numel() for p in model.parameters())
+    experts = 2 * 4 * (16 * 48 + 24 * 16)
+    linear = sum(p.numel() for n, p in model.named_parameters() if "_proj.weight" in n)
+    told = supernet_text(model)
+    assert f"no adapter reaches {whole - linear:,} of {whole:,} parameters" in told
+    assert f"model.layers.*.mlp.experts.gate_up_proj ({2 * 4 * 16 * 48:,})" in told
+    assert f"experts that are not searched: 4 tensors, {experts:,} parameters" in told
+    told = supernet_text(make_moe("mixtral"), target_parameters="all-experts")
+    assert f"no adapter reaches {whole - linear - experts:,} of {whole:,} parameters" in told
+    assert "4 x 16 -> 48" in told and "not searched" not in told
+
+
+def test_the_table_says_what_is_left_out():
+    class Attention(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.mlp = torch.nn.MultiheadAttention(16, 2), torch.nn.Linear(16, 16)
+
+    with pytest.warns(UserWarning, match="left out"):
+        told = supernet_text(Attention())
+    assert "left out: attention.out_proj: its weight is read past its forward" in told
