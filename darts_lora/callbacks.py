@@ -1,5 +1,6 @@
-"""Between the steps of a finetune: the bar, the adapter so far, TensorBoard, requests to stop.
-Not here: the training (finetune.py), what asks for a stop (interruption.py)."""
+"""transformers' Trainer in a finetune: its arguments, its loss, what it leaves; between its steps
+the bar, the adapter so far, TensorBoard, requests to stop. Not here: what is trained (finetune.py),
+what asks for a stop (interruption.py)."""
 
 from __future__ import annotations
 
@@ -7,12 +8,70 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from typing import Any
 
-from transformers import ProgressCallback, Trainer, TrainerCallback
+import peft
+import torch
+import transformers
+from accelerate import PartialState
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
+from darts_lora.config import TrainingConfig
+from darts_lora.errors import DivergedError
 from darts_lora.files import write_whole
-from darts_lora.interruption import Stopped, StopRequest
+from darts_lora.interruption import Stopped, StopRequest, worker_context
+
+
+def training_arguments(training: TrainingConfig, output_dir: str, seed: int) -> TrainingArguments:
+    """What the Trainer is to do, for the first GPU alone."""
+    args = TrainingArguments(
+        output_dir=output_dir,
+        max_steps=training.max_steps,
+        per_device_train_batch_size=training.batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        learning_rate=training.learning_rate,
+        weight_decay=training.weight_decay,
+        lr_scheduler_type=training.scheduler_type,
+        warmup_steps=training.lr_warmup_steps,
+        max_grad_norm=training.max_grad_norm,
+        bf16=training.mixed_precision == "bf16",
+        fp16=training.mixed_precision == "fp16",
+        logging_steps=min(training.logging_steps, training.max_steps),
+        logging_nan_inf_filter=False,  # our own check names the step
+        save_strategy="no",  # its checkpoints are pickles; SaveAdapter writes safetensors
+        dataloader_num_workers=training.num_workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        accelerator_config={"dispatch_batches": False},  # of a stream: batches are of all lengths
+        remove_unused_columns=False,  # the collator reads the columns
+        label_names=["labels"],
+        report_to=[],  # Views, which may fail
+        use_cpu=PartialState().device.type == "cpu",  # else it refuses bf16 there
+        seed=seed,
+    )
+    # One process uses one GPU, as in a search; the Trainer would feed all of them (DataParallel).
+    args._n_gpu = min(args.n_gpu, 1)
+    return args
+
+
+class FinetuneTrainer(Trainer):
+    """Stops at a loss that is not finite, on any process, before it enters the weights."""
+
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        inner = getattr(loader, "base_dataloader", loader)  # what accelerate's own iterates
+        inner.multiprocessing_context = worker_context(inner.num_workers)
+        return loader
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        losses = self.accelerator.gather(loss.detach())
+        if not torch.isfinite(losses).all():
+            raise DivergedError(
+                f"the loss is {losses.sum().item()} at step {self.state.global_step + 1}: stopped; "
+                "lower the learning rate, or look at the data"
+            )
+        return loss
 
 
 class Progress(ProgressCallback):
@@ -78,3 +137,17 @@ class Views(TensorBoardCallback):
                 f"TensorBoard is left out from here on ({type(error).__name__}: {error})",
                 stacklevel=2,
             )
+
+
+def training_record(trainer: Trainer, seconds: float) -> dict[str, Any]:
+    """What finetune.train returns."""
+    losses = [(log["step"], log["loss"]) for log in trainer.state.log_history if "loss" in log]
+    last = [loss for _, loss in losses[-max(1, len(losses) // 10) :]]
+    return {
+        "trainable_parameters": trainer.get_num_trainable_parameters(),
+        "loss": sum(last) / len(last) if last else None,
+        "losses": losses,
+        "steps": trainer.state.global_step,
+        "seconds": round(seconds, 3),
+        "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft)},
+    }

@@ -10,9 +10,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any, Literal
 
-import peft
 import torch
-import transformers
 from accelerate import PartialState
 from peft import PeftModel, set_peft_model_state_dict
 from peft.helpers import disable_input_dtype_casting
@@ -20,23 +18,29 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from torch import nn
 from transformers import (
     ProgressCallback,
-    Trainer,
-    TrainingArguments,
     set_seed,
 )
 
 from darts_lora.adapter import add_lora
 from darts_lora.bounds import check_bounds
-from darts_lora.callbacks import Progress, SaveAdapter, Views, kept
+from darts_lora.callbacks import (
+    FinetuneTrainer,
+    Progress,
+    SaveAdapter,
+    Views,
+    kept,
+    training_arguments,
+    training_record,
+)
 from darts_lora.cli import save_config
 from darts_lora.collator import Collator
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
 from darts_lora.data import Rows, checked_rows, make_collator, rows_read, training_rows
-from darts_lora.errors import DivergedError, InputError
+from darts_lora.errors import InputError
 from darts_lora.files import check_writable, locked, remove, write_into, write_json
 from darts_lora.frozen import hold_statistics
 from darts_lora.genotype import Genotype
-from darts_lora.interruption import StopRequest, told_as_input_errors, worker_context
+from darts_lora.interruption import StopRequest, told_as_input_errors
 from darts_lora.label_collator import LabelCollator
 from darts_lora.launch import check_launch, explained
 from darts_lora.models import load_model
@@ -261,9 +265,9 @@ def train(
         training = replace(training, mixed_precision=precision)
     stop, folder = StopRequest(training.max_runtime), os.path.join(output_dir, "checkpoint")
     with explained():
-        trainer = _Trainer(
+        trainer = FinetuneTrainer(
             model=model,
-            args=_arguments(training, output_dir, seed),
+            args=training_arguments(training, output_dir, seed),
             train_dataset=dataset,
             data_collator=collator,
         )
@@ -280,7 +284,7 @@ def train(
     ):
         trainer.train()
         # within: a request to stop behind the last step waits until all is written
-        figures = _record(trainer, time.perf_counter() - start)
+        figures = training_record(trainer, time.perf_counter() - start)
 
         def write(folder: str) -> None:
             model.save_pretrained(folder)
@@ -289,66 +293,3 @@ def train(
         if trainer.is_world_process_zero():
             write_into(output_dir, write, SAFETENSORS_WEIGHTS_NAME)
     return figures
-
-
-def _arguments(training: TrainingConfig, output_dir: str, seed: int) -> TrainingArguments:
-    args = TrainingArguments(
-        output_dir=output_dir,
-        max_steps=training.max_steps,
-        per_device_train_batch_size=training.batch_size,
-        gradient_accumulation_steps=training.gradient_accumulation_steps,
-        learning_rate=training.learning_rate,
-        weight_decay=training.weight_decay,
-        lr_scheduler_type=training.scheduler_type,
-        warmup_steps=training.lr_warmup_steps,
-        max_grad_norm=training.max_grad_norm,
-        bf16=training.mixed_precision == "bf16",
-        fp16=training.mixed_precision == "fp16",
-        logging_steps=min(training.logging_steps, training.max_steps),
-        logging_nan_inf_filter=False,  # our own check names the step
-        save_strategy="no",  # its checkpoints are pickles; SaveAdapter writes safetensors
-        dataloader_num_workers=training.num_workers,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        accelerator_config={"dispatch_batches": False},  # of a stream: batches are of all lengths
-        remove_unused_columns=False,  # the collator reads the columns
-        label_names=["labels"],
-        report_to=[],  # Views, which may fail
-        use_cpu=PartialState().device.type == "cpu",  # else it refuses bf16 there
-        seed=seed,
-    )
-    # One process uses one GPU, as in a search; the Trainer would feed all of them (DataParallel).
-    args._n_gpu = min(args.n_gpu, 1)
-    return args
-
-
-class _Trainer(Trainer):
-    """Stops at a loss that is not finite, on any process, before it enters the weights."""
-
-    def get_train_dataloader(self):
-        loader = super().get_train_dataloader()
-        inner = getattr(loader, "base_dataloader", loader)  # what accelerate's own iterates
-        inner.multiprocessing_context = worker_context(inner.num_workers)
-        return loader
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        losses = self.accelerator.gather(loss.detach())
-        if not torch.isfinite(losses).all():
-            raise DivergedError(
-                f"the loss is {losses.sum().item()} at step {self.state.global_step + 1}: stopped; "
-                "lower the learning rate, or look at the data"
-            )
-        return loss
-
-
-def _record(trainer: Trainer, seconds: float) -> dict[str, Any]:
-    losses = [(log["step"], log["loss"]) for log in trainer.state.log_history if "loss" in log]
-    last = [loss for _, loss in losses[-max(1, len(losses) // 10) :]]
-    return {
-        "trainable_parameters": trainer.get_num_trainable_parameters(),
-        "loss": sum(last) / len(last) if last else None,
-        "losses": losses,
-        "steps": trainer.state.global_step,
-        "seconds": round(seconds, 3),
-        "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft)},
-    }

@@ -15,8 +15,6 @@ from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
 
 from darts_lora.adapter import lora_config
 from darts_lora.bounds import MAX_RANK, NAMES, check_ranks, is_name
@@ -27,7 +25,7 @@ from darts_lora.experts import peft_names, stacked_tensors, to_peft
 from darts_lora.files import read_json, write_json
 from darts_lora.mixed_linear import linear_shape
 from darts_lora.models import weights_digest
-from darts_lora.targets import check_matches
+from darts_lora.targets import check_matches, current_names
 
 if TYPE_CHECKING:
     from darts_lora.supernet import Supernet
@@ -181,7 +179,7 @@ class Genotype:
         """
         stacked = stacked_tensors(model)
         modules = dict(model.named_modules()) | dict.fromkeys(stacked)
-        names = dict(zip(self.ranks, _current_names(self.ranks, modules, model), strict=True))
+        names = dict(zip(self.ranks, current_names(self.ranks, modules, model), strict=True))
         linear = {name: linear_shape(module) for name, module in modules.items()}
         linear = {name: shape for name, shape in linear.items() if shape is not None} | stacked
         missing = [old for old, new in names.items() if new not in linear]
@@ -340,18 +338,3 @@ def _is_shape(row: Iterable) -> bool:
 def _is_distribution(row: Iterable) -> bool:
     numbers = all(type(share) in (int, float) and 0 <= share <= 1 for share in row)
     return numbers and abs(sum(row) - 1) < 1e-3
-
-
-def _current_names(names: Iterable[str], modules: dict, model: nn.Module) -> list[str]:
-    """`names`; those that the model lacks renamed as transformers renames old checkpoints."""
-    renamings = []
-    if not modules.keys() >= set(names) and isinstance(model, PreTrainedModel):
-        renamings = get_model_conversion_mapping(model)
-    current = []
-    for name in names:
-        for renaming in renamings:
-            if name in modules:
-                break
-            name, _ = renaming.rename_source_key(name)
-        current.append(name)
-    return current

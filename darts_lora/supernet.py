@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-import warnings
 import weakref
 
 import torch
@@ -21,16 +20,11 @@ from darts_lora.errors import InputError
 from darts_lora.experts import MixedRankExperts
 from darts_lora.files import write_whole
 from darts_lora.frozen import hold_statistics
-from darts_lora.mixed_linear import MixedRankLinear, linear_shape
-from darts_lora.probe import check_plain, left_out, left_out_lines
+from darts_lora.mixed_linear import MixedRankLinear
+from darts_lora.probe import check_plain
 from darts_lora.relaxation import Relaxation, gumbel_noise, sample
-from darts_lora.targets import (
-    check_unshared,
-    match_modules,
-    match_parameters,
-    match_saved_modules,
-    outside,
-)
+from darts_lora.searched import searched_layers
+from darts_lora.targets import match_saved_modules
 
 SUPERNET_NAME = "supernet.safetensors"
 # What accelerate puts into a model that it prepares, and does not take away; and what is put here.
@@ -83,7 +77,7 @@ class Supernet:
         self._temperature = torch.tensor(config.temperature[0])
         check_plain(model)
         saved = match_saved_modules(model, config.modules_to_save)
-        shapes = self._targets(saved)
+        shapes, self.left_out = searched_layers(model, config, saved)
         self.layer_ranks = usable_table(shapes.values(), config.ranks)
         self.unit_costs = unit_costs(shapes.values())
         self.costs = self.unit_costs[:, None] * self.layer_ranks
@@ -132,53 +126,6 @@ class Supernet:
             model.register_forward_hook(self._forget_draw, always_call=True),
             *hold_statistics(model, self.saved_modules.values()),
         ]
-
-    def _targets(self, saved: list[str]) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of what is searched; sets left_out, and says what is in it."""
-        config, model = self.config, self.model
-        names = match_modules(model, config.target_modules, config.exclude_modules)
-        shapes = {name: linear_shape(model.get_submodule(name)) for name in names}
-        no_linear = next((name for name, shape in shapes.items() if shape is None), None)
-        if no_linear is not None:
-            raise InputError(
-                f"target_modules={config.target_modules!r}: {no_linear} is a "
-                f"{type(model.get_submodule(no_linear)).__name__}, not a linear layer; name it in "
-                "exclude_modules"
-            )
-        stacked = match_parameters(
-            model, config.target_parameters, config.target_modules, config.exclude_modules
-        )
-        shapes = {**shapes, **stacked}
-        shapes = {name: shapes[name] for name in outside(shapes, saved)}
-        if not shapes:
-            raise InputError(
-                f"target_modules={config.target_modules!r}: nothing is left to search, every "
-                "match is trained in full (modules_to_save, or a classification model's head)"
-            )
-        largest = config.ranks[-1]
-        widest = max(shapes, key=lambda name: min(shapes[name][-2:]))
-        *_, width_in, width_out = shapes[widest]
-        smaller = min(width_in, width_out)
-        if largest > smaller:
-            raise InputError(
-                f"ranks={list(config.ranks)}: rank {largest} is above {smaller}, the smaller "
-                f"side of {widest} ({width_in} -> {width_out}), and no layer is wider"
-            )
-        self.left_out = left_out(model, shapes, stacked, config.ranks)
-        for line in left_out_lines(self.left_out):
-            warnings.warn(line, stacklevel=3)
-        kept = {name: shape for name, shape in shapes.items() if name not in self.left_out}
-        if not kept:
-            first, reason = next(iter(self.left_out.items()))
-            raise InputError(
-                f"target_modules={config.target_modules!r}: nothing is left to search, first "
-                f"{first}: {reason}"
-            )
-        check_unshared(model, kept)
-        # in the model's order, also where parameters of experts are between layers
-        order = {name: i for i, (name, _) in enumerate(model.named_parameters())}
-        order |= {name: order.get(f"{name}.weight", order.get(name, 0)) for name in kept}
-        return dict(sorted(kept.items(), key=lambda item: order[item[0]]))
 
     def _put_in(self, name: str) -> None:
         """A layer of rank branches in the place of the linear layer, or around the experts."""

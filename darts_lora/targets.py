@@ -11,6 +11,8 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from darts_lora.bounds import check_names
 from darts_lora.config import ALL_EXPERTS
@@ -245,3 +247,18 @@ def _raise_no_match(model: nn.Module, names: list[str], target_modules, exclude_
         f"{given}: matches no module; nearest names: {', '.join(dict.fromkeys(near or known))}; "
         f"parts of this model: {', '.join(parts)}"
     )
+
+
+def current_names(names: Collection[str], modules: Collection[str], model: nn.Module) -> list[str]:
+    """`names`; those that are not in `modules` renamed as transformers renames old checkpoints."""
+    renamings = []
+    if not set(modules) >= set(names) and isinstance(model, PreTrainedModel):
+        renamings = get_model_conversion_mapping(model)
+    current = []
+    for name in names:
+        for renaming in renamings:
+            if name in modules:
+                break
+            name, _ = renaming.rename_source_key(name)
+        current.append(name)
+    return current

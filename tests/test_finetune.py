@@ -385,14 +385,14 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_checkpoint(
 
 def faulty(monkeypatch, act, step):
     """Make a training that acts in step `step` (from 1)."""
-    calls, compute = itertools.count(1), finetune_module._Trainer.training_step
+    calls, compute = itertools.count(1), finetune_module.FinetuneTrainer.training_step
 
     def training_step(self, *args, **kwargs):
         if next(calls) == step:
             act()
         return compute(self, *args, **kwargs)
 
-    monkeypatch.setattr(finetune_module._Trainer, "training_step", training_step)
+    monkeypatch.setattr(finetune_module.FinetuneTrainer, "training_step", training_step)
 
 
 def test_a_finetune_that_is_asked_to_stop_saves_its_adapter(
@@ -528,13 +528,13 @@ def test_a_full_disk_at_the_end_is_told_and_leaves_no_half_adapter(
     monkeypatch, genotype, base_config, data, tmp_path
 ):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    train = finetune_module._Trainer.train
+    train = finetune_module.FinetuneTrainer.train
 
     def fill(self):
         train(self)
         resource.setrlimit(resource.RLIMIT_FSIZE, (6000, limits[1]))
 
-    monkeypatch.setattr(finetune_module._Trainer, "train", fill)
+    monkeypatch.setattr(finetune_module.FinetuneTrainer, "train", fill)
     config = FinetuneConfig(genotype, output_dir=str(tmp_path))
     try:
         with pytest.raises(InputError, match=r"adapter_model\.safetensors: cannot be written"):

@@ -204,9 +204,7 @@ def test_checkpointing_of_a_model_that_has_none_is_refused(text_model, monkeypat
 
 def test_an_encoder_decoder_generates_no_text_here_but_classifies(tmp_path):
     BartConfig(d_model=16).save_pretrained(tmp_path)
-    with pytest.raises(
-        InputError, match="bart has an encoder and a decoder, .* task=classification"
-    ):
+    with pytest.raises(InputError, match="bart has an encoder and a decoder"):
         load_model_config(ModelConfig(str(tmp_path)))
     load_model_config(ModelConfig(str(tmp_path), task="classification"))
 
