@@ -10,7 +10,6 @@ from itertools import islice
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader, Subset
 
@@ -87,7 +86,7 @@ def checked_rows(
 
 def rows_read(training: TrainingConfig) -> int:
     """Rows that a run reads, on all processes together."""
-    batch = training.batch_size * PartialState().num_processes
+    batch = training.batch_size * int(os.environ.get("WORLD_SIZE", "1"))
     return training.max_steps * training.gradient_accumulation_steps * batch
 
 
