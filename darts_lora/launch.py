@@ -4,6 +4,7 @@ Not here: what is trained in them (bilevel.py, finetune.py)."""
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -64,17 +65,24 @@ def search_accelerator(precision: str) -> Accelerator:
 
 
 def prepare_loaders(
-    accelerator: Accelerator, loaders: Sequence[DataLoader], seed: int
+    accelerator: Accelerator, loaders: Sequence[DataLoader], seed: int, resumable: bool
 ) -> list[DataLoader]:
     """The loaders, prepared so that `seed` decides the order of rows: the same on all processes,
-    although each draws samples of its own, and again when a search resumes."""
+    although each draws samples of its own, and again when a search resumes; with `resumable`, a
+    warning where that cannot be."""
     own = accelerator.dataloader_config
     given = seed if own.data_seed is None else own.data_seed
     accelerator.dataloader_config = replace(own, use_seedable_sampler=True, data_seed=given)
     try:
-        return [accelerator.prepare(loader) for loader in loaders]
+        prepared = [accelerator.prepare(loader) for loader in loaders]
     finally:
         accelerator.dataloader_config = own
+    try:
+        check_replays(prepared)
+    except InputError as error:
+        if resumable:
+            warnings.warn(f"this search cannot be resumed; {error}", stacklevel=3)
+    return prepared
 
 
 def check_replays(loaders: Sequence[DataLoader]) -> None:
