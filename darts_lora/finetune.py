@@ -119,12 +119,12 @@ def finetune(
         Stopped: SIGTERM, SIGINT or max_runtime, as of RankSearch.run; the adapter so far is in
             output_dir/checkpoint.
     """
-    check_launch()
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         raise InputError(
             "distributed_type=FSDP: a finetune keeps whole weights on each process; launch it with "
             "recipes/accelerate_configs/ddp.yaml or single.yaml"
         )
+    check_launch()
     check_writable(config.output_dir)
     check_not_anothers(config.output_dir, model, data)
     _check_folders(config.output_dir)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -116,17 +117,24 @@ def decided(accelerator: Accelerator) -> dict[str, Any]:
 
 
 def prepare_loaders(
-    accelerator: Accelerator, loaders: Sequence[DataLoader], seed: int
+    accelerator: Accelerator, loaders: Sequence[DataLoader], seed: int, resumable: bool
 ) -> list[DataLoader]:
     """The loaders, prepared so that `seed` decides the order of rows: the same on all processes,
-    although each draws samples of its own, and again when a search resumes."""
+    although each draws samples of its own, and again when a search resumes; with `resumable`, a
+    warning where that cannot be."""
     own = accelerator.dataloader_config
     given = seed if own.data_seed is None else own.data_seed
     accelerator.dataloader_config = replace(own, use_seedable_sampler=True, data_seed=given)
     try:
-        return [accelerator.prepare(loader) for loader in loaders]
+        prepared = [accelerator.prepare(loader) for loader in loaders]
     finally:
         accelerator.dataloader_config = own
+    try:
+        check_replays(prepared)
+    except InputError as error:
+        if resumable:
+            warnings.warn(f"this search cannot be resumed; {error}", stacklevel=3)
+    return prepared
 
 
 def check_replays(loaders: Sequence[DataLoader]) -> None:

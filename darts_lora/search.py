@@ -118,7 +118,7 @@ class RankSearch:
         self.weights, self.architect = self.steps.weights, self.steps.architect
         self.model = self.weights.model
         given = train_dataloader, val_dataloader
-        loaders = prepare_loaders(self.accelerator, given, config.seed)
+        loaders = prepare_loaders(self.accelerator, given, config.seed, output_dir is not None)
         for split, *pair in zip(("train", "validation"), given, loaders, strict=True):
             check_batches(split, *pair, config.joint)
         self.streams = self.train_stream, self.val_stream = tuple(map(BatchStream, loaders))

@@ -2,6 +2,7 @@
 computes, bad ones are one line; the order of rows under a caller's own accelerator.
 Not here: searches under the ways that work (test_processes.py)."""
 
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -38,7 +39,7 @@ def test_what_is_refused_before_anything_is_loaded(variables, what, monkeypatch,
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=rf"^{what}: .* fsdp2\.yaml or single\.yaml"):
         check_launch()
-    with pytest.raises(InputError, match=f"^{what}: "):
+    with pytest.raises(InputError, match=r"^distributed_type=.* or single\.yaml"):
         finetune(FinetuneConfig(output_dir=str(tmp_path)), *[None] * 3)
 
 
@@ -116,7 +117,8 @@ def test_a_callers_accelerator_replays_rows(own):
     orders = []
     for _ in range(2):
         accelerator = Accelerator(cpu=True, dataloader_config=config)
-        (loader,) = prepare_loaders(accelerator, [DataLoader(range(50), 5, shuffle=True)], seed=3)
+        given = [DataLoader(range(50), 5, shuffle=True)]
+        (loader,) = prepare_loaders(accelerator, given, seed=3, resumable=True)
         check_replays([loader])
         torch.rand(7)
         orders.append([order(loader, epoch) for epoch in (0, 1)])
@@ -143,8 +145,14 @@ class Batches(torch.utils.data.BatchSampler):
 ], ids=["WeightedRandomSampler", "Batches"])  # fmt: skip
 def test_orders_that_do_not_come_back_are_refused_on_resume(made, request):
     name = request.node.callspec.id
-    (loader,) = prepare_loaders(Accelerator(cpu=True), [made()], seed=0)
+    accelerator = Accelerator(cpu=True)
+    (loader,) = prepare_loaders(accelerator, [made()], seed=0, resumable=False)
+    with pytest.warns(UserWarning, match=f"this search cannot be resumed; resume: the {name} of"):
+        prepare_loaders(accelerator, [made()], seed=0, resumable=True)
     with pytest.raises(InputError, match=f"resume: the {name} of a data loader does not give"):
         check_replays([loader])
     plain = DataLoader(range(10), 2, sampler=RandomSampler(range(10)))
-    check_replays(prepare_loaders(Accelerator(cpu=True), [plain, DataLoader(range(4))], seed=0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        given = [plain, DataLoader(range(4))]
+        check_replays(prepare_loaders(accelerator, given, seed=0, resumable=True))
