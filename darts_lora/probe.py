@@ -16,9 +16,10 @@ from darts_lora.adapter import refused
 from darts_lora.branches import RankBranches
 from darts_lora.cost import usable_ranks
 from darts_lora.errors import InputError
+from darts_lora.mixed_linear import linear_shape
 
 READ_PAST = "its weight is read past its forward, so that a LoRA changes nothing"
-NO_TENSOR = "its forward gives other than one tensor"
+NOT_PLAIN = "its forward gives other than one tensor, or of another shape than it says"
 
 
 def check_plain(model: nn.Module) -> None:
@@ -78,7 +79,7 @@ def left_out_lines(reasons: Mapping[str, str]) -> list[str]:
 
 def not_plain_layers(model: nn.Module, names: Collection[str]) -> dict[str, str]:
     """Which of these modules a LoRA does not suit -> why: the model reads the weight and does not
-    call the forward, or the forward gives more than a tensor.
+    call the forward, or the forward gives more than a tensor, or one of another shape.
 
     torch's MultiheadAttention does the former to its out_proj. Of transformers' models a forward of
     a few tokens tells; one that does not take its own `dummy_inputs` tells nothing.
@@ -122,8 +123,8 @@ def _watched(model: nn.Module, names: Collection[str], inputs: dict[str, Tensor]
         for module in training:
             module.training = True
     past = [name for name, spy in spies.items() if spy.was_read and not spy.was_called]
-    other = [name for name, spy in spies.items() if not spy.gives_tensor]
-    return dict.fromkeys(past, READ_PAST) | dict.fromkeys(other, NO_TENSOR)
+    other = [name for name, spy in spies.items() if not spy.is_plain]
+    return dict.fromkeys(past, READ_PAST) | dict.fromkeys(other, NOT_PLAIN)
 
 
 class _Spy(nn.Module):
@@ -131,11 +132,14 @@ class _Spy(nn.Module):
 
     def __init__(self, watched: nn.Module):
         super().__init__()
-        vars(self).update(watched=watched, was_read=False, was_called=False, gives_tensor=True)
+        vars(self).update(watched=watched, was_read=False, was_called=False, is_plain=True)
 
     def forward(self, *args, **kwargs):
         output = self.watched(*args, **kwargs)
-        vars(self).update(was_called=True, gives_tensor=isinstance(output, Tensor))
+        plain = isinstance(output, Tensor)
+        if plain and args and (shape := linear_shape(self.watched)):
+            plain = output.shape == (*args[0].shape[:-1], shape[1])
+        vars(self).update(was_called=True, is_plain=plain)
         return output
 
     def __getattr__(self, name: str):

@@ -114,7 +114,7 @@ def test_a_model_that_calls_its_layers_has_none(monkeypatch):
 
 
 def test_a_layer_whose_forward_gives_more_than_a_tensor():
-    """Llama 4's and Phi-MoE's routers are Linears by class, but give logits and scores."""
+    """Phi-MoE's routers are Linears by class, but give logits and scores."""
     config = t.PhimoeConfig(**{**TEXT, "num_local_experts": 4, "num_experts_per_tok": 2})
     model = t.PhimoeForCausalLM(config)
     routers = [n for n in match_modules(model, "all-linear") if n.endswith(".router")]

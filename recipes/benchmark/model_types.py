@@ -186,6 +186,8 @@ def check_parts(model: nn.Module) -> None:
     """Each linear layer is in one part; the image encoder's are not in the language's."""
     parts = model_parts(model)
     encoder = model.get_encoder(modality="image") or model
+    if "text" in getattr(encoder, "input_modalities", ()):  # T5Gemma 2's has text beside
+        encoder = model
     for name, module in model.named_modules():
         if linear_shape(module):
             require(parts.get(name) in PARTS, f"{name} is in no part of the model")
