@@ -38,10 +38,14 @@ class Allocation:
         self.supernet, self.prior = supernet, prior
         costs = supernet.costs.float()
         self.least, self.most = costs[:, 0], costs[:, -1]
-        self.places = costs[0] / costs[0, -1]  # the same in all layers, from 0 to 1
+        # from 0 to 1, alike in all layers but those that are narrower than a candidate
+        self.places = costs / costs[:, -1:]
+        kinds, self.kind = self.places.unique(dim=0, return_inverse=True)
+        self.members = [(self.kind == k).nonzero()[:, 0] for k in range(len(kinds))]
         dense = torch.linspace(-9, 9, SLOPES).sinh()  # around 0
         self.slopes = STEEPEST * dense / dense[-1]
-        self.means = (self.slopes[:, None] * self.places).softmax(-1) @ self.places
+        tilted = (self.slopes[:, None] * kinds[:, None]).softmax(-1)
+        self.means = (tilted @ kinds[:, :, None])[..., 0]  # (kinds, SLOPES)
         self._set(supernet.budget / self.most.sum() * self.most)
         supernet.held = supernet.alpha.detach().clone()
         probabilities = supernet.held.softmax(-1).cpu()
@@ -54,6 +58,8 @@ class Allocation:
     def update(self, gradient_sums: Tensor) -> None:
         """Set alpha by its gradients at the even distribution so far, (2, N, K), summed over even
         and over odd steps."""
+        self.kind = self.kind.to(gradient_sums.device)
+        self.members = [members.to(gradient_sums.device) for members in self.members]
         for name in ("least", "most", "places", "slopes", "means", "tilt"):
             setattr(self, name, getattr(self, name).to(gradient_sums))
         worth = self.worth(gradient_sums)
@@ -68,9 +74,12 @@ class Allocation:
     def _set(self, expected: Tensor) -> None:
         """Of all distributions with these expected parameters, (N,), alpha is that of largest
         entropy: linear in the rank."""
-        place = (expected / self.most).clamp(self.places[0], self.places[-1])
-        after = torch.searchsorted(self.means, place).clamp(1, SLOPES - 1)
-        low, high = self.means[after - 1], self.means[after]
+        place = (expected / self.most).clamp(self.places[:, 0], self.places[:, -1])
+        after = torch.empty_like(self.kind)
+        for members, means in zip(self.members, self.means, strict=True):
+            after.index_copy_(0, members, torch.searchsorted(means, place[members]))
+        after = after.clamp(1, SLOPES - 1)
+        low, high = self.means[self.kind, after - 1], self.means[self.kind, after]
         part = ((place - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
         slope = self.slopes[after - 1].lerp(self.slopes[after], part)
         alpha = slope[:, None] * self.places

@@ -71,7 +71,7 @@ class Architect:
             weight_decay=config.arch_weight_decay,
         )
         self.graphed: Callable[[Any], tuple[Tensor, list[Tensor]]] | None = None
-        self.prior = Prior(list(supernet.layers), config.arch_noise, supernet.costs[:, -1])
+        self.prior = Prior(list(supernet.layers), config.arch_noise, supernet.unit_costs)
         average = config.arch_average
         if average is None:
             average = 0.0 if config.joint else AVERAGE

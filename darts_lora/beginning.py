@@ -7,20 +7,23 @@ import os
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import PeftModel, set_peft_model_state_dict
 from torch import nn
 
+from darts_lora.adapter import add_lora
 from darts_lora.bounds import check_bounds
 from darts_lora.config import TrainingConfig
 from darts_lora.errors import InputError
 from darts_lora.genotype import Genotype
+from darts_lora.parts import task_type
 from darts_lora.supernet import SUPERNET_NAME, Supernet
 from darts_lora.targets import (
     check_fresh,
     check_unshared,
     match_modules,
+    match_parameters,
     match_saved_modules,
-    task_type,
+    outside,
 )
 
 
@@ -34,6 +37,8 @@ class FinetuneConfig:
     """Uniform baseline: this rank for every layer of the genotype; default: the genotype's own."""
     target_modules: str | list[str] = "all-linear"
     """Layers of a uniform baseline without a genotype, as in a search."""
+    target_parameters: str | list[str] | None = None
+    """Experts of a uniform baseline without a genotype, as in a search."""
     scaling: float = 2.0
     """lora_alpha / r of a uniform baseline without a genotype."""
     init: Literal["scratch", "inherit"] | None = None
@@ -72,14 +77,23 @@ def add_adapter(
 
     Raises:
         InputError: layers that are not in the model, or share their weights; no searched weights to
-            inherit, or a genotype that does not train what the model's checkpoint lacks.
+            inherit, a genotype that does not train what the model's checkpoint lacks, or another
+            adapter than it says.
     """
     if genotype is None:
         names = match_modules(base, config.target_modules)
         saved = match_saved_modules(base, None)
-        genotype = Genotype(dict.fromkeys(names, 1), config.scaling, modules_to_save=saved)
+        names += match_parameters(base, config.target_parameters, config.target_modules)
+        ranks = dict.fromkeys(outside(names, saved), 1)
+        genotype = Genotype(ranks, config.scaling, modules_to_save=saved)
     if config.rank is not None:
         genotype = replace(genotype, ranks=dict.fromkeys(genotype.ranks, config.rank))
+    genotype = genotype.with_shapes(base)
+    if config.pad_to_max and genotype.stacked:
+        raise InputError(
+            f"pad_to_max=true: {genotype.stacked[0]} is a parameter of experts, which engines that "
+            "ignore rank_pattern do not read either; leave pad_to_max out"
+        )
     source = (supernet or _weights_path(config)) if config.init == "inherit" else None
     model = plain_adapter(base, genotype, source, f"genotype={config.genotype!r}")
     if config.adapter_dtype == "bfloat16":
@@ -96,7 +110,8 @@ def plain_adapter(
     learnt as its weights, or with fresh ones; `name` is what errors call the genotype."""
     genotype = genotype.with_shapes(base)
     check_unshared(base, [name for name, rank in genotype.ranks.items() if rank])
-    model = get_peft_model(base, genotype.to_lora_config(base, task_type=task_type(base)))
+    lora_config = genotype.to_lora_config(base, task_type=task_type(base))
+    model = add_lora(base, lora_config, genotype.ranks, genotype.modules_to_save)
     check_fresh(model, name)
     if source is not None:
         inherit(model, genotype, source)

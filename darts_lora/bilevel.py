@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from darts_lora.architect import Architect
@@ -19,13 +18,6 @@ from darts_lora.joint import JointStep
 from darts_lora.supernet import Supernet
 from darts_lora.tokens import shares
 from darts_lora.weights import WeightStep
-
-# Every layer's membership is a constant buffer: not to be sent anew before each forward. Gradients
-# are views of what DDP reduces: no second copy of them. Layers may rest: the last ones of a vision
-# tower that is read before its end, all of it on rows without images.
-DDP_OPTIONS = DistributedDataParallelKwargs(
-    broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=True
-)
 
 
 class BilevelStep:

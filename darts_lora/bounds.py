@@ -3,7 +3,6 @@ Not here: the options themselves (config.py), nor what needs a model or a data s
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import fields
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -11,12 +10,16 @@ from typing import Literal, get_args, get_origin, get_type_hints
 from darts_lora.errors import InputError
 
 MAX_INT = 2**63 - 1
+MAX_RANK = 2**16  # no layer of today's models has one as large
+MAX_REAL = 1e30  # far below where float32 ends
+MAX_NAME = 1000  # characters; transformers' longest have about 100
+NAMES = f"dotted module names, no part empty, of at most {MAX_NAME} printable characters"
 MAX_SEED = 2**31 - 1  # NumPy takes 32 bits, and each process adds its number
 
 
 def require(ok: bool, option: str, value, rule: str) -> None:
     if not ok:
-        raise InputError(f"{option}={value!r}: {rule}")
+        raise InputError(f"{option}={value!r:.200}: {rule}")
 
 
 def _is_int(value) -> bool:
@@ -24,7 +27,20 @@ def _is_int(value) -> bool:
 
 
 def is_real(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a number that can be computed with; NaN is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_REAL
+
+
+def is_name(value) -> bool:
+    """Whether it can be a module's name: names go to the screen and into regular expressions."""
+    ok = isinstance(value, str) and len(value) <= MAX_NAME and value.isprintable()
+    return ok and all(value.split("."))
+
+
+def check_names(option: str, names) -> None:
+    """Raises InputError where a module's name could not stand in a genotype."""
+    for name in names:
+        require(is_name(name), option, name, f"must match {NAMES}")
 
 
 def check_bounds(config, *, at_least=None, above=None, choices=None) -> None:
@@ -84,5 +100,6 @@ def check_ranks(ranks) -> tuple[int, ...]:
     rule = "candidate ranks must be distinct integers >= 0, at least one of them above 0"
     require(isinstance(ranks, list | tuple) and len(ranks) > 0, "ranks", ranks, rule)
     require(all(_is_int(r) and r >= 0 for r in ranks), "ranks", ranks, rule)
+    require(max(ranks) <= MAX_RANK, "ranks", ranks, f"must be at most {MAX_RANK}")
     require(len(set(ranks)) == len(ranks) and max(ranks) > 0, "ranks", ranks, rule)
     return tuple(sorted(ranks))

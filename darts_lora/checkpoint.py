@@ -3,22 +3,22 @@ code. Not here: what a search puts into one (resume.py)."""
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import json
 import os
-import pickle
 import re
-import shutil
 import warnings
 from typing import Any
 
 import torch
 
-from darts_lora.errors import InputError
-from darts_lora.files import write_json, write_whole
+from darts_lora.errors import InputError, one_line
+from darts_lora.files import read_json, remove, write_json, write_whole
 
 KEPT = 2
+FORMAT = 1  # rises where a state holds other things than before
 STATE_NAME, RECORD_NAME = "state.pt", "checkpoint.json"
 
 
@@ -27,8 +27,9 @@ def checkpoints(output_dir: str | None) -> list[str]:
     if output_dir is None:
         return []
     paths = glob.glob(os.path.join(glob.escape(output_dir), "checkpoints", "step-*"))
-    steps = {path: re.search(r"step-(\d+)$", path) for path in paths}  # None: half written
-    return sorted(filter(steps.get, paths), key=lambda path: int(steps[path][1]))
+    steps = {path: re.search(r"step-([0-9]+)$", path) for path in paths}  # None: half written
+    found = (path for path in paths if steps[path] and os.path.isdir(path))
+    return sorted(found, key=lambda path: int(steps[path][1]))
 
 
 def save_checkpoint(output_dir: str, state: dict[str, Any], options: dict[str, Any]) -> None:
@@ -49,7 +50,7 @@ def save_checkpoint(output_dir: str, state: dict[str, Any], options: dict[str, A
                 raise
             # its writer does not give the system's own error
             raise OSError(f"is the disk full? {error}") from error
-        record = {"step": state["step"], "options": options}
+        record = {"format": FORMAT, "step": state["step"], "options": options}
         record["sha256"] = _digest(path, record)
         write_json(os.path.join(folder, RECORD_NAME), record)
 
@@ -93,17 +94,23 @@ def steps_done(output_dir: str | None) -> tuple[int, dict[str, Any]] | None:
 
 
 def remove_checkpoints(paths: list[str]) -> None:
-    """Remove them; a killed process leaves one that load_checkpoint finds damaged."""
+    """Remove them: of a link the link, of a folder what a search wrote; what else lies there stays,
+    with its folder. A killed process leaves one that load_checkpoint finds damaged."""
     for path in paths:
-        shutil.rmtree(path)
+        if os.path.islink(path):
+            remove(path)
+            continue
+        for name in (STATE_NAME, RECORD_NAME):
+            remove(os.path.join(path, name))
+        with contextlib.suppress(OSError):
+            os.rmdir(path)
 
 
 def _read_record(path: str) -> dict[str, Any]:
     try:
-        with open(os.path.join(path, RECORD_NAME), encoding="utf-8") as file:
-            record = json.load(file)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({' '.join(str(error).split())[:200]})") from error
+        record = read_json(os.path.join(path, RECORD_NAME))
+    except InputError as error:
+        raise InputError(f"{path} {error}") from error
     kinds = {"step": int, "options": dict, "sha256": str}
     found = record if isinstance(record, dict) else {}
     right = all(isinstance(found.get(name), kind) for name, kind in kinds.items())
@@ -115,12 +122,17 @@ def _read_record(path: str) -> dict[str, Any]:
 def _read_state(path: str, record: dict[str, Any]) -> dict[str, Any]:
     state = os.path.join(path, STATE_NAME)
     content = {key: value for key, value in record.items() if key != "sha256"}
+    if record.get("format") != FORMAT:
+        found = f"format {record.get('format')!r:.20}, this one reads {FORMAT}"
+        raise InputError(f"{path} is of another release ({found})")
     try:
         if _digest(state, content) != record["sha256"]:
             raise InputError(f"{path} is damaged (its checksum is another)")
         return torch.load(state, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise InputError(f"{path} cannot be read ({' '.join(str(error).split())[:200]})") from error
+    except InputError:
+        raise
+    except Exception as error:  # any kind: what is no archive, or of another release of PyTorch
+        raise InputError(f"{path} cannot be read ({one_line(error, 200)})") from error
 
 
 def _digest(path: str, record: dict[str, Any]) -> str:

@@ -8,7 +8,11 @@ import gc
 import json
 import os
 import re
+import shlex
+import signal
 import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, fields
@@ -24,13 +28,15 @@ from jsonargparse import (
     set_loader,
     set_parsing_settings,
 )
+from tqdm import tqdm
 
-from darts_lora.errors import InputError, one_line
+from darts_lora.errors import InputError, error_line, one_line
 from darts_lora.files import is_main_process, write_text
-from darts_lora.interruption import Stopped, told_as_input_errors
+from darts_lora.interruption import PeerLostError, Stopped, told_as_input_errors
 
 CONFIG_NAME = "config.yaml"
 MAX_DEPTH = 20  # of lists and mappings in a configuration: options have three
+OTHERS_FIRST = 10.0  # seconds in which a launcher ends what is left of a run
 RIGHTS = {"trust_remote_code": False}  # options that permit something -> the value that does not
 
 
@@ -72,23 +78,36 @@ def run(
     `default_config` is the file of `--config` for a command line that names neither a config, a
     model nor a data set: the settings of the embedded default.
 
-    An InputError, of parsing or out of `main`, is printed as one line, `error: ...`, by the main
-    process; the exit status is then 2. So is a lack of memory, wherever it shows. A run that was
-    stopped (interruption.py) has its own status.
+    An InputError, of parsing or out of `main`, is printed as one line, `error: ...`, by the process
+    that met it; by one alone, where all did. The exit status is then 2. So is a lack of memory,
+    wherever it shows. A run that was stopped (interruption.py) has its own status, and one that was
+    interrupted outside of its loop 130.
     """
     status = 0
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # terminals that lack a character show another
+            stream.reconfigure(errors="replace" if stream is sys.stdout else "backslashreplace")
+    threading.excepthook = _thread_failed
     try:
         args = sys.argv[1:]
         named = {arg.split("=")[0] for arg in args}
-        if default_config and not named & {"--config", "--model_name_or_path", "--dataset"}:
+        about = {"description": main.__doc__}
+        if named & {"--help", "-h"}:
+            about["epilog"] = _in_force(previous, default_config)
+        elif default_config and not named & {"--config", "--model_name_or_path", "--dataset"}:
             args = ["--config", default_config, *args]
         with told_as_input_errors():
-            main(*parse(args, own, *shared, previous=previous, description=main.__doc__))
+            main(*parse(args, own, *shared, previous=previous, **about))
     except Stopped as stopped:
         status = stopped.code
+    except KeyboardInterrupt:
+        _tell("SIGINT: ended before its end" if is_main_process() else "")
+        sys.exit(128 + signal.SIGINT)
     except InputError as error:
-        if is_main_process():
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        if not is_main_process() or isinstance(error, PeerLostError):
+            # Where the first process met the same, it says so, and the launcher ends this one.
+            time.sleep(OTHERS_FIRST)
+        _tell(error_line(error))
         sys.exit(2)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         gc.collect()  # what still holds the process group at the exit may abort it
@@ -97,14 +116,31 @@ def run(
         sys.exit(status)
 
 
+def _thread_failed(failed: threading.ExceptHookArgs) -> None:
+    """Nothing is printed of a thread that keeps its error for whoever asks it (TensorBoard's)."""
+    if getattr(failed.thread, "exception", None) is not failed.exc_value:
+        threading.__excepthook__(failed)
+
+
+def _tell(line: str) -> None:
+    """Print the last line of a run, on a line of its own."""
+    if hasattr(signal, "SIGCHLD"):  # data workers that end now are no news
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for bar in list(tqdm._instances):
+        bar.close()
+    if line:
+        print(line, file=sys.stderr, flush=True)
+
+
 def parse(
     args: list[str],
     own: type,
     *shared: type,
     previous: str | None = None,
-    description: str | None = None,
+    **about: str | None,
 ) -> list[Any]:
-    """One object of each class from the arguments; see `run`.
+    """One object of each class from the arguments; see `run`. `about`: the help's description and
+    epilog.
 
     Raises:
         InputError: an unknown option, a value of the wrong type or out of its bounds.
@@ -117,7 +153,7 @@ def parse(
         exit_on_error=False,
         allow_abbrev=False,
         usage="%(prog)s [--config FILE.yaml] [--option value ...]",
-        description=description,
+        **about,
     )
     parser.add_argument("--config", help="YAML file of options; the command line wins.")
     classes = (own, *shared)
@@ -139,6 +175,22 @@ def parse(
     except (ArgumentError, TypeError, ValueError, RecursionError) as error:
         raise error if isinstance(error, InputError) else InputError(one_line(error)) from error
     return [c(**{f.name: values[f.name] for f in fields(c) if f.init}) for c in classes]
+
+
+def _in_force(previous: str | None, default_config: str | None) -> str | None:
+    """What the help says of options that are in force in place of the defaults that it shows."""
+    if previous is not None:
+        return (
+            f"Of model, data and training the options in the config.yaml beside --{previous} are "
+            "in force, where it is there, in place of the defaults above."
+        )
+    if default_config is None:
+        return None
+    options = ", ".join(f"{n}: {v}" for n, v in load_config(default_config).items())
+    return (
+        "Without --config, --model_name_or_path and --dataset the options of "
+        f"{os.path.relpath(default_config)} are in force in place of the defaults above: {options}"
+    )
 
 
 def _config_file(args: list[str]) -> str | None:
@@ -222,12 +274,14 @@ def _refuse_rights(inherited: dict[str, Any], source: str) -> None:
             )
 
 
-def rights(*configs) -> str:
-    """The flags of the rights that these options (dataclass objects) have, for a printed command:
-    the next run does not inherit them."""
+def command(recipe: str, *configs, **options: str) -> str:
+    """A command to copy: the recipe with these options, each value as one word of the shell, and
+    the flags of the rights that `configs` (dataclass objects) have: a run inherits none of them."""
     values = {name: value for config in configs for name, value in asdict(config).items()}
     granted = [n for n, harmless in RIGHTS.items() if values.get(n, harmless) != harmless]
-    return "".join(f" --{name}" for name in granted)
+    words = [f"--{name} {shlex.quote(value)}" for name, value in options.items()]
+    words += [f"--{name}" for name in granted]
+    return " ".join([f"accelerate launch recipes/{recipe}.py", *words])
 
 
 def load_config(path: str) -> dict[str, Any]:

@@ -3,39 +3,38 @@ Not here: what a row means (rows.py), where rows come from (sources.py), how a m
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from difflib import SequenceMatcher
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from darts_lora.checks import Limits, check_rows
+from darts_lora.config import MAX_IMAGE_PIXELS
 from darts_lora.errors import InputError
+from darts_lora.pictures import Picture
+from darts_lora.places import row_name
 from darts_lora.rows import (
     IMAGE_COLUMNS,
-    check_length,
+    content_text,
     first_rows,
     naming,
-    row_images,
+    placed_images,
     row_layout,
     row_messages,
-    row_name,
 )
+from darts_lora.template import ChatTemplate, is_plain
 
 IGNORED = -100  # the label that no loss counts
-_CONTENT = (
-    "{% if message.content is string %}{{ message.content }}{% else %}"
-    "{% for part in message.content %}{% if part.type == 'image' %}{{ image_token or '' }}"
-    "{% else %}{{ part.text or '' }}{% endif %}{% endfor %}{% endif %}"
-)
-# For models without a chat template, and for rows of plain text: the texts as they are, an end
-# token after each answer.
-PLAIN_TEMPLATE = (
-    "{{ bos_token or '' }}{% for message in messages %}{% if message.role == 'assistant' %}"
-    "{% generation %}" + _CONTENT + "{{ eos_token or '' }}{% endgeneration %}"
-    "{% else %}" + _CONTENT + "{% endif %}{% endfor %}"
-)
+
+
+class _Chat(NamedTuple):
+    """A row as the chat template and the processor want it."""
+
+    row: dict
+    messages: list[dict]
+    pictures: list[Picture]
 
 
 class Collator:
@@ -49,9 +48,16 @@ class Collator:
         max_length: longest sequence in tokens, images included.
         pad_to_multiple_of: training batches are padded to a multiple of this many tokens.
         context: longest sequence that the model takes, if it says.
+        truncate: cut longer sequences of a training batch at their end, instead of an error.
+        max_image_pixels: largest image, width times height.
+        refuse_labels: whether a text with a label is an error: nobody said which is to be learnt.
+
+    Attributes:
+        limits: what a row may be at most; `limits.of_model(model)` adds the model's vocabulary.
 
     Raises:
-        InputError: a processor that writes labels itself, as PaliGemma's does.
+        InputError: a processor that writes labels itself, as PaliGemma's does; several chat
+            templates without a default.
     """
 
     def __init__(
@@ -60,19 +66,24 @@ class Collator:
         max_length: int = 2048,
         pad_to_multiple_of: int = 1,
         context: int | None = None,
+        truncate: bool = False,
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
+        refuse_labels: bool = False,
     ):
         if "labels" in getattr(processor, "model_input_names", ()):
             raise InputError(
                 f"{type(processor).__name__}: writes labels of its own, as PaliGemma's does, whose "
                 "prompts attend both ways; such models are not supported"
             )
-        self.processor, self.max_length, self.context = processor, max_length, context
-        self.pad_to_multiple_of = pad_to_multiple_of
+        self.processor, self.pad_to_multiple_of = processor, pad_to_multiple_of
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.multimodal = self.tokenizer is not processor
-        self.image_token = getattr(processor, "image_token", None)
-        template = processor.chat_template or PLAIN_TEMPLATE
-        self.chat_template = template["default"] if isinstance(template, dict) else template
+        self.template = ChatTemplate(processor)
+        self.limits = Limits(self.tokenizer, max_length, context)
+        self.truncate, self.max_image_pixels = truncate, max_image_pixels
+        self.refuse_labels = refuse_labels
+        if truncate:
+            self.tokenizer.truncation_side = "right"
 
     def __call__(self, rows: list[dict]) -> dict[str, Tensor]:
         """A training batch, padded on the right; every tensor's leading dimension is the row.
@@ -85,22 +96,12 @@ class Collator:
         Raises:
             InputError: a row that is too long, or has no token to learn from.
         """
-        conversations = [self._conversation(row) for row in rows]
-        batch = self._encode(rows, conversations, padding_side="right")
-        labels = torch.full_like(batch["input_ids"], IGNORED)
-        image_token = getattr(self.processor, "image_token_id", None)
-        for i, (row, conversation) in enumerate(zip(rows, conversations, strict=True)):
-            present = batch["attention_mask"][i].nonzero().flatten()
-            tokens = batch["input_ids"][i, present]
-            learnt = torch.tensor(self._answer_mask(row, conversation, tokens.tolist()))
-            learnt &= tokens != (-1 if image_token is None else image_token)
-            _check_learnt(row, bool(learnt.any()))
-            labels[i, present[learnt]] = tokens[learnt]
-        return {**batch, "labels": labels}
+        return self._whole(list(map(self._read, rows)))
 
     def check(self, rows: Iterable[dict], limit: int = 10_000) -> float:
-        """Read the first `limit` rows' texts (no images that the model takes) and raise what a
-        batch of them would; of a stream, whose rows cost more, a fortieth of that.
+        """Read the first `limit` rows' texts and the heads of their images, make batches of those
+        with most of them, and raise what a batch would; of a stream, whose rows cost more, a
+        fortieth of that.
 
         Returns:
             The share of the text's tokens that the loss counts, in (0, 1].
@@ -108,81 +109,101 @@ class Collator:
         Raises:
             InputError: as for a batch.
         """
-        learnt = tokens = 0
-        # A model for text refuses the first image, so none is read for nothing.
-        for row in first_rows(rows, limit, images=not self.multimodal):
-            plain, mask = self._plain_mask(row, self._conversation(row))
-            check_length(row, row_layout(row)[-1], len(plain), self.max_length, self.context)
-            _check_learnt(row, any(mask))
-            learnt, tokens = learnt + sum(mask), tokens + len(plain)
-        if not tokens:
+        heaviest: dict[str, tuple[int, dict]] = {}
+
+        def check(row: dict) -> tuple[int, int]:
+            chat = self._read(row)
+            tokens, mask = self.template.learnt(row, chat.messages)
+            length = min(len(tokens), self.limits.longest) if self.truncate else len(tokens)
+            self.limits.check(row, row_layout(row)[-1], self._own(tokens), length)
+            _check_learnt(row, any(mask[:length]))
+            pixels = sum(picture.pixels() for picture in chat.pictures)
+            sizes = {"tokens": length, "images": len(chat.pictures), "pixels": pixels}
+            for kind, size in sizes.items() if chat.pictures else ():
+                if size > heaviest.get(kind, (0,))[0]:
+                    heaviest[kind] = (size, row)
+            return length, sum(mask[:length])
+
+        counts = check_rows(first_rows(rows, limit, images=True), check)
+        if not counts:
             raise InputError("no row to learn from")
-        return learnt / tokens
+        for row in {id(row): row for _, row in heaviest.values()}.values():
+            self([row])  # images may make them too long
+        return sum(learnt for _, learnt in counts) / sum(tokens for tokens, _ in counts)
 
     def evaluation(self, rows: list[dict]) -> dict[str, Any]:
         """A batch for evaluation: "whole" as for training; but for rows of plain text also "prompt"
         for `generate`, padded on the left, up to each row's last answer, and the "answers": the
         tokens of each that are learnt, without the special ones and blanks at the end."""
-        conversations = [self._conversation(row) for row in rows]
-        if any(map(_is_plain, conversations)):
-            return {"whole": self(rows)}
-        questions = [conversation[:-1] for conversation in conversations]
-        batch = self._encode(rows, questions, padding_side="left", add_generation_prompt=True)
-        answers = list(map(self._last_answer, rows, conversations))
-        return {"whole": self(rows), "prompt": batch, "answers": answers}
+        chats = list(map(self._read, rows))
+        images = self._images(chats)
+        whole = self._whole(chats, images)
+        if any(is_plain(chat.messages) for chat in chats):
+            return {"whole": whole}
+        questions = [chat._replace(messages=chat.messages[:-1]) for chat in chats]
+        prompt = self._encode(questions, images, padding_side="left", add_generation_prompt=True)
+        return {"whole": whole, "prompt": prompt, "answers": list(map(self._last_answer, chats))}
 
-    def _last_answer(self, row: dict, conversation: list[dict]) -> list[int]:
-        """What continues the prompt: templates may write more than the content (an empty <think>)
-        there."""
-        ids, mask = self._plain_mask(row, conversation)
-        prompt = self._tokens(row, conversation[:-1], add_generation_prompt=True)["input_ids"]
-        pairs = enumerate(zip(ids, prompt, strict=False))
-        start = next((i for i, (token, other) in pairs if token != other), len(prompt))
-        image_token = getattr(self.processor, "image_token_id", None)
-        learnt = zip(ids[start:], mask[start:], strict=True)
-        answer = [token for token, own in learnt if own and token != image_token]
+    def _last_answer(self, chat: _Chat) -> list[int]:
+        tokens, mask = self.template.last_answer(chat.row, chat.messages)
+        answer = self._own([token for token, own in zip(tokens, mask, strict=True) if own])
         while answer and not self.tokenizer.decode(answer[-1:], skip_special_tokens=True).strip():
             answer.pop()
         return answer
 
-    def _conversation(self, row: dict) -> list[dict]:
+    def _own(self, tokens: list[int]) -> list[int]:
+        """The tokens without the places of images, which models look up elsewhere."""
+        image_token = getattr(self.processor, "image_token_id", None)
+        return [token for token in tokens if token != image_token]
+
+    def _read(self, row: dict) -> _Chat:
         """The row's messages as the chat template wants them: processors take lists of parts."""
         messages = [{"role": m["role"], "content": m["content"]} for m in row_messages(row)]
-        if not self.multimodal:
-            _check_text_only(row, messages)
-            return [{**m, "content": _text(m["content"])} for m in messages]
-        for message in messages:
-            message["content"] = _parts(message["content"])
-        placed = sum(self._images_in(part) for m in messages for part in m["content"])
-        missing = len(row_images(row)) - placed
-        if missing < 0 and any(column in row for column in IMAGE_COLUMNS):
+        if self.refuse_labels and row_layout(row) == ("text",) and row.get("label") is not None:
             raise InputError(
-                f"{row_name(row)}: {placed} places for images, {missing + placed} images"
+                f"{row_name(row, 'label')}: the checkpoint has no head for labels; give "
+                "task=classification to learn them, or task=generation to learn the text"
             )
-        first = next((m for m in messages if m["role"] == "user"), messages[0])
-        first["content"] = [{"type": "image"}] * missing + first["content"]
-        return messages
+        if self.multimodal:
+            mark = self.template.image_token
+            return _Chat(row, *placed_images(row, messages, mark, self.max_image_pixels))
+        _check_text_only(row, messages)
+        return _Chat(row, [{**m, "content": content_text(m["content"])} for m in messages], [])
 
-    def _images_in(self, part: dict) -> int:
-        """Images that a part of a message places: it is one, or its text has their marks."""
-        if part["type"] == "image":
-            return 1
-        return (part.get("text") or "").count(self.image_token) if self.image_token else 0
+    @staticmethod
+    def _images(chats: list[_Chat]) -> list[list]:
+        """Each row's images, decoded: once for all that is made of them."""
+        return [[picture.open() for picture in chat.pictures] for chat in chats]
 
-    def _encode(self, rows, conversations, *, padding_side, add_generation_prompt=False) -> dict:
-        texts = []
-        for row, conversation in zip(rows, conversations, strict=True):
-            with naming([row], "the chat template cannot take it"):
-                text = self.processor.apply_chat_template(
-                    conversation,
-                    **self._template(conversation),
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                )
-            texts.append(text)
-        images = [row_images(row) for row in rows] if self.multimodal else []
+    def _whole(self, chats: list[_Chat], images: list[list] | None = None) -> dict[str, Tensor]:
+        images = self._images(chats) if images is None else images
+        batch = self._encode(chats, images, padding_side="right", truncate=self.truncate)
+        labels = torch.full_like(batch["input_ids"], IGNORED)
+        image_token = getattr(self.processor, "image_token_id", None)
+        for i, chat in enumerate(chats):
+            present = batch["attention_mask"][i].nonzero().flatten()
+            tokens = batch["input_ids"][i, present]
+            learnt = torch.tensor(self._answer_mask(chat, tokens.tolist()))
+            learnt &= tokens != (-1 if image_token is None else image_token)
+            _check_learnt(chat.row, bool(learnt.any()))
+            labels[i, present[learnt]] = tokens[learnt]
+        return {**batch, "labels": labels}
+
+    def _encode(
+        self,
+        chats: list[_Chat],
+        images: list[list],
+        *,
+        padding_side: str,
+        add_generation_prompt: bool = False,
+        truncate: bool = False,
+    ) -> dict[str, Tensor]:
+        rows = [chat.row for chat in chats]
+        options = {"add_generation_prompt": add_generation_prompt}
+        texts = [self.template.text(chat.row, chat.messages, **options) for chat in chats]
         mixed = "; some have no image" if any(images) and not all(images) else ""
         bos = self.tokenizer.bos_token
+        cut = {"truncation": True, "max_length": self.limits.longest} if truncate else {}
         with naming(rows, "the processor cannot take them", mixed):
             batch = self.processor(
                 text=texts,
@@ -194,91 +215,33 @@ class Collator:
                 # prompts for `generate` need no fixed shapes
                 pad_to_multiple_of=None if add_generation_prompt else self.pad_to_multiple_of,
                 return_tensors="pt",
+                **cut,
             )
-        for row, length in zip(rows, batch["attention_mask"].sum(1).tolist(), strict=True):
-            check_length(row, row_layout(row)[-1], length, self.max_length, self.context)
+        masks = batch["attention_mask"].bool()
+        for row, ids, mask in zip(rows, batch["input_ids"], masks, strict=True):
+            tokens = ids[mask].tolist()
+            self.limits.check(row, row_layout(row)[-1], self._own(tokens), len(tokens))
         kinds = batch.pop("token_type_ids", None)
         if self.multimodal and kinds is not None and kinds.any():  # a tokenizer's own are all 0
             batch["token_type_ids"] = kinds  # where Gemma 3 attends both ways: within an image
         return dict(batch)
 
-    def _answer_mask(self, row: dict, conversation: list[dict], tokens: list[int]) -> list[bool]:
+    def _answer_mask(self, chat: _Chat, tokens: list[int]) -> list[bool]:
         """Which of the row's tokens belong to the assistant's answers."""
-        plain, mask = self._plain_mask(row, conversation)
-        if plain == tokens:
-            return mask
+        plain, mask = self.template.learnt(chat.row, chat.messages)
+        cut = self.truncate and len(tokens) == self.limits.longest
+        if plain == tokens or (cut and plain[: len(tokens)] == tokens):
+            return mask[: len(tokens)]
         # The processor writes one image mark as many tokens: find the rest of the text around it.
         placed = [False] * len(tokens)
         blocks = SequenceMatcher(None, plain, tokens, autojunk=False).get_matching_blocks()
         for start, target, size in blocks:
             placed[target : target + size] = mask[start : start + size]
-        if sum(placed) != sum(mask):
+        if sum(placed) != sum(mask) and not cut:
             raise InputError(
-                f"{row_name(row)}: cannot find the answer among the processor's tokens"
+                f"{row_name(chat.row)}: cannot find the answer among the processor's tokens"
             )
         return placed
-
-    def _plain_mask(self, row: dict, conversation: list[dict]) -> tuple[list[int], list[bool]]:
-        """Tokens and answer mask before the processor expands images: by the template's own marks,
-        else by prefix (an answer begins where the prompt before it ends)."""
-        if re.search(r"\{%-?\s*generation\b", self._template(conversation)["chat_template"]):
-            plain = self._tokens(row, conversation, return_assistant_tokens_mask=True)
-            return plain["input_ids"], [bool(m) for m in plain["assistant_masks"]]
-        ids = self._tokens(row, conversation)["input_ids"]
-        mask = [False] * len(ids)
-        for i, message in enumerate(conversation):
-            if message["role"] != "assistant":
-                continue
-            before = self._tokens(row, conversation[:i], add_generation_prompt=True)["input_ids"]
-            end = self._answer_end(row, conversation, ids, i)
-            if ids[: len(before)] != before or end is None:
-                raise InputError(
-                    f"{row_name(row)}: the chat template does not continue its own prompt; "
-                    "give it a {% generation %} block around the answer"
-                )
-            mask[len(before) : end] = [True] * (end - len(before))
-        return ids, mask
-
-    def _answer_end(
-        self, row: dict, conversation: list[dict], ids: list[int], i: int
-    ) -> int | None:
-        """Where the answer that is message i ends among the conversation's tokens; None if unsure.
-
-        Templates like Qwen3's write an empty <think> into an answer behind the last question alone.
-        An earlier one is as in the whole only with the next question behind it, whose own length
-        shows where it is asked twice.
-        """
-        until = self._tokens(row, conversation[: i + 1])["input_ids"]
-        if ids[: len(until)] == until:
-            return len(until)
-        asked, question = conversation[: i + 2], conversation[i + 1 : i + 2]
-        if [message["role"] for message in question] != ["user"]:
-            return None
-        try:
-            once, twice = (self._tokens(row, c)["input_ids"] for c in (asked, asked + question))
-        except InputError:  # no two questions on end
-            return None
-        turn = twice[len(once) :]
-        end = len(once) - len(turn)
-        found = ids[: len(once)] == once and once + turn == twice and once[end:] == turn
-        # It ends as it does at the end: a template may join questions into one turn.
-        return end if found and turn and once[end - 1] == until[-1] else None
-
-    def _tokens(self, row: dict, conversation: list[dict], **options) -> dict:
-        with naming([row], "the chat template cannot take it"):
-            return self.tokenizer.apply_chat_template(
-                conversation,
-                **self._template(conversation),
-                tokenize=True,
-                return_dict=True,
-                **options,
-            )
-
-    def _template(self, conversation: list[dict]) -> dict[str, str | None]:
-        """The chat template, and what it needs to know."""
-        if _is_plain(conversation) or self.chat_template == PLAIN_TEMPLATE:
-            return {"chat_template": PLAIN_TEMPLATE, "image_token": self.image_token}
-        return {"chat_template": self.chat_template}
 
 
 def _check_learnt(row: dict, learnt: bool) -> None:
@@ -301,20 +264,3 @@ def _check_text_only(row: dict, messages: list[dict]) -> None:
                 f"{row_name(row)}: the model takes text only, a message has a part of type "
                 f"{part['type']!r}; leave it out, or choose a model for it (model_name_or_path)"
             )
-
-
-def _is_plain(conversation: list[dict]) -> bool:
-    """An answer without a question, as rows of plain text are, is no chat."""
-    return len(conversation) == 1 and conversation[0]["role"] == "assistant"
-
-
-def _parts(content: str | list[dict]) -> list[dict]:
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}]
-    return [{key: value for key, value in part.items() if value is not None} for part in content]
-
-
-def _text(content: str | list[dict]) -> str:
-    if isinstance(content, str):
-        return content
-    return "".join(part.get("text") or "" for part in content)

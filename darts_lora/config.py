@@ -9,6 +9,8 @@ from typing import Literal
 from darts_lora.bounds import check_bounds, check_modules, check_ranks, is_real, require
 from darts_lora.errors import InputError
 
+ALL_EXPERTS = "all-experts"
+
 
 @dataclass
 class SearchConfig:
@@ -24,6 +26,9 @@ class SearchConfig:
     """Layers to search, as in PEFT: all-linear, a list of name suffixes, or a regex; or parts of
     the model, one or several: vision, language, connector (with cross-attention), vision+language.
     """
+    target_parameters: str | list[str] | None = None
+    """Experts to search whose weights are 3-D parameters, one rank for all experts of a parameter:
+    as in PEFT ends of names, such as experts.down_proj; or all-experts. Default: none."""
     exclude_modules: str | list[str] | None = None
     """Layers to leave out, as in PEFT: a list of name suffixes or a regex."""
     modules_to_save: list[str] | None = None
@@ -113,10 +118,12 @@ class SearchConfig:
 
     def __post_init__(self):
         self.ranks = check_ranks(self.ranks)
-        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+        for name in ("target_modules", "target_parameters", "exclude_modules", "modules_to_save"):
             value = getattr(self, name)
+            if name == "target_parameters" and value == ALL_EXPERTS:
+                continue
             if value is not None or name == "target_modules":
-                check_modules(name, value, regex=name != "modules_to_save")
+                check_modules(name, value, regex=name in ("target_modules", "exclude_modules"))
         check_bounds(
             self,
             at_least={"dropout": 0.0, "arch_weight_decay": 0.0, "arch_noise": 0.0}
@@ -193,6 +200,9 @@ class ModelConfig:
         )
 
 
+MAX_IMAGE_PIXELS = 50_000_000  # 7000 x 7000, more than most cameras have
+
+
 @dataclass
 class DataConfig:
     """Which data set is used and how it is split."""
@@ -220,12 +230,20 @@ class DataConfig:
     max_test_samples: int | None = None
     """Use at most this many rows of the test split; default: all."""
     max_length: int = 2048
-    """Longest sequence (tokens); a longer row is an error that names it."""
+    """Longest sequence (tokens)."""
+    on_long_row: Literal["error", "skip", "truncate"] | None = None
+    """A row above max_length, or above what the model takes: an error that names it, left out, or
+    cut at its end; default: as on_bad_row. To leave rows out, all are read once at the start."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """A row that no batch can be made of: an error that names it, or left out."""
+    max_image_pixels: int = MAX_IMAGE_PIXELS
+    """Largest image (width times height); decoding and resizing takes some 70 bytes a pixel."""
     pad_to_multiple_of: int = 1
     """Pad the sequences of a batch to a multiple of this many tokens: fewer shapes of batches."""
-    split_by: Literal["prompt", "row"] = "prompt"
-    """What stays on one side of a split: all rows of a prompt (with its images), unless all rows
-    have the same; or each row by itself. Alpha must not learn on prompts that the weights know."""
+    split_by: Literal["image", "prompt", "row"] = "image"
+    """What stays on one side of a split, unless all rows have the same: all rows of an image, and
+    where there is none of a prompt; all rows of a prompt with its images; or each row by itself.
+    Alpha must not learn on images or prompts that the weights know."""
     split_seed: int = 0
     """Seed of the split into training and validation rows."""
 
@@ -234,12 +252,15 @@ class DataConfig:
             self,
             at_least={"split_seed": 0},
             above={"max_train_samples": 0, "max_test_samples": 0, "max_length": 0}
-            | {"pad_to_multiple_of": 0},
+            | {"pad_to_multiple_of": 0, "max_image_pixels": 0},
         )
         for name in ("validation_fraction", "test_fraction"):
             value = getattr(self, name)
             require(is_real(value) and 0 < value < 1, name, value, "must be between 0 and 1")
         rule = f"must be at most max_length={self.max_length}"
+        most = 178_956_970
+        known = f"must be at most {most}, above which Pillow opens none"
+        require(self.max_image_pixels <= most, "max_image_pixels", self.max_image_pixels, known)
         multiple = self.pad_to_multiple_of
         require(multiple <= self.max_length, "pad_to_multiple_of", multiple, rule)
 

@@ -3,6 +3,7 @@ Not here: the choice itself (discretize.py)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -11,15 +12,43 @@ from torch import Tensor
 from darts_lora.errors import InputError
 
 
-def parameters_per_rank(in_features: int, out_features: int) -> int:
-    """Trainable parameters that one unit of rank costs on a linear layer."""
-    return in_features + out_features
+def parameters_per_rank(*shape: int) -> int:
+    """Trainable parameters that one unit of rank costs: of a linear layer (in, out), of a layer of
+    experts (experts, in, out), where each expert has its own A and B."""
+    *experts, inside, outside = shape
+    return math.prod(experts) * (inside + outside)
 
 
-def rank_costs(shapes: Iterable[tuple[int, int]], ranks: Iterable[int]) -> Tensor:
-    """Trainable parameters of each candidate on each layer, (N, K) float64, from (in, out)."""
-    per_rank = torch.tensor([parameters_per_rank(*s) for s in shapes], dtype=torch.float64)
-    return per_rank[:, None] * torch.tensor(list(ranks), dtype=torch.float64)
+def usable_ranks(shape: tuple[int, ...], ranks: Iterable[int]) -> list[int]:
+    """What each of the ascending candidates `ranks` comes to on a layer of this shape: itself, or,
+    where it is above the layer's smaller side, the largest candidate that is not (0: none)."""
+    ranks, smaller = list(ranks), min(shape[-2:])
+    largest = max((rank for rank in ranks if rank <= smaller), default=0)
+    return [min(rank, largest) for rank in ranks]
+
+
+def usable_table(
+    shapes: Iterable[tuple[int, ...]], candidates: Iterable[int], between: bool = False
+) -> Tensor:
+    """usable_ranks of each layer, (N, K) float64; with `between`, of all ranks from the smallest
+    candidate to the largest, (N, largest - smallest + 1)."""
+    rows, candidates = [], list(candidates)
+    for shape in shapes:
+        row = usable_ranks(shape, candidates)
+        if between:
+            row = [min(rank, row[-1]) for rank in range(candidates[0], candidates[-1] + 1)]
+        rows.append(row)
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def unit_costs(shapes: Iterable[tuple[int, ...]]) -> Tensor:
+    """parameters_per_rank of each layer, (N,) float64."""
+    return torch.tensor([parameters_per_rank(*shape) for shape in shapes], dtype=torch.float64)
+
+
+def rank_costs(shapes: Iterable[tuple[int, ...]], ranks: Iterable[int]) -> Tensor:
+    """Trainable parameters of each rank on each layer, (N, K) float64, as if all ranks fitted."""
+    return unit_costs(shapes)[:, None] * torch.tensor(list(ranks), dtype=torch.float64)
 
 
 def resolve_budget(

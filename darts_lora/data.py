@@ -1,23 +1,21 @@
-"""The fixed split of a data set into training, validation and test rows, and data loaders.
-Not here: where rows come from (sources.py), what they mean (rows.py), batches (collator.py)."""
+"""What a run reads: its rows by split, checked, its collator and its data loaders.
+Not here: where rows come from (sources.py), which split takes them (splits.py)."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import random
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset, concatenate_datasets
+from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader, Subset
-from tqdm.auto import tqdm
 
+from darts_lora.checks import usable_rows
 from darts_lora.collator import Collator
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
-from darts_lora.errors import InputError
 from darts_lora.interruption import worker_context
 from darts_lora.label_collator import LabelCollator
 from darts_lora.models import (
@@ -26,8 +24,17 @@ from darts_lora.models import (
     load_model_config,
     load_processor,
 )
-from darts_lora.rows import ROW, first_rows, row_prompt, row_text
-from darts_lora.sources import Rows, is_empty, load_source, source_split
+from darts_lora.places import ROW
+from darts_lora.rows import first_rows, row_text
+from darts_lora.sources import Rows, Source, load_source, source_split
+from darts_lora.splits import (
+    StreamPart,
+    drawn_parts,
+    drawn_training_rows,
+    generator,
+    shuffled,
+    stream_parts,
+)
 
 SHUFFLE_BUFFER = 1000  # rows of a stream that are shuffled among each other
 
@@ -40,51 +47,101 @@ def make_collator(model: ModelConfig, data: DataConfig) -> Collator | LabelColla
         InputError: the model's configuration or processor cannot be loaded.
     """
     model_config, processor = load_model_config(model), load_processor(model)
-    context = context_length(model_config)
+    context, truncate = context_length(model_config), data.on_long_row == "truncate"
     if is_classifier(model_config, model.task):
         # RoBERTa has two positions more than it takes tokens: its tokenizer knows.
         known = getattr(processor, "model_max_length", context)
         context = known if context is None else min(context, known)
-        return LabelCollator(
-            processor, data.max_length, model_config.label2id, context, data.pad_to_multiple_of
-        )
-    return Collator(processor, data.max_length, data.pad_to_multiple_of, context)
+        labels, multiple = model_config.label2id, data.pad_to_multiple_of
+        return LabelCollator(processor, data.max_length, labels, context, multiple, truncate)
+    return Collator(
+        processor,
+        data.max_length,
+        data.pad_to_multiple_of,
+        context,
+        truncate,
+        data.max_image_pixels,
+        refuse_labels=model.task == "auto",
+    )
+
+
+def checked_rows(
+    rows: Rows, collator: Collator | LabelCollator, config: DataConfig, reads: int = 0
+) -> tuple[Rows, float | None]:
+    """Rows that batches can be made of (skip leaves the others out), and the share of their tokens
+    that is learnt, None of labels.
+
+    Args:
+        reads: rows that the run reads; that many are checked, 10,000 at least.
+
+    Raises:
+        InputError: a bad row; no row is left.
+    """
+    bad = config.on_bad_row == "skip"
+    long = bad if config.on_long_row is None else config.on_long_row == "skip"
+    if bad or long:
+        rows = usable_rows(rows, collator, bad=bad, long=long)
+    return rows, collator.check(rows, max(10_000, reads))
+
+
+def rows_read(training: TrainingConfig) -> int:
+    """Rows that a run reads, on all processes together."""
+    batch = training.batch_size * int(os.environ.get("WORLD_SIZE", "1"))
+    return training.max_steps * training.gradient_accumulation_steps * batch
 
 
 def load_splits(
-    config: DataConfig, names: Sequence[str] = ("train", "validation")
+    config: DataConfig,
+    names: Sequence[str] = ("train", "validation"),
+    source: Source | None = None,
 ) -> dict[str, Rows]:
     """The data sets of these names, out of train, validation and test; disjoint, always the same.
 
     Validation rows are drawn from the training split, and so are test rows where test_split is
-    None; rows of one prompt go together, unless split_by says otherwise. Columns `row_index` and
-    `row_source` hold each row's number in its source split, and what that is. Images stay encoded.
-    In a stream each row's prompt, or number, and split_seed decide.
+    None; rows of one image or prompt go together, unless split_by says otherwise. Columns
+    `row_index` and `row_source` hold each row's number in its source split, and what that is.
+    Images stay encoded. In a stream each row's images, prompt or number, and split_seed decide.
+
+    Args:
+        source: of load_source(config), where it is loaded already.
 
     Raises:
         InputError: data that cannot be loaded, a missing split, a split with no rows.
     """
-    source = load_source(config)
+    source = source or load_source(config)
     own_test = config.test_split is not None
     splits = {}
     if "test" in names and own_test:
         splits["test"] = source_split(source, config, "test_split")
     if set(names) - set(splits):
         train = source_split(source, config, "train_split")
-        parts = _stream_parts if config.streaming else _drawn_parts
+        parts = stream_parts if config.streaming else drawn_parts
         splits = {**parts(train, config), **splits}
     if "test" in splits:
         splits["test"] = _at_most(splits["test"], config.max_test_samples, config)
     return {name: splits[name] for name in names}
 
 
+def how_tested(source: Source, config: DataConfig) -> str:
+    """One line for the screen: which rows will test what comes out, if there are any."""
+    if config.test_split is None:
+        return f"test: {config.test_fraction:.0%} of the rows are held back for evaluate.py"
+    if config.test_split in source.splits:
+        return f"test: evaluate.py takes the split {config.test_split!r}"
+    return (
+        f"test: nothing for evaluate.py to test on, the data set has no split "
+        f"{config.test_split!r} (only {', '.join(source.splits)}); --test_split null holds "
+        f"{config.test_fraction:.0%} of the rows back from the search on"
+    )
+
+
 def training_rows(config: DataConfig, seed: int = 0) -> Rows:
     """Training and validation rows together, for a finetune; a stream comes shuffled by `seed`."""
-    if not config.streaming:
-        return concatenate_datasets(list(load_splits(config).values()))
     train = source_split(load_source(config), config, "train_split")
+    if not config.streaming:
+        return drawn_training_rows(train, config)
     train = train if config.max_train_samples is None else train.take(config.max_train_samples)
-    rows = train.filter(_StreamPart(config, ("train", "validation")))
+    rows = train.filter(StreamPart(config, ("train", "validation")))
     return rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
 
 
@@ -93,8 +150,9 @@ def split_record(splits: dict[str, Rows], config: DataConfig) -> dict[str, Any]:
     digest of what the rows say, by which others of the same numbers show; for streams the rule."""
     if config.streaming:
         rule = "u = random.Random(f'{split_seed} {i}').random(), i the row's number or (split_by "
-        rule += "prompt) the digest of its prompt; test below test_fraction (0 with a test_split), "
-        rule += "then validation below validation_fraction of the rest"
+        rule += "image, prompt) the digests of its images or of its prompt; test below "
+        rule += "test_fraction (0 with a test_split), then validation below "
+        rule += "validation_fraction of the rest"
         options = ("split_by", "split_seed", "test_split", "test_fraction", "validation_fraction")
         options += ("max_train_samples",)
         return {"rule": rule} | {name: getattr(config, name) for name in options}
@@ -112,110 +170,11 @@ def rows_digest(splits: Iterable[Dataset], limit: int = 10_000) -> str:
     return digest.hexdigest()
 
 
-def _drawn_parts(train: Dataset, config: DataConfig) -> dict[str, Dataset]:
-    """Train, validation (and, where there is no test split, test) rows, drawn at random."""
-    rows, parts = _shuffled(len(train), config)[: config.max_train_samples], {}
-    prompts: Mapping[int, Hashable] = dict(zip(rows, rows, strict=True))
-    if config.split_by == "prompt":
-        in_order = sorted(rows)  # files are read fastest in their order
-        prompts = dict(zip(in_order, row_prompts(train.select(in_order)), strict=True))
-    if config.test_split is None:
-        rows, parts["test"] = _cut(rows, prompts, config, "test_fraction")
-    parts["train"], parts["validation"] = _cut(rows, prompts, config, "validation_fraction")
-    return {name: train.select(sorted(rows)) for name, rows in parts.items()}
-
-
-def row_prompts(rows: Iterable[dict]) -> list[bytes]:
-    """The digest of each row's prompt (rows.py); a bar where it takes more than seconds."""
-    bar = tqdm(rows, desc="prompts", unit="row", delay=3, mininterval=1, leave=False)
-    return [row_prompt(row) for row in bar]
-
-
-def hold_back(
-    rows: Sequence[int], prompts: Mapping[int, Hashable], share: float
-) -> tuple[list[int], list[int]]:
-    """Rows kept, and rows held back: the first ones, as near to `share` of all as whole prompts
-    allow. Rows of which each has a prompt of its own, or all have the same, are cut where they are.
-    """
-    count = round(share * len(rows))
-    if len({prompts[row] for row in rows}) > 1:
-        rows = _side_by_side(rows, prompts)
-        ends = (i for i in range(1, len(rows)) if prompts[rows[i]] != prompts[rows[i - 1]])
-        count = min(ends, key=lambda end: abs(end - count))
-    return list(rows[count:]), list(rows[:count])
-
-
-def _side_by_side(rows: Sequence[int], prompts: Mapping[int, Hashable]) -> list[int]:
-    """Rows of one prompt one after the other; the prompts in the order of each one's first row in
-    the source, which is random where that of the rows is."""
-    place, first = {row: i for i, row in enumerate(rows)}, {}
-    for row in sorted(rows):
-        first.setdefault(prompts[row], place[row])
-    return sorted(rows, key=lambda row: (first[prompts[row]], place[row]))
-
-
-def _stream_parts(train: IterableDataset, config: DataConfig) -> dict[str, IterableDataset]:
-    """The same of a stream."""
-    train = train if config.max_train_samples is None else train.take(config.max_train_samples)
-    names = ("train", "validation") if config.test_split else ("train", "validation", "test")
-    parts = {name: train.filter(_StreamPart(config, (name,))) for name in names}
-    for name, rows in parts.items():
-        if is_empty(rows):
-            option = "test_fraction" if name == "test" else "validation_fraction"
-            raise InputError(
-                f"{option}={getattr(config, option)}: leaves no sample in the {name} split of the "
-                "stream; it has too few rows, or too few prompts (split_by=row)"
-            )
-    return parts
-
-
-class _StreamPart:
-    """Whether a row of a stream belongs to one of these parts, by its prompt or number alone."""
-
-    def __init__(self, config: DataConfig, parts: tuple[str, ...]):
-        self.parts, self.seed = parts, config.split_seed
-        self.by_prompt = config.split_by == "prompt"
-        self.test = 0.0 if config.test_split else config.test_fraction
-        self.validation = self.test + (1 - self.test) * config.validation_fraction
-
-    def __call__(self, row: dict) -> bool:
-        own = row_prompt(row).hex() if self.by_prompt else row[ROW]
-        u = random.Random(f"{self.seed} {own}").random()
-        part = "test" if u < self.test else "validation" if u < self.validation else "train"
-        return part in self.parts
-
-
 def _at_most(rows: Rows, limit: int | None, config: DataConfig) -> Rows:
     """A random choice of `limit` rows; the first ones of a stream."""
     if config.streaming:
         return rows if limit is None else rows.take(limit)
-    return rows.select(sorted(_shuffled(len(rows), config)[:limit]))
-
-
-def _shuffled(count: int, config: DataConfig) -> list[int]:
-    return torch.randperm(count, generator=_generator(config.split_seed)).tolist()
-
-
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def _cut(
-    rows: list[int], prompts: Mapping[int, Hashable], config: DataConfig, option: str
-) -> tuple[list[int], list[int]]:
-    """Rows kept and rows held back (the share that `option` names); neither may be empty."""
-    share, name = getattr(config, option), option.removesuffix("_fraction")
-    wanted = round(len(rows) * share)
-    if wanted == 0 or wanted == len(rows):
-        empty = f"the {name} split" if wanted == 0 else "the training split"
-        raise InputError(f"{option}={share}: leaves no sample in {empty} ({len(rows)} rows in all)")
-    kept, held = hold_back(rows, prompts, share)
-    if abs(len(held) - wanted) > min(wanted, len(rows) - wanted) / 2:
-        raise InputError(
-            f"split_by='prompt': the {len(rows)} rows have {len({prompts[r] for r in rows})} "
-            f"prompts, which cannot be split by {option}={share}; use split_by=row"
-        )
-    return kept, held
+    return rows.select(sorted(shuffled(len(rows), config)[:limit]))
 
 
 def process_share(rows: Rows, process: int, processes: int) -> Rows | Subset:
@@ -255,7 +214,7 @@ def make_dataloader(
         dataset,
         batch_size=batch_size,
         shuffle=shuffle and not stream,
-        generator=_generator(seed),
+        generator=generator(seed),
         collate_fn=collate,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,

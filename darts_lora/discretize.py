@@ -12,13 +12,14 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array, vstack
 from torch import Tensor
 
-from darts_lora.cost import parameters_per_rank, rank_costs, resolve_budget
+from darts_lora.cost import resolve_budget, unit_costs, usable_table
 from darts_lora.errors import InputError
 from darts_lora.genotype import Genotype
 from darts_lora.supernet import Supernet
 
 Method = Literal["argmax", "budget", "proportional"]
 
+MOST_CHOICES = 2**24  # of a layer and a rank; each takes some 100 bytes
 GAP = 1e-4  # of the highest total value, which a choice may lack
 
 
@@ -48,9 +49,10 @@ def discretize(
     genotype = searched if isinstance(searched, Genotype) else Genotype.from_supernet(searched)
     if None in (genotype.probabilities, genotype.shapes, genotype.candidates):
         raise InputError("genotype: holds no probabilities; give one that a search wrote")
-    costs = rank_costs(genotype.shapes.values(), genotype.candidates)
-    per_rank = sum(parameters_per_rank(*shape) for shape in genotype.shapes.values())
-    budget = given = resolve_budget(costs, per_rank, budget_rank, budget_parameters)
+    shapes = list(genotype.shapes.values())
+    unit, ranks = unit_costs(shapes), usable_table(shapes, genotype.candidates)
+    costs = unit[:, None] * ranks
+    budget = given = resolve_budget(costs, int(unit.sum()), budget_rank, budget_parameters)
     if given is None:
         budget = genotype.found_by.get("budget_parameters")
     probabilities = torch.tensor(
@@ -61,7 +63,6 @@ def discretize(
         method = "proportional" if proportional else "budget"
     method = method or "argmax"
     _check_method(method, budget, given)
-    ranks = genotype.candidates
     if method == "argmax":
         choice = probabilities.argmax(-1).tolist()
     elif method == "budget":
@@ -69,10 +70,11 @@ def discretize(
     else:
         wanted = (probabilities * costs).sum(-1)
         if genotype.branches != "independent":
-            ranks = range(ranks[0], ranks[-1] + 1)
-            costs = rank_costs(genotype.shapes.values(), ranks)
+            _check_size(len(shapes), max(genotype.candidates))
+            ranks = usable_table(shapes, genotype.candidates, between=True)
+            costs = unit[:, None] * ranks
         choice = choose(proportional_values(wanted, costs), costs, budget)
-    ranks = [ranks[k] for k in choice]
+    ranks = [int(row[k]) for row, k in zip(ranks, choice, strict=True)]
     derived = replace(
         genotype,
         ranks=dict(zip(genotype.shapes, ranks, strict=True)),
@@ -127,6 +129,15 @@ def _check_method(method: str, budget: float | None, given: float | None) -> Non
         )
     if method != "argmax" and budget is None:
         raise InputError(f"method={method!r}: give budget_rank or budget_parameters")
+
+
+def _check_size(layers: int, largest: int) -> None:
+    """A file says how many ranks there are to choose from: not more than fit into memory."""
+    if layers * largest > MOST_CHOICES:
+        raise InputError(
+            f"candidates: {layers:,} layers with ranks up to {largest:,} are more than "
+            f"{MOST_CHOICES:,} choices; use method=budget, which takes the candidates alone"
+        )
 
 
 def _best_within_budget(values: np.ndarray, costs: np.ndarray, budget: float):

@@ -1,6 +1,10 @@
 """The error class for bad input: names the option, the value and what would be right.
 Not here: checks themselves (each room checks its own input), nor errors of PyTorch or the model."""
 
+import unicodedata
+
+TOO_LONG = 2000  # characters of an error line
+
 
 class InputError(ValueError):
     """Bad input from the user. Recipes print its message alone and exit with status 2."""
@@ -13,3 +17,25 @@ class DivergedError(InputError):
 def one_line(error: BaseException, limit: int = 300) -> str:
     """What another library's error says, as a part of one line: at most `limit` characters."""
     return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
+def printable(text: str, keep: str = "") -> str:
+    """`text` as a terminal can show it: control characters, line ends among them, and those that
+    turn the direction of writing come as escapes, but for those of `keep`."""
+    return "".join(c if c in keep or _shows(c) else _escape(c) for c in text)
+
+
+def error_line(error: BaseException) -> str:
+    """One printable line that says what is wrong, whatever a file put into the message."""
+    text = str(error)
+    if len(text) > TOO_LONG:  # what to do about it stands at the end
+        text = f"{text[: TOO_LONG * 3 // 4]} [...] {text[-TOO_LONG // 4 :]}"
+    return f"error: {printable(text)}"
+
+
+def _shows(character: str) -> bool:
+    return unicodedata.category(character)[0] != "C" and character not in "\u2028\u2029"
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode()

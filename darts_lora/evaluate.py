@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
-from peft import PeftModel
+from peft import PeftModel, set_peft_model_state_dict
+from peft.utils import load_peft_weights
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
@@ -24,11 +25,19 @@ from darts_lora.bounds import check_bounds
 from darts_lora.cli import CONFIG_NAME, load_config
 from darts_lora.collator import IGNORED, Collator
 from darts_lora.config import DataConfig, ModelConfig
-from darts_lora.data import Rows, load_splits, make_collator, make_dataloader, process_share
+from darts_lora.data import (
+    Rows,
+    checked_rows,
+    load_splits,
+    make_collator,
+    make_dataloader,
+    process_share,
+)
 from darts_lora.errors import InputError, one_line
 from darts_lora.files import write_json
 from darts_lora.label_collator import LabelCollator
-from darts_lora.models import load_model
+from darts_lora.launch import explained
+from darts_lora.models import load_model, sample_of, weight_samples
 from darts_lora.targets import check_fresh
 
 # Which rows of the training split are held back as test rows (test_split null).
@@ -75,13 +84,18 @@ def evaluate(
             "`accelerate launch recipes/finetune.py` first, or name the folder with --adapter"
         )
     _check_unseen(config.adapter, data)
-    accelerator = Accelerator()
+    with explained():
+        accelerator = Accelerator()
     rows = load_splits(data, ["test"])["test"]
     collator = make_collator(model, data)
-    collator.check(rows)
+    rows, _ = checked_rows(rows, collator, data)
     # Recomputing activations is for training; generation would lose its cache to it.
     base = load_model(replace(model, gradient_checkpointing=False))
+    samples = weight_samples(base)
+    collator.limits.of_model(base)
     adapted = _load_adapter(base, config.adapter).to(accelerator.device)
+    if config.compare_base:
+        _check_base(samples, config.adapter)
     check_fresh(adapted, f"adapter={config.adapter!r}")
     options = {
         "batch_size": config.eval_batch_size,
@@ -97,7 +111,10 @@ def evaluate(
     results["adapter"] = score(adapted, rows, collator, name="adapter", **options)
     results["adapter"]["trainable_parameters"] = adapted.get_nb_trainable_parameters()[0]
     if accelerator.is_main_process:
-        write_json(os.path.join(config.adapter, "evaluation.json"), results)
+        try:
+            write_json(os.path.join(config.adapter, "evaluation.json"), results)
+        except InputError as error:  # an adapter of others, or no space: the figures are there
+            warnings.warn(f"{error}: what was measured is in no file", stacklevel=2)
     return results
 
 
@@ -118,12 +135,28 @@ def _check_unseen(adapter: str, data: DataConfig) -> None:
             )
 
 
+def _check_base(samples: list[tuple[Tensor, Tensor]], adapter: str) -> None:
+    """InputError where loading the adapter changed the base model, as PiSSA's does: what is left
+    without the adapter is no base to compare with then."""
+    if not all(torch.equal(sample, sample_of(weight)) for weight, sample in samples):
+        raise InputError(
+            f"adapter={adapter!r}: changes the base model's weights when it is loaded "
+            "(init_lora_weights in its adapter_config.json), so the base cannot be evaluated "
+            "beside it; use --compare_base false"
+        )
+
+
 def _load_adapter(base: nn.Module, folder: str) -> PeftModel:
     try:
         with warnings.catch_warnings():  # PEFT warns of modules that stay as they were initialised
             warnings.filterwarnings("error", "Found missing adapter keys")
             # "Trainable" only so that PEFT can count the parameters.
-            return PeftModel.from_pretrained(base, folder, is_trainable=True)
+            model = PeftModel.from_pretrained(base, folder, is_trainable=True)
+        # PEFT drops weights that no module asks for: a second time, for the list of them
+        state = load_peft_weights(folder, device="cpu")
+        if unused := set_peft_model_state_dict(model, state).unexpected_keys:
+            raise ValueError(f"{len(unused)} of its weights belong to no layer, first {unused[0]}")
+        return model
     except Exception as error:  # any kind: damaged files, fields that PEFT does not expect
         reason = one_line(error)
         raise InputError(

@@ -4,8 +4,8 @@ Not here: what stands in them."""
 from __future__ import annotations
 
 import contextlib
-import glob
 import json
+import math
 import os
 import re
 import shutil
@@ -24,8 +24,11 @@ except ImportError:  # no such locks on Windows
     fcntl = None
 
 LOCK_NAME = "run.lock"
-LEFT = re.compile(r"(.+)\.(tmp|old)-\d+", re.DOTALL)  # beside a path, by a killed writer
-_locked: set[str] = set()
+# What a killed writer leaves beside a path, by names that nobody gives to a copy of their own;
+LEFT = re.compile(r"(.+)\.darts_lora-(tmp|old)-(\d+)", re.DOTALL)
+# and what safetensors and our own probe leave: these are files alone.
+LEFT_FILE = re.compile(r"\.tmp[A-Za-z0-9]{6}|\.write-test-\d+")
+_locked: dict[str, TextIO] = {}  # real path of a folder -> its lock, of this process
 
 
 def is_main_process() -> bool:
@@ -63,25 +66,28 @@ def write_into(folder: str | os.PathLike, write: Callable[[str], Any], last: str
 @contextlib.contextmanager
 def _written(path: str, write: Callable[[str], Any]) -> Iterator[str]:
     """Where what is to become `path` was written, and is on the disk; nothing stays there."""
-    temporary, folder = f"{path}.tmp-{os.getpid()}", os.path.dirname(path) or "."
+    temporary, folder = f"{path}.darts_lora-tmp-{os.getpid()}", os.path.dirname(path) or "."
+    check_lock(path)
     try:
         os.makedirs(folder, exist_ok=True)
+        _tidy(folder, path)
         remove(temporary)  # of a killed writer with this number
-        write(temporary)
-        _flush(temporary)
-        yield temporary
-        _flush_one(folder)
+        try:
+            write(temporary)
+            _flush(temporary)
+            yield temporary
+            _flush_one(folder)
+        finally:
+            remove(temporary)
     except (OSError, ValueError, SafetensorError) as error:  # ValueError: a null in a path
         reason = getattr(error, "strerror", None) or one_line(error)
         raise InputError(f"{path}: cannot be written ({reason})") from error
-    finally:
-        remove(temporary)
 
 
 def _replace_folder(new: str, path: str) -> None:
     """No folder can be renamed over another: the old one waits aside, where `locked` finds it if
     this process is killed."""
-    old = f"{path}.old-{os.getpid()}"
+    old = f"{path}.darts_lora-old-{os.getpid()}"
     remove(old)
     os.replace(path, old)
     try:
@@ -92,7 +98,7 @@ def _replace_folder(new: str, path: str) -> None:
 
 def _settle(left: str) -> None:
     """Remove what a writer left beside a path; but an old folder comes back if no new one came."""
-    path, kind = LEFT.fullmatch(left).groups()
+    path, kind, _ = LEFT.fullmatch(left).groups()
     if kind == "old" and not os.path.lexists(path):
         os.replace(left, path)
     else:
@@ -148,14 +154,35 @@ def read_json(path: str | os.PathLike) -> Any:
     """What stands in a JSON file, by the standard alone: no NaN or Infinity, no key twice.
 
     Raises:
-        InputError: it cannot be read, is not UTF-8, not JSON, or nested too deep; the message does
-            not name the file.
+        InputError: it cannot be read, is not UTF-8, not JSON, nested too deep, or holds a number
+            that is too large; the message does not name the file.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file, parse_constant=_refuse, object_pairs_hook=_distinct)
-    except (OSError, ValueError, RecursionError) as error:
+        with open(path, "rb") as file:
+            return parse_json(file.read())
+    except OSError as error:
         raise InputError(f"cannot be read ({one_line(error)})") from error
+
+
+def parse_json(content: bytes) -> Any:
+    """The value that JSON in UTF-8 stands for; raises InputError as read_json does."""
+    hooks = {"parse_int": _integer, "parse_float": _finite, "object_pairs_hook": _distinct}
+    try:
+        return json.loads(content.decode(), parse_constant=_refuse, **hooks)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"cannot be read ({one_line(error)})") from error
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 20 or abs(int(digits)) >= 2**63:
+        raise ValueError(f"{digits[:20]}... is too large a number")
+    return int(digits)
+
+
+def _finite(digits: str) -> float:
+    if not math.isfinite(number := float(digits)):
+        raise ValueError(f"{digits[:20]} is too large a number")
+    return number
 
 
 def _refuse(constant: str) -> None:
@@ -186,17 +213,56 @@ def locked(folder: str | None) -> Iterator[None]:
         yield
         return
     path = os.path.join(folder, LOCK_NAME)
-    with _lock(path, folder):
-        _locked.add(key)
+    with _lock(path, folder) as file:
+        _locked[key] = file
         try:
             for place in (folder, os.path.join(folder, "checkpoints")):
-                for left in filter(LEFT.fullmatch, glob.glob(f"{glob.escape(place)}/*")):
-                    _settle(left)
+                _tidy(place)
             yield
         finally:
-            _locked.remove(key)
-            with contextlib.suppress(OSError):
-                os.remove(path)
+            del _locked[key]
+            if _is_at(path, file):  # else it is another run's
+                with contextlib.suppress(OSError):
+                    os.remove(path)
+
+
+def check_lock(path: str) -> None:
+    """Raises InputError where `path` is in a folder that this process has locked, and the lock is
+    gone: somebody removed the folder, and another run may have begun there."""
+    path = os.path.realpath(path)
+    for folder, file in _locked.items():
+        inside = path.startswith(os.path.join(folder, ""))
+        if inside and not _is_at(os.path.join(folder, LOCK_NAME), file):
+            raise InputError(
+                f"output_dir={folder!r}: its {LOCK_NAME} was removed, and another run may be there "
+                "now: stopped, nothing more is written"
+            )
+
+
+def _tidy(folder: str, written: str | None = None) -> None:
+    """Remove what killed writers left there, or put back what they were replacing; where the folder
+    is not locked, only what dead ones left of the path that is `written` now."""
+    names = os.listdir(folder) if os.path.isdir(folder) else ()
+    for path in (os.path.join(folder, name) for name in names):
+        found = LEFT.fullmatch(path)
+        if written is not None:
+            same = found and os.path.basename(found[1]) == os.path.basename(written)
+            if same and not _lives(int(found[3])):
+                _settle(path)
+        elif found:
+            _settle(path)
+        elif LEFT_FILE.fullmatch(os.path.basename(path)) and os.path.isfile(path):
+            remove(path)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
 
 
 def _lock(path: str, folder: str) -> TextIO:
@@ -222,9 +288,15 @@ def _lock(path: str, folder: str) -> TextIO:
     if not _is_at(path, file):  # the run before removed it when it ended, just now
         file.close()
         return _lock(path, folder)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+    except OSError as error:  # no byte is free
+        reason = f"{LOCK_NAME}: {error.strerror}"
+        with contextlib.suppress(OSError):  # it tries to write once more
+            file.close()
+        raise InputError(f"output_dir={folder!r}: cannot be locked ({reason})") from error
     return file
 
 

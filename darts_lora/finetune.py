@@ -4,46 +4,50 @@ Not here: the search itself (search.py), nor how good the adapter is (evaluate.p
 from __future__ import annotations
 
 import os
-import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
-import peft
 import torch
-import transformers
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    get_scheduler,
     set_seed,
 )
 
 from darts_lora.beginning import FinetuneConfig, add_adapter, first_step, resolve_init
+from darts_lora.callbacks import (
+    FinetuneTrainer,
+    Progress,
+    SaveAdapter,
+    Views,
+    kept,
+    training_arguments,
+    training_record,
+)
+from darts_lora.cli import save_config
 from darts_lora.collator import Collator
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
-from darts_lora.data import Rows, make_collator, training_rows
-from darts_lora.errors import DivergedError, InputError
-from darts_lora.files import check_writable, locked, remove, write_into, write_json, write_whole
+from darts_lora.data import Rows, checked_rows, make_collator, rows_read, training_rows
+from darts_lora.errors import InputError
+from darts_lora.files import check_writable, locked, remove, write_into, write_json
 from darts_lora.frozen import hold_statistics
 from darts_lora.genotype import Genotype
-from darts_lora.interruption import Stopped, StopRequest, told_as_input_errors, worker_context
+from darts_lora.interruption import StopRequest, told_as_input_errors
 from darts_lora.label_collator import LabelCollator
-from darts_lora.launch import check_launch
+from darts_lora.launch import check_launch, explained
 from darts_lora.models import load_model
 from darts_lora.padded import save_padded
 from darts_lora.supernet import Supernet
 from darts_lora.together import check_not_anothers
 
+# all that a finetune leaves, removed before another one trains
 RESULTS = ("finetune.json", "evaluation.json", SAFETENSORS_WEIGHTS_NAME, "adapter_config.json")
 RESULTS += ("checkpoint", "padded")
 
@@ -57,9 +61,10 @@ def finetune(
 ) -> tuple[PeftModel, dict[str, Any]]:
     """Train an adapter on training and validation rows together and save it to output_dir.
 
-    Writes adapter_model.safetensors and adapter_config.json (PEFT's own format) and finetune.json.
-    What an earlier finetune left there is removed when training starts. A `supernet`, searched in
-    this process, gives its model and what it learnt, so that neither is loaded again.
+    Writes config.yaml when training starts, in place of all that an earlier finetune left there;
+    then adapter_model.safetensors and adapter_config.json (PEFT's own format) and finetune.json at
+    once, the weights last: no file lies beside those of another run. A `supernet`, searched in this
+    process, gives its model and what it learnt, so that neither is loaded again.
 
     Returns:
         The trained model, and the record that stands in finetune.json.
@@ -78,14 +83,15 @@ def finetune(
 
 def check_finetune(output_dir: str, model: ModelConfig, data: DataConfig) -> None:
     """Whether a finetune can run as this process was launched, and write there; or InputError."""
-    check_launch()
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         raise InputError(
             "distributed_type=FSDP: a finetune keeps whole weights on each process; launch it with "
             "recipes/accelerate_configs/ddp.yaml or single.yaml"
         )
+    check_launch()
     check_writable(output_dir)
     check_not_anothers(output_dir, model, data)
+    _check_folders(output_dir)
 
 
 def _finetune(
@@ -100,25 +106,47 @@ def _finetune(
     first = first_step(config, genotype, training)
     collator = make_collator(model, data)
     rows = training_rows(data, config.seed)
-    share = collator.check(rows)
+    rows, share = checked_rows(rows, collator, data, rows_read(training))
     set_seed(config.seed)  # the initialisation of a new head, and of the LoRA weights
     if supernet is None:
         base = load_model(model)  # the slowest, so behind what can be wrong before it
     else:
         AcceleratorState._reset_state()  # of the search: a Trainer makes its own
         base = supernet.remove()
+    collator.limits.of_model(base)
     set_seed(config.seed)
     adapted = add_adapter(base, config, genotype, supernet)
     record = {"genotype": config.genotype, "rank": config.rank, "init": config.init}
+    record["supernet_digest"] = genotype and genotype.found_by.get("supernet_digest")
     record |= {"rows": None if data.streaming else len(rows), "supervised_share": share}
-    record |= train(
-        adapted, rows, collator, training, config.output_dir, seed=config.seed, first_step=first
-    )
-    if PartialState().is_main_process:
+
+    def describe(folder: str, figures: dict[str, Any]) -> None:
+        record.update(figures)
         if config.pad_to_max:
-            save_padded(config.output_dir, os.path.join(config.output_dir, "padded"))
-        write_json(os.path.join(config.output_dir, "finetune.json"), record)
-    return adapted, record
+            save_padded(folder, os.path.join(folder, "padded"))
+        write_json(os.path.join(folder, "finetune.json"), record)
+
+    if PartialState().is_main_process:
+        for name in RESULTS:
+            remove(os.path.join(config.output_dir, name))
+        save_config(config.output_dir, config, model, data, training)
+    figures = train(
+        adapted, rows, collator, training, config.output_dir,
+        seed=config.seed, first_step=first, describe=describe,
+    )  # fmt: skip
+    return adapted, record | figures
+
+
+def _check_folders(output_dir: str) -> None:
+    """InputError where a folder that a finetune replaces is none that a finetune left."""
+    for name in ("checkpoint", "padded"):
+        folder = os.path.join(output_dir, name)
+        names = os.listdir(folder) if os.path.isdir(folder) else []
+        if names and "adapter_config.json" not in names:
+            raise InputError(
+                f"output_dir={output_dir!r}: has a folder {name!r} that holds no adapter, and that "
+                "a finetune would replace; name another output_dir, or rename that folder"
+            )
 
 
 def _load_genotype(path: str | None) -> Genotype | None:
@@ -139,10 +167,14 @@ def train(
     *,
     seed: int = 0,
     first_step: int = 0,
+    describe: Callable[[str, dict[str, Any]], None] = lambda folder, figures: None,
 ) -> dict[str, Any]:
-    """Train the adapter in place with transformers' Trainer and save it to output_dir, in place of
-    what an earlier finetune left there. The first steps of training.max_steps and of its learning
-    rate are those that a search took.
+    """Train the adapter in place with transformers' Trainer and save it to output_dir.
+
+    Args:
+        first_step: steps of training.max_steps, and of its learning rate, that a search took.
+        describe: (folder, what this returns) -> writes what else belongs to the adapter, which is
+            in that folder, there; on the first process.
 
     Returns:
         trainable_parameters (count), losses ([step, mean since the entry before] pairs), loss (mean
@@ -159,147 +191,33 @@ def train(
         precision = "bf16" if model.dtype == torch.bfloat16 else "fp16"
         training = replace(training, mixed_precision=precision)
     stop, folder = StopRequest(training.max_runtime), os.path.join(output_dir, "checkpoint")
-    trainer = _Trainer(
-        model=model,
-        args=_arguments(
-            replace(training, max_steps=training.max_steps - first_step), output_dir, seed
-        ),
-        train_dataset=dataset,
-        data_collator=collator,
-    )
+    with explained():
+        trainer = FinetuneTrainer(
+            model=model,
+            args=training_arguments(training, output_dir, seed, first_step),
+            train_dataset=dataset,
+            data_collator=collator,
+        )
     trainer.first_step = first_step
-    trainer.add_callback(_SaveAdapter(trainer, training.save_steps, folder, stop))
+    trainer.add_callback(SaveAdapter(trainer, training.save_steps, folder, stop))
     trainer.remove_callback(ProgressCallback)  # prints whole dictionaries
-    trainer.add_callback(_Progress)
-    if trainer.is_world_process_zero():
-        for name in RESULTS:
-            remove(os.path.join(output_dir, name))
+    trainer.add_callback(Progress)
+    if find_spec("tensorboard"):
+        trainer.add_callback(Views())
     start = time.perf_counter()
     with (
         stop,
-        told_as_input_errors(lambda: _kept(folder)),
+        told_as_input_errors(lambda: kept(folder)),
         disable_input_dtype_casting(model, active=half),
     ):
         trainer.train()
-    seconds = time.perf_counter() - start
-    if trainer.is_world_process_zero():
-        write_into(output_dir, model.save_pretrained, SAFETENSORS_WEIGHTS_NAME)
-    return _record(trainer, seconds)
+        # within: a request to stop behind the last step waits until all is written
+        figures = training_record(trainer, time.perf_counter() - start)
 
+        def write(folder: str) -> None:
+            model.save_pretrained(folder)
+            describe(folder, figures)
 
-def _arguments(training: TrainingConfig, output_dir: str, seed: int) -> TrainingArguments:
-    args = TrainingArguments(
-        output_dir=output_dir,
-        max_steps=training.max_steps,
-        per_device_train_batch_size=training.batch_size,
-        gradient_accumulation_steps=training.gradient_accumulation_steps,
-        learning_rate=training.learning_rate,
-        weight_decay=training.weight_decay,
-        lr_scheduler_type=training.scheduler_type,
-        warmup_steps=training.lr_warmup_steps,
-        max_grad_norm=training.max_grad_norm,
-        bf16=training.mixed_precision == "bf16",
-        fp16=training.mixed_precision == "fp16",
-        logging_steps=min(training.logging_steps, training.max_steps),
-        logging_nan_inf_filter=False,  # our own check names the step
-        save_strategy="no",  # its checkpoints are pickles; _SaveAdapter writes safetensors
-        dataloader_num_workers=training.num_workers,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        accelerator_config={"dispatch_batches": False},  # of a stream: batches are of all lengths
-        remove_unused_columns=False,  # the collator reads the columns
-        label_names=["labels"],
-        report_to=["tensorboard"] if find_spec("tensorboard") else [],
-        use_cpu=PartialState().device.type == "cpu",  # else it refuses bf16 there
-        seed=seed,
-    )
-    # One process uses one GPU, as in a search; the Trainer would feed all of them (DataParallel).
-    args._n_gpu = min(args.n_gpu, 1)
-    return args
-
-
-class _Trainer(Trainer):
-    """Begins within its learning rate's course, and stops at a loss that is not finite, on any
-    process, before it enters the weights."""
-
-    first_step = 0
-
-    def create_scheduler(self, num_training_steps, optimizer=None):
-        stand_in, args = torch.optim.SGD([torch.zeros(1)], lr=1.0), self.args
-        whole = get_scheduler(
-            args.lr_scheduler_type,
-            stand_in,
-            args.get_warmup_steps(num_training_steps),
-            self.first_step + num_training_steps,
-        )
-        (course,) = whole.lr_lambdas
-        self.lr_scheduler = LambdaLR(
-            optimizer or self.optimizer, lambda step: course(self.first_step + step)
-        )
-        return self.lr_scheduler
-
-    def get_train_dataloader(self):
-        loader = super().get_train_dataloader()
-        inner = getattr(loader, "base_dataloader", loader)  # what accelerate's own iterates
-        inner.multiprocessing_context = worker_context(inner.num_workers)
-        return loader
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        losses = self.accelerator.gather(loss.detach())
-        if not torch.isfinite(losses).all():
-            raise DivergedError(
-                f"the loss is {losses.sum().item()} at step {self.state.global_step + 1}: stopped; "
-                "lower the learning rate, or look at the data"
-            )
-        return loss
-
-
-class _Progress(ProgressCallback):
-    """The bar with the time left; beside it one number, the loss."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.training_bar is not None and "loss" in logs:
-            self.training_bar.set_postfix(loss=f"{logs['loss']:.4f}")
-
-
-class _SaveAdapter(TrainerCallback):
-    """The adapter to `folder` every `save_steps` steps (0: never) and where a stop is asked for."""
-
-    def __init__(self, trainer: Trainer, save_steps: int, folder: str, stop: StopRequest):
-        self.trainer, self.save_steps, self.folder, self.stop = trainer, save_steps, folder, stop
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        last = state.global_step == state.max_steps
-        status = 0 if last else self.stop.agreed(self.trainer.accelerator)
-        due = self.save_steps > 0 and state.global_step % self.save_steps == 0
-        if (due or status) and state.is_world_process_zero:
-            write_whole(self.folder, model.save_pretrained)
-        if status:
-            if state.is_world_process_zero:
-                print(
-                    f"\n{self.stop.reason(status)}: stopped after step {state.global_step} of "
-                    f"{state.max_steps}; {_kept(self.folder)}",
-                    file=sys.stderr,
-                    flush=True,
-                )
-            raise Stopped(status)
-
-
-def _kept(folder: str) -> str:
-    if not os.path.isdir(folder):
-        return "no adapter was written"
-    return f"{folder} has the last adapter that was saved; a finetune starts anew"
-
-
-def _record(trainer: Trainer, seconds: float) -> dict[str, Any]:
-    losses = [(log["step"], log["loss"]) for log in trainer.state.log_history if "loss" in log]
-    last = [loss for _, loss in losses[-max(1, len(losses) // 10) :]]
-    return {
-        "trainable_parameters": trainer.get_num_trainable_parameters(),
-        "loss": sum(last) / len(last) if last else None,
-        "losses": losses,
-        "first_step": trainer.first_step,
-        "steps": trainer.state.global_step,
-        "seconds": round(seconds, 3),
-        "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft)},
-    }
+        if trainer.is_world_process_zero():
+            write_into(output_dir, write, SAFETENSORS_WEIGHTS_NAME)
+    return figures

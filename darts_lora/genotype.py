@@ -3,7 +3,6 @@ Not here: how ranks are chosen (discretize.py) and retrained (finetune.py)."""
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections import Counter
@@ -16,23 +15,23 @@ from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
 
-from darts_lora.bounds import check_ranks
+from darts_lora.adapter import lora_config
+from darts_lora.bounds import MAX_RANK, NAMES, check_ranks, is_name
+from darts_lora.cost import parameters_per_rank
 from darts_lora.errors import InputError, one_line
+from darts_lora.experts import peft_names, stacked_tensors, to_peft
 from darts_lora.files import read_json, write_json
 from darts_lora.handover import cut, fold
 from darts_lora.mixed_linear import linear_shape
-from darts_lora.targets import check_matches
+from darts_lora.models import weights_digest
+from darts_lora.targets import check_matches, current_names
 
 if TYPE_CHECKING:
     from darts_lora.supernet import Supernet
 
 VERSION = 1
-MAX_RANK = 2**31 - 1
-MAX_NAME = 1000  # characters; transformers' longest have about 100
-NAMES = f"dotted module names, no part empty, of at most {MAX_NAME} printable characters"
+MAX_SIZE = 2**31 - 1  # of a layer's side
 PEFT_PREFIX = "base_model.model."
 
 
@@ -51,7 +50,8 @@ class Genotype:
     scaling: float = 2.0
     """lora_alpha / r, the same for every layer."""
     shapes: dict[str, tuple[int, int]] | None = None
-    """Module name -> (in_features, out_features); None where only ranks are known."""
+    """Module name -> (in_features, out_features); name of a 3-D parameter of experts -> (experts,
+    in_features, out_features). None where only ranks are known."""
     candidates: list[int] | None = None
     """The candidate ranks of the search."""
     branches: Literal["independent", "nested"] = "independent"
@@ -73,13 +73,13 @@ class Genotype:
             _require(
                 ok, "ranks", {name: rank}, f"must map module names to integers, 0 to {MAX_RANK}"
             )
-            _require(_is_name(name), "ranks", {name: rank}, "must map " + NAMES)
+            _require(is_name(name), "ranks", {name: rank}, "must map " + NAMES)
         ok = type(self.scaling) in (int, float) and 0 < self.scaling < 1e30
         _require(ok, "scaling", self.scaling, "must be a number above 0")
         ok = self.branches in ("independent", "nested")
         _require(ok, "branches", self.branches, "must be independent or nested")
         saved = self.modules_to_save
-        ok = isinstance(saved, list) and all(map(_is_name, saved))
+        ok = isinstance(saved, list) and all(map(is_name, saved))
         _require(ok, "modules_to_save", saved, "must be a list of " + NAMES)
         ok = self.base_model is None or isinstance(self.base_model, str)
         _require(ok, "base_model", self.base_model, "must be the name of a model")
@@ -90,14 +90,16 @@ class Genotype:
         if self.candidates is not None:
             ok = list(check_ranks(self.candidates)) == self.candidates
             _require(ok, "candidates", self.candidates, "must be a list of ranks that rise")
-        for option, length in (("shapes", 2), ("probabilities", len(self.candidates or ()))):
+        lengths = {"shapes": (2, 3), "probabilities": (len(self.candidates or ()),)}
+        for option, allowed in lengths.items():
             table = getattr(self, option)
             if table is None:
                 continue
             ok = isinstance(table, dict) and table.keys() == self.ranks.keys()
+            length = " or ".join(map(str, allowed))
             _require(ok, option, table, f"must give {length} numbers for every module of ranks")
             for name, row in table.items():
-                ok = isinstance(row, list | tuple) and len(row) == length
+                ok = isinstance(row, list | tuple) and len(row) in allowed
                 ok = ok and (_is_shape(row) if option == "shapes" else _is_distribution(row))
                 kind = "sizes of at least 1" if option == "shapes" else "parts of 1"
                 rule = f"must give {length} numbers for every module of ranks, {kind}"
@@ -105,9 +107,13 @@ class Genotype:
         if self.shapes is not None:
             self.shapes = {name: tuple(shape) for name, shape in self.shapes.items()}
             for name, rank in self.ranks.items():
-                rule = f"must be at most {max(self.shapes[name])}, the larger side of the layer"
-                _require(rank <= max(self.shapes[name]), "ranks", {name: rank}, rule)
+                larger = max(self.shapes[name][-2:])
+                rule = f"must be at most {larger}, the larger side of the layer"
+                _require(rank <= larger, "ranks", {name: rank}, rule)
         _require(isinstance(self.found_by, dict), "found_by", self.found_by, "must be a mapping")
+        for option in ("versions", "verdict"):
+            value = self.found_by.get(option, {})
+            _require(isinstance(value, dict), option, value, "must be a mapping")
         budget = self.found_by.get("budget_parameters")
         ok = budget is None or (type(budget) in (int, float) and 0 <= budget < 1e30)
         _require(ok, "budget_parameters", budget, "must be a number >= 0")
@@ -121,9 +127,14 @@ class Genotype:
         names = list(supernet.layers)
         model_config = getattr(supernet.model, "config", None)
         return cls(
-            ranks=dict(zip(names, (candidates[k] for k in probabilities.argmax(-1)), strict=True)),
+            ranks={
+                name: int(ranks[k])
+                for name, ranks, k in zip(
+                    names, supernet.layer_ranks, probabilities.argmax(-1), strict=True
+                )
+            },
             scaling=supernet.config.scaling,
-            shapes={n: (x.in_features, x.out_features) for n, x in supernet.layers.items()},
+            shapes={name: layer.shape for name, layer in supernet.layers.items()},
             candidates=candidates,
             branches=supernet.config.branches,
             probabilities=dict(zip(names, probabilities.tolist(), strict=True)),
@@ -144,7 +155,14 @@ class Genotype:
         """
         if self.shapes is None:
             raise InputError("genotype: holds ranks alone; call with_shapes(model) first")
-        return sum(rank * sum(self.shapes[name]) for name, rank in self.ranks.items())
+        return sum(
+            rank * parameters_per_rank(*self.shapes[name]) for name, rank in self.ranks.items()
+        )
+
+    @property
+    def stacked(self) -> list[str]:
+        """The names that are 3-D parameters of experts; needs shapes to tell."""
+        return [name for name, shape in (self.shapes or {}).items() if len(shape) == 3]
 
     @property
     def rank_pattern(self) -> dict[str, int]:
@@ -159,10 +177,11 @@ class Genotype:
         Raises:
             InputError: a module is not in the model, or is not a linear layer.
         """
-        modules = dict(model.named_modules())
-        names = dict(zip(self.ranks, _current_names(self.ranks, modules, model), strict=True))
+        stacked = stacked_tensors(model)
+        modules = dict(model.named_modules()) | dict.fromkeys(stacked)
+        names = dict(zip(self.ranks, current_names(self.ranks, modules, model), strict=True))
         linear = {name: linear_shape(module) for name, module in modules.items()}
-        linear = {name: shape for name, shape in linear.items() if shape is not None}
+        linear = {name: shape for name, shape in linear.items() if shape is not None} | stacked
         missing = [old for old, new in names.items() if new not in linear]
         if missing:
             raise InputError(
@@ -200,26 +219,16 @@ class Genotype:
         ranks = {name: rank for name, rank in genotype.ranks.items() if rank > 0}
         if not ranks:
             raise InputError("genotype: every rank is 0, there is nothing to train")
-        largest = max(ranks.values())
-        pattern = {key: rank for key, rank in genotype.rank_pattern.items() if rank != largest}
-        pattern = {} if pad_to_max else pattern
-        divisor = math.sqrt if options.get("use_rslora") else float
-        if model is not None and all(hasattr(model.get_submodule(name), "nx") for name in ranks):
+        stacked = genotype.stacked
+        linear = [name for name in ranks if name not in stacked]
+        if model and linear and all(hasattr(model.get_submodule(name), "nx") for name in linear):
             options.setdefault("fan_in_fan_out", True)  # transformers' Conv1D stores W transposed
         if self.modules_to_save:
             options.setdefault("modules_to_save", list(self.modules_to_save))  # PEFT extends it
-        lora_config = LoraConfig(
-            r=largest,
-            lora_alpha=self.scaling * divisor(largest),
-            # a string is matched in full, a list would match suffixes of other names as well
-            target_modules="|".join(re.escape(name) for name in ranks),
-            rank_pattern=pattern,
-            alpha_pattern={key: self.scaling * divisor(rank) for key, rank in pattern.items()},
-            **options,
-        )
+        config = lora_config(ranks, stacked, self.scaling, model, pad_to_max=pad_to_max, **options)
         if model is not None:
-            check_matches(model, lora_config, ranks, genotype.modules_to_save)
-        return lora_config
+            check_matches(model, config, ranks, genotype.modules_to_save)
+        return config
 
     def inherited_state(self, source: Supernet | str | os.PathLike) -> dict[str, Tensor]:
         """The searched weights, for peft.set_peft_model_state_dict: of each layer's mean mixture
@@ -234,24 +243,37 @@ class Genotype:
             its device.
 
         Raises:
-            InputError: the file cannot be read, or a module or rank is not in the supernet.
+            InputError: the file cannot be read, is of another search, or a module or rank is not in
+                the supernet.
         """
         searched = _read_tensors(source) if isinstance(source, str | os.PathLike) else None
+        if searched is not None:
+            self._check_search_of(searched, os.fspath(source))
         searched = source.state_dict() if searched is None else searched
-        state = {}
+        adapted = [name for name, rank in self.ranks.items() if rank > 0]
+        state, places = {}, peft_names(adapted, set(self.stacked))
         for name, rank in self.ranks.items():
             if f"{name}.gates" not in searched:
                 raise InputError(f"genotype: module {name!r} is not in the supernet")
             if rank > 0:
                 a, b, gates = (searched[f"{name}.{p}"] for p in ("lora_A", "lora_B", "gates"))
-                new_a, new_b = cut(a, fold(b, gates), rank)
-                state[f"{PEFT_PREFIX}{name}.lora_A.weight"] = new_a.to(a.dtype).contiguous()
-                state[f"{PEFT_PREFIX}{name}.lora_B.weight"] = new_b.to(b.dtype).contiguous()
+                cut_a, cut_b = (w.to(a.dtype) for w in cut(a, fold(b, gates), rank))
+                for part, value in zip("AB", to_peft(cut_a, cut_b), strict=True):
+                    state[f"{PEFT_PREFIX}{places[name]}.lora_{part}.weight"] = value.contiguous()
         saved = tuple(f"{name}." for name in self.modules_to_save)
         for key, value in searched.items():
             if key.startswith(saved) and saved:
                 state[f"{PEFT_PREFIX}{key}"] = value.detach().clone()
         return state
+
+    def _check_search_of(self, searched: dict[str, Tensor], path: str) -> None:
+        """A genotype that was derived from one search may lie beside the weights of the next."""
+        digest = self.found_by.get("supernet_digest")
+        if digest is not None and digest != weights_digest(searched):
+            raise InputError(
+                f"genotype: is of another search than the weights in {path!r}; derive it anew from "
+                "the search that is there (recipes/derive.py), or use init=scratch"
+            )
 
     def _repr_html_(self) -> str:
         from darts_lora.tables import html  # a notebook's view: not needed to hold a result
@@ -309,30 +331,10 @@ def _require(ok: bool, option: str, value: Any, rule: str) -> None:
         raise InputError(f"genotype: {option}={value!r:.100}: {rule}")
 
 
-def _is_name(name: Any) -> bool:
-    ok = isinstance(name, str) and len(name) <= MAX_NAME and name.isprintable()
-    return ok and all(name.split("."))
-
-
 def _is_shape(row: Iterable) -> bool:
-    return all(type(size) is int and 0 < size <= MAX_RANK for size in row)
+    return all(type(size) is int and 0 < size <= MAX_SIZE for size in row)
 
 
 def _is_distribution(row: Iterable) -> bool:
     numbers = all(type(share) in (int, float) and 0 <= share <= 1 for share in row)
     return numbers and abs(sum(row) - 1) < 1e-3
-
-
-def _current_names(names: Iterable[str], modules: dict, model: nn.Module) -> list[str]:
-    """`names`; those that the model lacks renamed as transformers renames old checkpoints."""
-    renamings = []
-    if not modules.keys() >= set(names) and isinstance(model, PreTrainedModel):
-        renamings = get_model_conversion_mapping(model)
-    current = []
-    for name in names:
-        for renaming in renamings:
-            if name in modules:
-                break
-            name, _ = renaming.rename_source_key(name)
-        current.append(name)
-    return current

@@ -6,16 +6,19 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.context import BaseContext
-from typing import TYPE_CHECKING
+from multiprocessing.queues import Queue
+from typing import TYPE_CHECKING, ClassVar
+from weakref import WeakSet
 
 import torch
 
-from darts_lora.errors import InputError
+from darts_lora.errors import InputError, one_line
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -26,6 +29,10 @@ except ImportError:  # Windows has no fork, and worker_context no use for them
     ForkContext = ForkProcess = object
 
 TIME_OVER = 75  # EX_TEMPFAIL of sysexits.h: not finished, to be run again
+HANDS_FULL = 71  # EX_OSERR: a data worker could not hand its batch over
+PATIENCE = (
+    60.0  # seconds that a step may take to end once a stop was asked for, if none took longer
+)
 
 
 class Stopped(SystemExit):
@@ -33,9 +40,14 @@ class Stopped(SystemExit):
     for SIGINT, 75 where the time was over. A script that doesn't catch it exits with that."""
 
 
+class PeerLostError(InputError):
+    """The processes of a run lost each other: most often another one ended, and says why."""
+
+
 class StopRequest:
     """Notes SIGTERM, SIGINT and the end of the time while its `with` block runs, for a loop that
-    asks between two steps. A second signal of the same kind ends the process as ever.
+    asks between two steps. A second signal of the same kind ends the process as ever; and so does
+    the first one where the loop does not come back, as while it waits for a batch in vain.
 
     Args:
         max_runtime: minutes from here on; None: no limit.
@@ -46,16 +58,47 @@ class StopRequest:
         self.end = None if max_runtime is None else time.monotonic() + 60 * max_runtime
         self.process, self.received = os.getpid(), 0
         self.handlers: dict[int, object] = {}
+        self.came_back, self.longest = time.monotonic(), 0.0
+        self.over = threading.Event()
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # others get no signals
             for number in (signal.SIGTERM, signal.SIGINT):
                 self.handlers[number] = signal.signal(number, self._note)
+        self.step()
+        threading.Thread(target=self._watch, daemon=True).start()
         return self
 
     def __exit__(self, *exception) -> None:
+        self.finish()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+
+    def step(self) -> None:
+        """The loop came back: a step has ended."""
+        now = time.monotonic()
+        self.longest, self.came_back = max(self.longest, now - self.came_back), now
+
+    def finish(self) -> None:
+        """The loop is over, and its result is being written: that is waited for."""
+        self.over.set()
+
+    def _watch(self) -> None:
+        """End the process where a stop was asked for and the loop does not come back."""
+        asked = None
+        while not self.over.wait(min(1.0, PATIENCE / 4)):
+            if not self.status:
+                continue
+            asked = asked or time.monotonic()
+            waited = time.monotonic() - max(asked, self.came_back)
+            if waited > max(PATIENCE, 2 * self.longest):
+                print(
+                    f"\n{self.reason(self.status)}: ended within a step that did not end for "
+                    f"{waited:.0f} s; the last checkpoint stays",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(self.status)
 
     def _note(self, number: int, frame) -> None:
         signal.signal(number, self.handlers[number])
@@ -73,10 +116,14 @@ class StopRequest:
 
     def agreed(self, accelerator: Accelerator) -> int:
         """The status that any process was asked for, the same on all of them."""
-        if accelerator.num_processes == 1:
-            return self.status  # without waiting for the device
-        asked = torch.tensor([self.status], device=accelerator.device)
-        return int(accelerator.gather(asked).max())
+        self.step()
+        status = self.status
+        if accelerator.num_processes > 1:  # one does not wait for the device
+            asked = torch.tensor([status], device=accelerator.device)
+            status = int(accelerator.gather(asked).max())
+        if status:
+            self.finish()
+        return status
 
     def reason(self, status: int) -> str:
         """What asked for that exit status, in words."""
@@ -93,7 +140,10 @@ def worker_context(num_workers: int) -> BaseContext | None:
 
 
 class _Worker(ForkProcess):
+    started: ClassVar[WeakSet[_Worker]] = WeakSet()
+
     def start(self) -> None:
+        self.started.add(self)
         # held back over the fork: libraries start threads in the child before any of our code runs
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
         try:
@@ -103,11 +153,28 @@ class _Worker(ForkProcess):
 
     def run(self) -> None:
         threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+        sys.excepthook = _hands_full  # of the thread that hands file descriptors over
         super().run()
+
+
+class _Queue(Queue):
+    """What cannot be handed over is waited for for ever: a worker ends with a status instead."""
+
+    _on_queue_feeder_error = staticmethod(
+        lambda error, batch: _hands_full(type(error), error, None)
+    )
 
 
 class _Context(ForkContext):
     Process = _Worker
+
+    def Queue(self, maxsize: int = 0) -> _Queue:
+        return _Queue(maxsize, ctx=self.get_context())
+
+
+def _hands_full(kind: type, error: BaseException, trace) -> None:
+    print(f"data worker: {one_line(error)}", file=sys.stderr, flush=True)
+    os._exit(HANDS_FULL)
 
 
 def _end_with_parent(parent: int) -> None:
@@ -133,28 +200,59 @@ def told_as_input_errors(where: Callable[[], str] | None = None) -> Iterator[Non
         if "in DataLoader worker process" in str(error):  # wrapped in the worker's traceback
             raise InputError(str(error).rsplit("InputError: ", 1)[-1].strip()) from error
         raise
-    except (RuntimeError, MemoryError, ConnectionError, EOFError) as error:
-        text, left = " ".join(str(error).split()), f"; {where()}" if where else ""
-        if lacks_memory(error):
-            raise InputError(
-                f"out of memory ({text[:150]}): lower batch_size (and raise "
-                "gradient_accumulation_steps), max_length or the largest of ranks; or set "
-                f"gradient_checkpointing, dtype=bfloat16 or quantization{left}"
-            ) from error
-        broke_off = _broke_off_between_processes(error)
-        if broke_off:
-            text = _workers_end() or text
-        if broke_off or "DataLoader worker (pid" in text:
-            raise InputError(
-                f"num_workers: a data worker died ({text[:150] or 'no answer'}): lower num_workers "
-                f"if memory was short, 0 loads in the main process{left}"
-            ) from error
-        raise
+    except (RuntimeError, MemoryError, OSError, EOFError) as error:
+        try:
+            told = _told(error)
+        except RuntimeError as late:  # of PyTorch's handler: a dead worker's signal comes anywhere
+            told = _told(late)
+        if told is None:
+            raise
+        raise type(told)(f"{told}; {where()}" if where else str(told)) from error
+
+
+def _told(error: Exception) -> InputError | None:
+    """What the user is told of an error; None: it is none of the machine's."""
+    text, broke_off = " ".join(str(error).split()), _broke_off_between_processes(error)
+    if broke_off:
+        text = _workers_end() or text
+    died = broke_off or "DataLoader worker (pid" in text
+    full = died and any(worker.exitcode == HANDS_FULL for worker in _Worker.started)
+    if full or "Too many open files" in text:
+        return InputError(
+            "num_workers: a data worker could not hand its batch over: shared memory or file "
+            "descriptors are short; raise the size of /dev/shm (docker run --shm-size) or ulimit "
+            "-n, or lower num_workers, batch_size or max_length; num_workers=0 loads in the main "
+            "process"
+        )
+    if died:
+        return InputError(
+            f"num_workers: a data worker died ({text[:150] or 'no answer'}): lower num_workers if "
+            "memory was short, 0 loads in the main process"
+        )
+    if _lost_a_peer(error):
+        return PeerLostError(
+            f"num_processes: the processes of this run lost each other ({text[:150]}); where one "
+            "of them ended, its own line says why"
+        )
+    if lacks_memory(error):
+        return InputError(
+            f"out of memory ({text[:150]}): lower batch_size (and raise "
+            "gradient_accumulation_steps), max_length or the largest of ranks; or set "
+            "gradient_checkpointing, dtype=bfloat16 or quantization"
+        )
+    return None
 
 
 def lacks_memory(error: Exception) -> bool:
     """Whether it says that no memory is left, of a GPU or of the machine."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate" in str(error)
+
+
+def _lost_a_peer(error: Exception) -> bool:
+    """Whether gloo or NCCL says that another process does not answer."""
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    kinds = (torch.distributed.DistError,) if several else ()
+    return several and (isinstance(error, kinds) or "/gloo/" in str(error))
 
 
 def _workers_end(seconds: float = 1.0) -> str:

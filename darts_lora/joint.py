@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from darts_lora.architect import Architect
 from darts_lora.collator import IGNORED
 from darts_lora.errors import InputError
+from darts_lora.experts import MixedRankExperts
 from darts_lora.graphs import Graphed
 from darts_lora.tokens import shares
 from darts_lora.weights import WeightStep, add_gradients
+
+LOOKS = 10  # steps at most that look whether rows are apart: early on each layer is drawn soon
 
 
 class JointStep:
@@ -34,8 +37,8 @@ class JointStep:
         graphed: joint batch -> losses and gradients, launched as one graph (graphs.py); or None.
 
     Raises:
-        InputError: other weights than those of the branches are trained: they see all rows; or
-            gradients are scaled, which would scale alpha's as well.
+        InputError: other weights than those of the branches are trained, or experts are searched:
+            they see all rows; or gradients are scaled, which would scale alpha's as well.
     """
 
     def __init__(
@@ -56,7 +59,15 @@ class JointStep:
                 "joint=true, mixed_precision=fp16: the weights' loss scaling would scale alpha's "
                 "gradient; use bf16 or joint=false"
             )
+        experts = [n for n, x in self.supernet.layers.items() if isinstance(x, MixedRankExperts)]
+        if experts:
+            raise InputError(
+                f"joint=true: {experts[0]} sees tokens of training and validation rows mixed; use "
+                "joint=false, or leave target_parameters out"
+            )
         self.graphed: Graphed | None = None
+        self.looks = LOOKS
+        self.unseen = set(self.supernet.layers)  # of which it is not known yet that rows are apart
 
     def step(
         self, train_batches: Iterator[Any], val_batches: Iterator[Any]
@@ -64,24 +75,61 @@ class JointStep:
         """Both steps; the mean training loss, and the metrics of Architect.step.
 
         Raises:
-            InputError: a batch of each does not make a joint one.
+            InputError: a batch of each does not make a joint one, or, at the first step, the model
+                mixes its rows.
         """
         total, train_batch, share = self.weights.accumulate(train_batches)
         val_batch = next(val_batches)
         (val_share,) = shares([val_batch], self.weights.accelerator, self.weights.count)
         batch = join(train_batch, val_batch)
         alpha = self.supernet.alpha
-        if self.graphed is not None:
+        if self.graphed is not None and not self.unseen:
             losses, (gradient, *gradients) = self.graphed(batch)
             add_gradients(self.weights.parameters, gradients, share)
         else:
             with self.supernet.arch_gradients(joint=True):
                 losses = torch.stack(self.loss_fn(self.weights.model, batch))
+                self.check_rows(losses)
                 self.weights.accelerator.backward(losses[0] * share + losses[1] * val_share)
             gradient, alpha.grad = alpha.grad, None
         self.weights.update()
         loss, val_loss = losses.detach()
         return total + loss * share, self.architect.update(val_loss * val_share, gradient)
+
+    def check_rows(self, losses: Tensor) -> None:
+        """Each half of the rows moves what it is to train, and nothing else, in all layers that
+        this pass tells of. That a layer's leading size is a multiple of the rows is no proof: it
+        may be that of the tokens.
+
+        Args:
+            losses: of both halves, (2,); their graph stays.
+
+        Raises:
+            InputError: in some layer it does not.
+        """
+        names = [name for name in self.supernet.layers if name in self.unseen]
+        if not names:
+            return
+        layers = [self.supernet.layers[name] for name in names]
+        options = {"allow_unused": True, "retain_graph": True}
+        (rows,) = torch.autograd.grad(losses[0], [self.supernet.alpha], **options)
+        moved = torch.zeros(len(self.supernet.layers)) if rows is None else rows.any(-1)
+        mixed = [n for n, m in zip(self.supernet.layers, moved.tolist(), strict=True) if m]
+        # sharded weights have no gradients but in a backward pass
+        if not self.weights.accelerator.is_fsdp2:
+            found = torch.autograd.grad(losses[1], [x.lora_B for x in layers], **options)
+            mixed += [n for n, g in zip(names, found, strict=True) if g is not None and g.any()]
+        if mixed:
+            raise InputError(
+                f"joint=true: {mixed[0]} does not see the batch's rows one after the other, so "
+                "validation rows would train its weights; use joint=false"
+            )
+        # a layer whose sample is rank 0 for all training rows tells nothing
+        active = [bool(layer.gates[: len(layer.gates) // 2].any()) for layer in layers]
+        self.unseen -= {name for name, a in zip(names, active, strict=True) if a}
+        self.looks -= 1
+        if self.looks == 0:
+            self.unseen.clear()
 
     def gradients(self, batch: Any) -> tuple[Tensor, list[Tensor]]:
         """The losses of both halves, (2,), and the gradients of alpha and of each weight."""

@@ -1,23 +1,37 @@
-"""How processes were launched, and the accelerator of a search: what works of accelerate's ways.
+"""How processes were launched, and the accelerator of a search: what works of accelerate's ways,
+what its environment variables may decide, and bad ones told in a line.
 Not here: what is trained in them (bilevel.py, finetune.py)."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.data_loader import SeedableRandomSampler
-from accelerate.utils import DataLoaderConfiguration, DistributedType
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    GradientAccumulationPlugin,
+)
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
-from darts_lora.bilevel import DDP_OPTIONS
-from darts_lora.errors import InputError
+from darts_lora.errors import InputError, one_line
 
 WAYS = "launch with recipes/accelerate_configs/ddp.yaml, fsdp2.yaml or single.yaml"
 # What accelerate launch says of the ways that shard or cut a model -> the name of the way.
 ENGINES = {"ACCELERATE_USE_DEEPSPEED": "DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM": "MEGATRON_LM"}
+# Every layer's membership is a constant buffer: not to be sent anew before each forward. Gradients
+# are views of what DDP reduces: no second copy of them. Layers may rest: the last ones of a vision
+# tower that is read before its end, all of it on rows without images.
+DDP_OPTIONS = DistributedDataParallelKwargs(
+    broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=True
+)
 
 
 def check_launch() -> None:
@@ -32,6 +46,20 @@ def check_launch() -> None:
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
     if sharded and os.environ.get("FSDP_VERSION", "1") != "2":
         _refuse("fsdp_version=1")
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """What accelerate raises of its environment variables while it starts, as an InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ValueError, KeyError, ImportError, NotImplementedError) as error:
+        raise InputError(
+            f"accelerate cannot start ({type(error).__name__}: {one_line(error)}); look at the "
+            "environment variables ACCELERATE_* and FSDP_*, and at `accelerate env`"
+        ) from error
 
 
 def check_distribution(accelerator: Accelerator) -> None:
@@ -54,27 +82,59 @@ def _refuse(what: str) -> None:
     )
 
 
+def check_accumulation(accelerator: Accelerator) -> None:
+    """InputError where accelerate would divide each loss once more than a search does."""
+    steps = accelerator.gradient_accumulation_steps
+    if steps != 1:
+        raise InputError(
+            f"gradient_accumulation_steps={steps} of the accelerator: a search accumulates by "
+            "TrainingConfig.gradient_accumulation_steps; make the accelerator with 1"
+        )
+
+
 def search_accelerator(precision: str) -> Accelerator:
-    """The accelerator of a search whose caller brings none."""
-    return Accelerator(
-        mixed_precision=precision,
-        kwargs_handlers=[DDP_OPTIONS],
-        dataloader_config=DataLoaderConfiguration(dispatch_batches=False),
-    )
+    """The accelerator of a search whose caller brings none.
+
+    Raises:
+        InputError: a bad environment variable of accelerate's.
+    """
+    with explained():
+        return Accelerator(
+            mixed_precision=precision,
+            kwargs_handlers=[DDP_OPTIONS],
+            # its environment variable would divide our losses
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            dataloader_config=DataLoaderConfiguration(dispatch_batches=False),
+        )
+
+
+def decided(accelerator: Accelerator) -> dict[str, Any]:
+    """What the environment decided of how a model is computed, by name."""
+    return {
+        "accelerate_mixed_precision": accelerator.mixed_precision,
+        "accelerate_dynamo_backend": accelerator.state.dynamo_plugin.backend.value,
+    }
 
 
 def prepare_loaders(
-    accelerator: Accelerator, loaders: Sequence[DataLoader], seed: int
+    accelerator: Accelerator, loaders: Sequence[DataLoader], seed: int, resumable: bool
 ) -> list[DataLoader]:
     """The loaders, prepared so that `seed` decides the order of rows: the same on all processes,
-    although each draws samples of its own, and again when a search resumes."""
+    although each draws samples of its own, and again when a search resumes; with `resumable`, a
+    warning where that cannot be."""
     own = accelerator.dataloader_config
     given = seed if own.data_seed is None else own.data_seed
     accelerator.dataloader_config = replace(own, use_seedable_sampler=True, data_seed=given)
     try:
-        return [accelerator.prepare(loader) for loader in loaders]
+        prepared = [accelerator.prepare(loader) for loader in loaders]
     finally:
         accelerator.dataloader_config = own
+    try:
+        check_replays(prepared)
+    except InputError as error:
+        if resumable:
+            warnings.warn(f"this search cannot be resumed; {error}", stacklevel=3)
+    return prepared
 
 
 def check_replays(loaders: Sequence[DataLoader]) -> None:

@@ -9,25 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from darts_lora.bounds import check_ranks
+from darts_lora.branches import RankBranches
 from darts_lora.errors import InputError
-
-ALIGNMENT = 8  # columns: 16 bytes of bfloat16
-
-
-def branch_columns(ranks: tuple[int, ...], rank: int, branches: str) -> slice:
-    """The rows of A and columns of B that belong to `rank`: a candidate, or of nested branches
-    any up to the largest.
-
-    Raises:
-        InputError: there is no such branch.
-    """
-    if branches == "nested" and rank > max(ranks, default=0):
-        raise InputError(f"rank={rank!r}: must be at most the largest candidate of {list(ranks)}")
-    if branches == "independent" and rank not in ranks:
-        raise InputError(f"rank={rank!r}: must be one of the candidates {list(ranks)}")
-    start = sum(r for r in ranks if r < rank) if branches == "independent" else 0
-    return slice(start, start + rank)
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
@@ -36,29 +19,13 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     transformers' Conv1D, the linear layer of GPT-2, calls them nx and nf.
     """
     for names in (("in_features", "out_features"), ("nx", "nf")):
-        shape = tuple(getattr(module, name, None) for name in names)
-        if all(isinstance(size, int) for size in shape):
-            return shape
+        shape = [getattr(module, name, None) for name in names]
+        if all(hasattr(size, "__index__") for size in shape):
+            return tuple(map(int, shape))
     return None
 
 
-class Draw:
-    """The noise of one draw of a model's gates. `waits` says that a loss made with it still waits
-    for its backward pass, as long as the loss itself is there: the layers' nodes hold the draw."""
-
-    def __init__(self, noise: Tensor):
-        self.noise, self.waits = noise, True
-
-
-class Forward:
-    """What the layers of a model share in its forward: the draw, if there is one, and whether it
-    is a forward with gradients."""
-
-    draw: Draw | None = None
-    has_gradients = False
-
-
-class MixedRankLinear(nn.Module):
+class MixedRankLinear(RankBranches):
     """A frozen linear layer plus K low-rank branches, mixed by gates, in two matrix products:
 
         y = W x + B diag(g) A x,    g = s * M p
@@ -71,26 +38,16 @@ class MixedRankLinear(nn.Module):
     Args:
         base_layer: any linear-like module (see linear_shape), quantized or not; it is frozen, and
             nothing but its call and its device is used.
-        ranks: K candidate ranks, distinct integers >= 0; 0 means no adapter.
-        scaling: s, the same for all ranks, PEFT's lora_alpha / r.
-        branches: "independent" or "nested".
+        ranks, scaling, branches: of RankBranches.
         dropout: dropout probability of the branches' input.
         dtype: of A and B. They are used in the dtype of the activations, which are never copied.
 
     Attributes:
         lora_A, lora_B: parameters (R, in) and (out, R), of `dtype`.
-        alpha: float32 parameter (K,), the architecture weights, zeros at the start.
-        gates: g for the coming forwards, (R,) or one row per example (rows, R), set by a Supernet;
-            None: softmax(alpha) decides.
-        arch_gates: the second half of the rows of `gates`, for a joint pass: they alone get
-            gradients, and the first half of the examples alone gives A and B theirs. None: no
-            joint pass.
-        trains_weights: whether gradients of A and B are wanted of the coming forwards.
-        shared: of all layers of a Supernet.
 
     Raises:
-        InputError: unusable ranks, branches, dropout or scaling; a rank above min(in, out). In a
-            forward: the base layer gives no tensor; the forward has gradients, but the layer is
+        InputError: unusable ranks, branches, dropout or scaling; no rank above 0 fits the layer. In
+            a forward: the base layer gives no tensor; the forward has gradients, but the layer is
             called without, so that it cannot learn.
 
     Source: the relaxation is DARTS (arXiv 1806.09055, eq. 2) over the ranks of LoRA (2106.09685).
@@ -107,53 +64,22 @@ class MixedRankLinear(nn.Module):
         dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
-        self.ranks = check_ranks(ranks)
         shape = linear_shape(base_layer)
         if shape is None:
             raise InputError(f"base_layer: a {type(base_layer).__name__} is not a linear layer")
         self.in_features, self.out_features = shape
-        smaller = min(self.in_features, self.out_features)
-        if self.ranks[-1] > smaller:
-            raise InputError(
-                f"ranks={list(self.ranks)}: rank {self.ranks[-1]} is above {smaller}, the smaller "
-                f"side of a layer {self.in_features} -> {self.out_features}"
-            )
-        if branches not in ("independent", "nested"):
-            raise InputError(f"branches={branches!r}: must be independent or nested")
         if not 0 <= dropout < 1:
             raise InputError(f"dropout={dropout!r}: must be in [0, 1)")
-        if not scaling > 0:
-            raise InputError(f"scaling={scaling!r}: must be above 0")
-        self.scaling, self.branches = float(scaling), branches
         self.base_layer = base_layer.requires_grad_(False)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
         device = next((t.device for t in base_layer.parameters()), None)
-        used = sum(self.ranks) if branches == "independent" else self.ranks[-1]
-        columns = -(-used // ALIGNMENT) * ALIGNMENT
-        a = torch.zeros(columns, self.in_features, device=device)
-        nn.init.kaiming_uniform_(a[:used], a=math.sqrt(5))  # as PEFT; the same for any R
+        self._set_branches(shape, ranks, scaling, branches, device)
+        a = torch.zeros(len(self.membership), self.in_features, device=device)
+        nn.init.kaiming_uniform_(a[: self.used], a=math.sqrt(5))  # as PEFT; the same for any R
         self.lora_A = nn.Parameter(a.to(dtype))
-        b = torch.zeros(self.out_features, columns, device=device, dtype=dtype)
+        b = torch.zeros(self.out_features, len(self.membership), device=device, dtype=dtype)
         self.lora_B = nn.Parameter(b)
-        self.alpha = nn.Parameter(torch.zeros(len(self.ranks), device=device))
-        membership = torch.zeros(columns, len(self.ranks), device=device)
-        for k, rank in enumerate(self.ranks):
-            membership[branch_columns(self.ranks, rank, branches), k] = 1
-        self.register_buffer("membership", membership, persistent=False)
-        self.gates: Tensor | None = None
-        self.arch_gates: Tensor | None = None
-        self.trains_weights = True
-        self.shared = Forward()
-
-    def probabilities(self) -> Tensor:
-        """softmax(alpha), (K,)."""
-        return self.alpha.softmax(0)
-
-    def branch_weights(self, rank: int) -> tuple[Tensor, Tensor]:
-        """(A, B) of one candidate: views (rank, in) and (out, rank) of the shared weights."""
-        columns = branch_columns(self.ranks, rank, self.branches)
-        return self.lora_A[columns], self.lora_B[:, columns]
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """x (..., in) -> (..., out), in the dtype of the base layer's output; further arguments
@@ -164,13 +90,7 @@ class MixedRankLinear(nn.Module):
         row's gates serve all of x.
         """
         gates, arch_gates, shared = self.gates, self.arch_gates, self.shared
-        if shared.has_gradients and not torch.is_grad_enabled():
-            raise InputError(
-                f"a layer {self.in_features} -> {self.out_features} runs without gradients in a "
-                "forward that has them, and would not be searched: use gradient checkpointing with "
-                "use_reentrant=False; if the model itself runs it under torch.no_grad, name it in "
-                "exclude_modules"
-            )
+        self.check_learns()
         if gates is None:
             gates = self.scaling * (self.membership @ self.probabilities())
         if gates.dim() == 1:
@@ -189,15 +109,17 @@ class MixedRankLinear(nn.Module):
         base, dropout, dtype = modules["base_layer"], modules["dropout"], _compute_dtype(x)
         own = args or kwargs  # of a base layer whose call takes more
         if not own and type(dropout) is nn.Identity and (plain := _plain_weights(base, dtype)):
-            return _Mixture.apply(x, a, b, gates, arch_gates, None, *plain, dtype, shared.draw)
-        x, y = dropout(x), base(x, *args, **kwargs)
-        if not isinstance(y, Tensor):
-            raise InputError(
-                f"a layer {self.in_features} -> {self.out_features} ({type(base).__name__}) gives "
-                f"a {type(y).__name__}, no tensor that a LoRA could be added to; name it in "
-                "exclude_modules"
-            )
-        return _Mixture.apply(x, a, b, gates, arch_gates, y, None, None, dtype, shared.draw)
+            out = _Mixture.apply(x, a, b, gates, arch_gates, None, *plain, dtype, shared.draw)
+        else:
+            x, y = dropout(x), base(x, *args, **kwargs)
+            if not isinstance(y, Tensor):
+                raise InputError(
+                    f"a layer {self.in_features} -> {self.out_features} ({type(base).__name__}) "
+                    f"gives a {type(y).__name__}, no tensor that a LoRA could be added to; name it "
+                    "in exclude_modules"
+                )
+            out = _Mixture.apply(x, a, b, gates, arch_gates, y, None, None, dtype, shared.draw)
+        return out.view(*x.shape[:-1], out.shape[1])
 
     @property
     def weight(self) -> Tensor:
@@ -208,9 +130,6 @@ class MixedRankLinear(nn.Module):
     def bias(self) -> Tensor | None:
         """The base layer's bias."""
         return getattr(self.base_layer, "bias", None)
-
-    def extra_repr(self) -> str:
-        return f"ranks={list(self.ranks)}, scaling={self.scaling}, branches={self.branches}"
 
 
 class _Mixture(torch.autograd.Function):
@@ -247,7 +166,7 @@ class _Mixture(torch.autograd.Function):
         )  # fmt: skip
         ctx.draw, ctx.x_shape, ctx.dtypes = draw, x.shape, (x.dtype, a.dtype, b.dtype)
         ctx.set_materialize_grads(False)
-        return out.view(*x.shape[:-1], out.shape[1])
+        return out  # (tokens, out): a view made in here could not be changed in place behind it
 
     @staticmethod
     def backward(ctx, out):
@@ -260,7 +179,7 @@ class _Mixture(torch.autograd.Function):
         flat, a, b, gates, weight, h, gated = ctx.saved_tensors
         wants_x, wants_a, wants_b, wants_gates, wants_arch_gates, wants_y = ctx.needs_input_grad[:6]
         x_dtype, a_dtype, b_dtype = ctx.dtypes
-        rows = _cast(out.reshape(-1, out.shape[-1]), b.dtype)
+        rows = _cast(out, b.dtype)
         g_x = g_a = g_b = g_gates = g_arch_gates = None
         if wants_b:
             first = rows[: gated.shape[0]] if wants_arch_gates else rows
@@ -279,7 +198,7 @@ class _Mixture(torch.autograd.Function):
         if wants_x:
             g_x = torch.mm(g_h, a) if weight is None else torch.mm(rows, weight).addmm_(g_h, a)
             g_x = _cast(g_x, x_dtype).view(*ctx.x_shape)
-        g_y = out if wants_y else None
+        g_y = out.view(*ctx.x_shape[:-1], out.shape[1]) if wants_y else None
         return g_x, g_a, g_b, g_gates, g_arch_gates, g_y, None, None, None, None
 
 

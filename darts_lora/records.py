@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from darts_lora.errors import InputError, one_line
-from darts_lora.files import write_json, write_text
+from darts_lora.files import check_lock, parse_json, write_json, write_text
+from darts_lora.parts import model_parts
 from darts_lora.relaxation import entropies
 from darts_lora.supernet import Supernet
-from darts_lora.targets import model_parts
 
 
 def alpha_figures(supernet: Supernet) -> dict[str, Any]:
@@ -24,12 +24,12 @@ def alpha_figures(supernet: Supernet) -> dict[str, Any]:
     with torch.no_grad():
         probabilities = supernet.probabilities()
         expected = float(supernet.expected_parameters())
-    candidates = torch.tensor(supernet.config.ranks, dtype=probabilities.dtype)
+    ranks = (probabilities.double().cpu() * supernet.layer_ranks).sum(-1)
     return {
         "entropy": float(entropies(probabilities).mean()),
         "expected_parameters": expected,
         "temperature": supernet.temperature,
-        "expected_ranks": [round(rank, 3) for rank in (probabilities.cpu() @ candidates).tolist()],
+        "expected_ranks": [round(rank, 3) for rank in ranks.tolist()],
     }
 
 
@@ -73,7 +73,7 @@ class Metrics:
 
     def __init__(self, output_dir: str, supernet: Supernet, first_step: int = 0):
         self.path = os.path.join(output_dir, "metrics.jsonl")
-        shapes = {name: [x.in_features, x.out_features] for name, x in supernet.layers.items()}
+        shapes = {name: list(layer.shape) for name, layer in supernet.layers.items()}
         layers = {"shapes": shapes, "candidates": list(supernet.config.ranks)}
         layers |= {"parts": layer_parts(supernet), "budget": supernet.budget}
         write_json(os.path.join(output_dir, "layers.json"), layers)
@@ -82,6 +82,7 @@ class Metrics:
 
     def write(self, record: dict[str, Any]) -> None:
         """Add one record."""
+        check_lock(self.path)
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
@@ -109,9 +110,9 @@ def read_metrics(path: str, last_step: int | None = None) -> list[dict[str, Any]
 
 def _read_record(line: bytes, where: str) -> dict[str, Any]:
     try:
-        record = json.loads(line.decode())
+        record = parse_json(line)
         if type(record["step"]) is not int:
             raise TypeError("its step is no integer")
-    except (ValueError, RecursionError, TypeError, KeyError) as error:
+    except (InputError, TypeError, KeyError) as error:
         raise InputError(f"{where} is no record of this search ({one_line(error)})") from error
     return record

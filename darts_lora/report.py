@@ -15,13 +15,16 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from darts_lora.files import check_writable, write_text, write_whole
+from darts_lora.cost import parameters_per_rank
+from darts_lora.errors import InputError
+from darts_lora.files import check_writable, remove, write_into, write_text
 from darts_lora.genotype import Genotype
 from darts_lora.images import rank_image
 from darts_lora.runs import Search
 from darts_lora.tables import by_part
 from darts_lora.verdict import verdict_text
 
+MOST_CURVES = 20  # in one panel
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 60rem;
        margin: 2rem auto; padding: 0 1rem; }
@@ -43,11 +46,20 @@ def write_report(search: Search, finetunes: list[dict[str, Any]], output: str) -
     Raises:
         InputError: it cannot be written.
     """
+    if os.path.isdir(output):
+        raise InputError(f"output={output!r}: is a folder; name a file")
     with matplotlib.rc_context({"text.parse_math": False}):  # "$" in a name is a character
         pictures = _pictures(search, finetunes)
     folder = check_writable(os.path.splitext(output)[0] + "_pictures", "output")
-    for name, content in pictures.items():
-        write_whole(os.path.join(folder, f"{name}.png"), _writer(content))
+    remove(output)  # so that none stands beside pictures of another report if this run is killed
+
+    def write(temporary: str) -> None:
+        os.mkdir(temporary)
+        for name, content in pictures.items():
+            with open(os.path.join(temporary, f"{name}.png"), "wb") as file:
+                file.write(content)
+
+    write_into(folder, write, last="ranks.png")
     write_text(output, _page(search, finetunes, pictures))
 
 
@@ -62,14 +74,6 @@ def _pictures(search: Search, finetunes: list[dict[str, Any]]) -> dict[str, byte
     if finetunes:
         pictures["finetunes"] = _figure(_draw_finetunes, finetunes)
     return pictures
-
-
-def _writer(content: bytes):
-    def write(path: str) -> None:
-        with open(path, "wb") as file:
-            file.write(content)
-
-    return write
 
 
 def _png(pixels) -> bytes:
@@ -115,13 +119,14 @@ def _draw_parameters(panel, search: Search) -> None:
 
 def _trajectories(search: Search) -> bytes:
     """Mean expected rank of each module type, a panel for each part of the model."""
-    names, parts = list(search.layers), by_part(search.layers)
+    names = {name: place for place, name in enumerate(search.layers)}
+    parts = {part: _most_curves(kinds) for part, kinds in by_part(search.layers).items()}
     steps = [record["step"] for record in search.records]
     figure = Figure(figsize=(7, 2.6 * len(parts)), layout="constrained")
     panels = figure.subplots(len(parts), sharex=True, sharey=True, squeeze=False)[:, 0]
     for panel, (part, kinds) in zip(panels, parts.items(), strict=True):
         for number, (kind, layers) in enumerate(kinds.items()):
-            places = [names.index(name) for name in layers.values()]
+            places = [names[name] for name in layers.values()]
             means = [
                 sum(r["expected_ranks"][i] for i in places) / len(places) for r in search.records
             ]
@@ -136,10 +141,20 @@ def _trajectories(search: Search) -> bytes:
     return _saved(figure)
 
 
+def _most_curves(kinds: dict[str, dict[int, str]]) -> dict[str, dict[int, str]]:
+    """The module types of a part that get a curve of their own, and the others as one."""
+    items = list(kinds.items())
+    if len(items) <= MOST_CURVES:
+        return kinds
+    own, others = items[: MOST_CURVES - 1], items[MOST_CURVES - 1 :]
+    names = [name for _, layers in others for name in layers.values()]
+    return {**dict(own), f"{len(others)} others": dict(enumerate(names))}
+
+
 def _draw_parts(panel, search: Search) -> None:
     sizes = {
         _short(part): sum(
-            sum(search.layers[name]) * search.ranks[name]
+            parameters_per_rank(*search.layers[name]) * search.ranks[name]
             for layers in kinds.values()
             for name in layers.values()
         )
@@ -228,7 +243,12 @@ def _result(search: Search) -> list[str]:
 def _verdict(genotype: Genotype) -> list[str]:
     try:
         return [verdict_text(genotype.found_by["verdict"])]
-    except (KeyError, TypeError, ValueError):  # of another tool: the ranks are there all the same
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        OverflowError,
+    ):  # of another tool: the ranks are there all the same
         return []
 
 

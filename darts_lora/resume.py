@@ -3,19 +3,24 @@ whether it may. Not here: files (checkpoint.py), what is done with it (search.py
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
-from darts_lora.checkpoint import checkpoints, steps_done
-from darts_lora.errors import InputError
+from darts_lora.checkpoint import checkpoints, remove_checkpoints, steps_done
+from darts_lora.errors import InputError, one_line
+from darts_lora.files import remove
+from darts_lora.interruption import lacks_memory
+from darts_lora.launch import decided
 from darts_lora.records import number
 
 if TYPE_CHECKING:
@@ -32,6 +37,9 @@ def course_options(search: RankSearch, more: dict[str, Any]) -> dict[str, Any]:
     options["search_steps"] = search.schedule.steps
     options["num_processes"] = search.accelerator.num_processes
     options["device"] = search.accelerator.device.type
+    options |= decided(search.accelerator)
+    # of the first process: with FSDP2 the others may have no weights yet
+    options["base_weights"] = broadcast_object_list([search.base_digest])[0]
     return json.loads(json.dumps(options))
 
 
@@ -79,6 +87,14 @@ def check_start(output_dir: str | None, resume: bool) -> None:
         )
 
 
+def remove_search(output_dir: str) -> None:
+    """Remove what a finished search left (see check_start), before anything of a new one is
+    written: what a killed run leaves is of one search."""
+    for name in ("genotype.json", "supernet.safetensors"):
+        remove(os.path.join(output_dir, name))
+    remove_checkpoints(checkpoints(output_dir))
+
+
 def full(state: Any) -> Any:
     """`state` with whole tensors in place of sharded ones (FSDP2); on all processes at once."""
     return tree_map_only(DTensor, lambda value: value.full_tensor(), state)
@@ -110,7 +126,35 @@ def capture(search: RankSearch) -> dict[str, Any]:
 
 
 def restore(search: RankSearch, state: dict[str, Any]) -> None:
-    """Set what capture gave."""
+    """Set what capture gave; raises InputError where the state is not of such a search."""
+    with _of_this_release():
+        _restore(search, state)
+        positions = [(int(epoch), int(taken)) for epoch, taken in state["streams"]]
+        streams = list(zip(search.streams, positions, strict=True))
+    for stream, position in streams:
+        stream.move_to(position)
+    with _of_this_release():  # last: opening a stream draws random numbers
+        restore_random_state(state["random"][search.accelerator.process_index])
+
+
+@contextlib.contextmanager
+def _of_this_release() -> Iterator[None]:
+    """What does not fit into this search, as an InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if lacks_memory(error):
+            raise
+        raise InputError(
+            "resume: the checkpoint's state is of another release, or of another search "
+            f"({type(error).__name__}: {one_line(error)}); go on with the release that wrote it, "
+            "or start anew in another output_dir"
+        ) from error
+
+
+def _restore(search: RankSearch, state: dict[str, Any]) -> None:
     search.step, search.seconds = state["step"], state["seconds"]
     own, saved = search.supernet.state_dict(), state["supernet"]
     if own.keys() == saved.keys():
@@ -132,13 +176,8 @@ def restore(search: RankSearch, state: dict[str, Any]) -> None:
     architect = state["architect"]
     mean = [shard_as(*pair) for pair in zip(parameters, architect["mean"], strict=False)]
     search.architect.load_state_dict(architect | {"mean": mean})
-    for stream, position in zip(search.streams, state["streams"], strict=True):
-        stream.move_to(position)
-    process = search.accelerator.process_index
     search.alpha_gradient_norm = state["alpha_gradient_norm"]
-    search.validation_loss = state["validation_loss"][process]
-    # last: opening a stream draws random numbers
-    restore_random_state(state["random"][process])
+    search.validation_loss = state["validation_loss"][search.accelerator.process_index]
 
 
 def check_alpha_is_one(search: RankSearch) -> None:

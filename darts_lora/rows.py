@@ -4,34 +4,24 @@ Not here: tokens and tensors (collator.py), nor where rows come from (data.py)."
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import os
-import re
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import Any
 
 from jinja2 import TemplateError
 from PIL import Image
 
+from darts_lora.config import MAX_IMAGE_PIXELS
 from darts_lora.errors import InputError, one_line
+from darts_lora.pictures import Picture
+from darts_lora.places import ADDED, ROW, row_name
 
-ROW = "row_index"  # columns we add: a row's number in the split of the source,
-SOURCE = "row_source"  # and what that source is: its file, or data set and split
 IMAGE_COLUMNS = ("images", "image")
 # messages; prompt and completion; the_cauldron's question-answer pairs; text without a prompt
 LAYOUTS = (("messages",), ("prompt", "completion"), ("texts",), ("text",))
-_EMPTY = (None, "", [], {})  # values that stand for nothing: Arrow gives all rows the same keys
 LABELLED = (("text", "label"),)  # the layout of a classification
-
-
-def row_name(row: dict, column: str | None = None) -> str:
-    """Where a row stands, for messages: "rows.jsonl, row 17, column 'completion'"."""
-    parts = [str(row[SOURCE])] if row.get(SOURCE) else []
-    parts.append(f"row {row[ROW]}" if ROW in row else "a row")
-    return ", ".join(parts + ([f"column {column!r}"] if column else []))
 
 
 def row_layout(row: dict) -> tuple[str, ...]:
@@ -48,7 +38,7 @@ def row_layout(row: dict) -> tuple[str, ...]:
         if empty and all(column in row for column in layout):
             raise InputError(f"{row_name(row, empty[0])}: empty")
     needed = ", or ".join(" and ".join(layout) for layout in LAYOUTS)
-    found = ", ".join(column for column in row if column not in (ROW, SOURCE))
+    found = ", ".join(column for column in row if column not in ADDED)
     raise InputError(f"{row_name(row)}: needs the columns {needed}; found: {found}")
 
 
@@ -62,7 +52,7 @@ def row_messages(row: dict) -> list[dict[str, Any]]:
             of a message beside role and content), or no answer at its end.
     """
     layout = row_layout(row)
-    if layout != ("text",) and row.get("tools") not in _EMPTY:
+    if layout != ("text",) and not _is_empty(row.get("tools")):
         raise InputError(
             f"{row_name(row, 'tools')}: would be lost, no chat template is given tools; write them "
             "into a message, or leave out the column"
@@ -93,15 +83,51 @@ def row_prompt(row: dict) -> bytes:
             given = [*given, row["text_pair"]]
     except InputError:  # whoever uses the row says so
         given = row.get(ROW)
-    digest = hashlib.blake2b(repr(given).encode("utf-8", "surrogatepass"), digest_size=16)
-    for column in IMAGE_COLUMNS:
-        images = row.get(column) or ()
-        for image in images if isinstance(images, list) else [images]:
-            stored = image.get("bytes") or image.get("path") if isinstance(image, dict) else image
-            if isinstance(stored, Image.Image):
-                stored = stored.tobytes()
-            digest.update(stored if isinstance(stored, bytes) else repr(stored).encode())
+    inside = []
+    return _digest(repr(_without_images(given, inside)), *_image_bytes(row), *inside)
+
+
+def row_image_digests(row: dict) -> list[bytes]:
+    """A digest (16 bytes) of each of the row's images, as it is stored."""
+    inside = []
+    with suppress(InputError):  # whoever uses the row says so
+        _without_images(row_messages(row), inside)
+    return [_digest(image) for image in (*_image_bytes(row), *inside)]
+
+
+def _digest(*pieces: str | bytes) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for piece in pieces:
+        digest.update(piece if isinstance(piece, bytes) else piece.encode("utf-8", "surrogatepass"))
     return digest.digest()
+
+
+def _image_bytes(row: dict) -> list[bytes]:
+    """What is stored of each image in the row's columns: its file's bytes, or its path."""
+    found = []
+    for column in IMAGE_COLUMNS:
+        images = row.get(column) or []
+        found += map(_stored_bytes, images if isinstance(images, list) else [images])
+    return found
+
+
+def _stored_bytes(image: Any) -> bytes:
+    stored = image.get("bytes") or image.get("path") if isinstance(image, dict) else image
+    if isinstance(stored, Image.Image):
+        stored = stored.tobytes()
+    return stored if isinstance(stored, bytes) else repr(stored).encode("utf-8", "surrogatepass")
+
+
+def _without_images(value: Any, found: list[bytes]) -> Any:
+    """Messages whose image parts are places alone; what stood there goes to `found`."""
+    if isinstance(value, list):
+        return [_without_images(entry, found) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    if isinstance(value.get("type"), str) and (image := part_image(value)) is not None:
+        found.append(_stored_bytes(image))
+        return {"type": "image"}
+    return {key: _without_images(entry, found) for key, entry in value.items()}
 
 
 def row_text(row: dict) -> str:
@@ -112,61 +138,82 @@ def row_text(row: dict) -> str:
     return json.dumps(said, default=lambda value: type(value).__name__)
 
 
-def row_images(row: dict) -> list[Image.Image]:
-    """The row's images, decoded, from column `images` or `image`.
-
-    Values are images, paths (also relative to the data file), or {"bytes", "path"} as in Parquet. A
-    path may lead anywhere on this machine: a data file can name each image that you can read, as
-    many do whose images lie elsewhere. It is read as an image alone and never fetched.
-
-    Raises:
-        InputError: an image that does not open, or something else than an image.
-    """
+def stored_images(row: dict) -> list[tuple[str, Any]]:
+    """The images of column `images` or `image` as they are stored: (column, image) each."""
     for column in IMAGE_COLUMNS:
         found = row.get(column)
         if found:
-            found = found if isinstance(found, list) else [found]
-            return [_open(row, column, image) for image in found]
+            return [(column, image) for image in (found if isinstance(found, list) else [found])]
     return []
 
 
-def _open(row: dict, column: str, image: Any) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return image
-    path = image.get("path") if isinstance(image, dict) else image
-    content = image.get("bytes") if isinstance(image, dict) else None
-    if content is None and not isinstance(path, str):
-        kind = type(image).__name__
-        raise InputError(f"{row_name(row, column)}: must be an image or its path, not a {kind}")
-    try:
-        opened = Image.open(_find(row, column, path) if content is None else io.BytesIO(content))
-        if opened.format == "EPS":
-            raise ValueError("EPS is a program, which Ghostscript would run")
-        opened.load()  # a file that is cut off shows only now
-    except InputError:
-        raise
-    except Exception as error:  # decoders raise any kind
-        where = "" if path is None else f" {path!r}"
-        reason = re.sub(r" <_io\.BytesIO.*?>", "", str(error)) or type(error).__name__
-        raise InputError(
-            f"{row_name(row, column)}: image{where} does not open ({reason})"
-        ) from error
-    return opened
+def row_images(row: dict, max_pixels: int = MAX_IMAGE_PIXELS) -> list[Image.Image]:
+    """The images of the row's column `images` or `image`, decoded; see `Picture`."""
+    return [Picture(row, *found, max_pixels).open() for found in stored_images(row)]
 
 
-def _find(row: dict, column: str, path: str) -> str:
-    """The path in a folder of the row's source; else the path as it is."""
-    folders = {os.path.dirname(file) for file in str(row.get(SOURCE, "")).split(" + ")}
-    found = {os.path.join(folder, path) for folder in folders if folder}
-    found = sorted(filter(os.path.exists, found)) or [path]
-    if len(found) > 1:
-        raise InputError(
-            f"{row_name(row, column)}: image {path!r} is in several folders ({', '.join(found)}); "
-            "give its whole path"
-        )
-    if os.path.exists(found[0]) and not (os.path.isfile(found[0]) or os.path.isdir(found[0])):
-        raise ValueError("no regular file")  # a pipe or a device: reading it may never end
-    return found[0]
+def part_image(part: dict) -> Any:
+    """The image that stands in a part of a message itself; None where it is a place alone."""
+    return part.get("image") or part.get("path") if part["type"] == "image" else None
+
+
+def content_text(content: str | list[dict], image_mark: str = "") -> str:
+    """The text of a message's content, a mark where an image stands."""
+    if isinstance(content, str):
+        return content
+    marks = {"image": image_mark}
+    return "".join(marks.get(part["type"], part.get("text") or "") for part in content)
+
+
+def placed_images(
+    row: dict, messages: list[dict], mark: str | None, max_pixels: int = MAX_IMAGE_PIXELS
+) -> tuple[list[dict], list[Picture]]:
+    """A row's messages as parts, and its images in the order of their places.
+
+    A place is a part of type image, or `mark` in a text. Images that stand in their part are its
+    own; the others come from the row's column. Those that have no place open the first question.
+
+    Args:
+        messages: of the row, {"role", "content"}.
+        mark: the text by which an image is written, if the model has one.
+
+    Raises:
+        InputError: more places than images, where the row has a column of them.
+    """
+    messages = [{**message, "content": _parts(message["content"])} for message in messages]
+    spare = [Picture(row, *found, max_pixels) for found in stored_images(row)]
+    parts = [part for message in messages for part in message["content"]]
+    places = sum(_places(part, mark) for part in parts if part_image(part) is None)
+    if places > len(spare) and any(column in row for column in IMAGE_COLUMNS):
+        raise InputError(f"{row_name(row)}: {places} places for images, {len(spare)} images")
+    first = next((m for m in messages if m["role"] == "user"), messages[0])
+    unplaced = [{"type": "image"}] * (len(spare) - places)
+    first["content"] = unplaced + first["content"]
+    column, pictures = row_layout(row)[0], []
+    for message in messages:
+        for part in message["content"]:
+            if (own := part_image(part)) is not None:
+                pictures.append(Picture(row, column, own, max_pixels))
+                continue
+            count = _places(part, mark)
+            pictures, spare = pictures + spare[:count], spare[count:]
+        message["content"] = [
+            {"type": "image"} if part["type"] == "image" else part for part in message["content"]
+        ]
+    return messages, pictures
+
+
+def _parts(content: str | list[dict]) -> list[dict]:
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    return [{key: value for key, value in part.items() if value is not None} for part in content]
+
+
+def _places(part: dict, mark: str | None) -> int:
+    """Images that a part of a message places: it is one, or its text has their marks."""
+    if part["type"] == "image":
+        return 1
+    return (part.get("text") or "").count(mark) if mark else 0
 
 
 def _turns(row: dict, column: str, role: str) -> list[dict]:
@@ -192,13 +239,32 @@ def _turns(row: dict, column: str, role: str) -> list[dict]:
                 f"text or a list of typed parts; found {message!r:.100}"
             )
         for key, more in message.items():
-            if key not in ("role", "content") and more not in _EMPTY:
+            if key not in ("role", "content") and not _is_empty(more):
                 raise InputError(
                     f"{row_name(row, column)}: {key!r} of a message would be lost, its role and "
                     "content alone are taken; write it into the content, or leave it out; found "
                     f"{more!r:.60}"
                 )
+        for part in content if isinstance(content, list) else ():
+            _check_part(row, column, part)
     return value
+
+
+def _check_part(row: dict, column: str, part: dict) -> None:
+    """InputError where a part of a message holds what would be lost."""
+    taken = {"image": ("image", "path"), "text": ("text",)}.get(part["type"], ("text",))
+    for key, more in part.items():
+        if key not in ("type", *taken) and not _is_empty(more):
+            raise InputError(
+                f"{row_name(row, column)}: {key!r} of a part of type {part['type']!r} would be "
+                "lost; give an image as 'image' (a path) of a part of type 'image', or in a column "
+                f"images; found {more!r:.60}"
+            )
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether it stands for nothing: Arrow gives all rows the same keys."""
+    return value is None or (isinstance(value, str | list | dict) and not value)
 
 
 def _pairs(row: dict) -> list[list[dict]]:
@@ -225,20 +291,8 @@ def naming(rows: list[dict], what: str, note: str = ""):
 
 
 def first_rows(rows: Iterable[dict], limit: int, images: bool = False) -> Iterable[dict]:
-    """The first rows, without their images unless asked for."""
+    """The first `limit` rows, of a stream (whose rows cost more) a fortieth of that; without their
+    images unless asked for."""
     if getattr(rows, "column_names", None) and not images:  # of a data set, not read for nothing
         rows = rows.remove_columns([c for c in IMAGE_COLUMNS if c in rows.column_names])
     return islice(rows, limit if hasattr(rows, "__len__") else max(limit // 40, 1))
-
-
-def check_length(row: dict, column: str, length: int, max_length: int, context: int | None) -> None:
-    """InputError where a row has more tokens (`length`) than max_length or than the model takes
-    (context, if it says)."""
-    limit, advice = f"max_length={max_length}", ", or raise max_length"
-    if context is not None and context <= max_length:
-        limit, advice = f"the model takes {context}", ""
-    if length > min(max_length, context or length):
-        raise InputError(
-            f"{row_name(row, column)}: {length} tokens, {limit}; shorten or leave out the row"
-            + advice
-        )

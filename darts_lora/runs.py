@@ -3,17 +3,17 @@ Not here: how it is drawn (report.py), the records that a search writes (records
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from darts_lora.cli import CONFIG_NAME, load_config
+from darts_lora.bounds import is_real
+from darts_lora.cli import CONFIG_NAME, command, load_config
 from darts_lora.errors import InputError, one_line
 from darts_lora.files import read_json
 from darts_lora.genotype import Genotype
+from darts_lora.parts import PARTS
 from darts_lora.records import read_metrics
-from darts_lora.targets import PARTS
 from darts_lora.together import other_task, task_of
 
 
@@ -113,7 +113,7 @@ def load_finetune(folder: str, search: Search | None = None) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"finetune_dir={folder!r}: no evaluation.json there ({one_line(error)}); run "
-            f"`accelerate launch recipes/evaluate.py --adapter {folder}` first"
+            f"`{command('evaluate', adapter=folder)}` first"
         ) from error
     return {"name": os.path.basename(os.path.normpath(folder)), **adapter} | {"base": base}
 
@@ -130,7 +130,7 @@ def _layers(about: Any) -> Genotype:
 
 def _is_number(value: Any) -> bool:
     """None stands for one that was not finite."""
-    return value is None or (type(value) in (int, float) and math.isfinite(value))
+    return value is None or is_real(value)
 
 
 def _is_record(record: Any, layers: int) -> bool:

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -22,19 +22,21 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from darts_lora.bilevel import BilevelStep
-from darts_lora.checkpoint import checkpoints, load_checkpoint, remove_checkpoints, save_checkpoint
+from darts_lora.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from darts_lora.config import TrainingConfig
 from darts_lora.errors import DivergedError, InputError
-from darts_lora.files import check_writable, locked, remove, write_whole
+from darts_lora.files import check_writable, locked, write_whole
 from darts_lora.genotype import Genotype
 from darts_lora.interruption import Stopped, StopRequest, told_as_input_errors
 from darts_lora.joint import halves_loss
 from darts_lora.launch import (
+    check_accumulation,
     check_distribution,
     check_replays,
     prepare_loaders,
     search_accelerator,
 )
+from darts_lora.models import frozen_digest, weights_digest
 from darts_lora.records import Metrics, alpha_figures, number, peak_memory, progress_text
 from darts_lora.resume import (
     capture,
@@ -43,28 +45,13 @@ from darts_lora.resume import (
     check_start,
     course_options,
     full,
+    remove_search,
     restore,
 )
 from darts_lora.schedule import Schedule, derive_genotype
 from darts_lora.stream import BatchStream, check_batches
 from darts_lora.supernet import Supernet
-from darts_lora.tokens import learnt_tokens
-
-
-def model_loss(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """The loss that a transformers model computes from a batch with labels.
-
-    Raises:
-        InputError: the batch is no mapping of inputs, or the model gives no loss.
-    """
-    output = model(**batch) if isinstance(batch, Mapping) else batch
-    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if loss is None:
-        what = f"a model gives no loss ({type(output).__name__})"
-        if output is batch:
-            what = f"a batch is a {type(batch).__name__}, no dict of a transformers model's inputs"
-        raise InputError(f"loss_fn: {what}; give loss_fn, (model, batch) -> loss, or labels")
-    return loss
+from darts_lora.tokens import learnt_tokens, model_loss
 
 
 class RankSearch:
@@ -120,9 +107,11 @@ class RankSearch:
             precision = "fp16"  # as in a finetune: small gradients would be 0 without loss scaling
         self.accelerator = accelerator or search_accelerator(precision)
         check_distribution(self.accelerator)
+        check_accumulation(self.accelerator)
         if config.order == 2 and self.accelerator.is_fsdp2:
             raise InputError("order=2: needs whole weights on each process; use DDP, or order=1")
         set_seed(config.seed, device_specific=True)
+        self.base_digest = frozen_digest(supernet.model)  # before anything shards it
         count = learnt_tokens if loss_fn is model_loss else None  # what others are means of?
         self.steps = BilevelStep(
             supernet, self.accelerator, self.training, loss_fn, joint_loss_fn, count
@@ -130,7 +119,7 @@ class RankSearch:
         self.weights, self.architect = self.steps.weights, self.steps.architect
         self.model = self.weights.model
         given = train_dataloader, val_dataloader
-        loaders = prepare_loaders(self.accelerator, given, config.seed)
+        loaders = prepare_loaders(self.accelerator, given, config.seed, output_dir is not None)
         for split, *pair in zip(("train", "validation"), given, loaders, strict=True):
             check_batches(split, *pair, config.joint)
         self.streams = self.train_stream, self.val_stream = tuple(map(BatchStream, loaders))
@@ -141,6 +130,7 @@ class RankSearch:
             self.steps.capture()
         self.step, self.seconds = 0, 0.0
         self.validation_loss, self.alpha_gradient_norm = math.nan, None
+        self.validation_losses: dict[int, Tensor] = {}  # step -> loss, since the last record
 
     def resume(self) -> None:
         """Go on from the newest checkpoint in output_dir that is whole.
@@ -203,7 +193,7 @@ class RankSearch:
             losses.append(self._one_step(step))
             self.step = step + 1
             last = self.step == self.schedule.steps
-            status = 0 if last else self._agreed(stop)
+            status = self._agreed(stop)
             due = self.training.save_steps and self.step % self.training.save_steps == 0
             save = last or status or due
             if self.step % self.training.logging_steps == 0 or save:
@@ -222,6 +212,10 @@ class RankSearch:
     def _agreed(self, stop: StopRequest) -> int:
         """The exit status that was asked for, the same on all processes; 0: go on. Several ask each
         other where the loop waits for the device anyhow."""
+        stop.step()
+        if self.step == self.schedule.steps:
+            stop.finish()
+            return 0
         if self.accelerator.num_processes > 1 and self.step % self.training.logging_steps:
             return 0
         return stop.agreed(self.accelerator)
@@ -253,6 +247,7 @@ class RankSearch:
             if self.architect.allocation is None:  # else its optimizer rests
                 self.arch_scheduler.step()
             self.validation_loss = metrics["loss"]
+            self.validation_losses[self.step + 1] = metrics["loss"]
             self.alpha_gradient_norm = metrics["gradient_norm"]
         return loss
 
@@ -265,10 +260,14 @@ class RankSearch:
         for step, loss in enumerate(train_losses, start=first):
             if not math.isfinite(loss):
                 self._stop_non_finite("training loss", step)
-        validation = torch.as_tensor(self.validation_loss, device=self.accelerator.device)
-        validation = float(reduce(validation.float()))
-        if self.step > self.schedule.warmup_steps and not math.isfinite(validation):
-            self._stop_non_finite("validation loss", self.step)
+        steps = list(self.validation_losses)
+        losses = [self.validation_losses.pop(step) for step in steps] or [self.validation_loss]
+        losses = torch.stack([torch.as_tensor(loss).float() for loss in losses])
+        losses = reduce(losses.to(self.accelerator.device)).tolist()
+        for step, loss in zip(steps, losses, strict=False):
+            if not math.isfinite(loss):
+                self._stop_non_finite("validation loss", step)
+        validation = losses[-1]
         figures = alpha_figures(self.supernet)
         if not math.isfinite(figures["expected_parameters"]):
             self._stop_non_finite("alpha", self.step)
@@ -298,10 +297,8 @@ class RankSearch:
         self.metrics = self.views = None
         if self.output_dir is None or not self.accelerator.is_main_process:
             return
-        if self.step == 0:  # of a finished search, see check_start
-            for name in ("genotype.json", "supernet.safetensors"):
-                remove(os.path.join(self.output_dir, name))
-            remove_checkpoints(checkpoints(self.output_dir))
+        if self.step == 0:
+            remove_search(self.output_dir)
         self.metrics = Metrics(self.output_dir, self.supernet, self.step)
         try:
             from darts_lora.tensorboard import SearchViews
@@ -331,6 +328,7 @@ class RankSearch:
     def _finish(self) -> Genotype:
         genotype = derive_genotype(self.supernet, self.architect, self.schedule)
         state = full(self.supernet.state_dict())
+        genotype.found_by["supernet_digest"] = weights_digest(state)
         if self.output_dir is not None and self.accelerator.is_main_process:
             state = {k: v.contiguous().cpu() for k, v in state.items()}
             path = os.path.join(self.output_dir, "supernet.safetensors")

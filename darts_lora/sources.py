@@ -4,13 +4,13 @@ Not here: which split a row goes to (data.py), what it means (rows.py)."""
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
-from functools import cache
-from glob import glob
+from glob import escape, glob
 from typing import Any, NamedTuple
 
+import pyarrow.parquet as pq
 from datasets import (
+    ClassLabel,
     Dataset,
     DatasetBuilder,
     Features,
@@ -20,13 +20,20 @@ from datasets import (
     load_dataset_builder,
     load_from_disk,
 )
+from datasets.data_files import get_data_patterns
+from datasets.packaged_modules.csv.csv import CsvConfig
 
 from darts_lora.config import DataConfig
 from darts_lora.errors import InputError
 from darts_lora.models import EMBEDDED
-from darts_lora.rows import IMAGE_COLUMNS, ROW, SOURCE
+from darts_lora.places import ADDED, LABEL, ROW, SOURCE
+from darts_lora.rawdata import check_nesting, check_text
 
 Rows = Dataset | IterableDataset
+# Endings of a file that is named as the data set -> its loader
+LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+# Columns of a table that stay as written: pandas takes answers like 42 or None for something else.
+_TEXTS = ("prompt", "completion", "text", "text_pair", "label")
 
 
 class Source(NamedTuple):
@@ -43,7 +50,7 @@ def load_source(config: DataConfig) -> Source:
         InputError: it cannot be loaded, a file is missing or empty, or the embedded data are given
             files.
     """
-    name, files, options = config.dataset, config.data_files, {}
+    name, files = config.dataset, config.data_files
     if name == "embedded":
         for option in ("data_files", "dataset_config"):
             if getattr(config, option) is not None:
@@ -51,8 +58,9 @@ def load_source(config: DataConfig) -> Source:
                     f"{option}={getattr(config, option)!r}: dataset='embedded' has its own; name "
                     "what it is of by dataset (json, csv, parquet, a hub name or a folder)"
                 )
-        files = {split: str(EMBEDDED / "data" / f"{split}.parquet") for split in ("train", "test")}
-        name, options["cache_dir"] = "parquet", _temporary_cache()
+        return _embedded(config.streaming)
+    if os.path.isfile(name):
+        name, files = _loader(config), name
     if "/" not in name and not os.path.isdir(name):  # a loader; else files are relative to name
         _check_files(files)
     found = {}
@@ -60,13 +68,62 @@ def load_source(config: DataConfig) -> Source:
         if any(os.path.isfile(os.path.join(name, f)) for f in ("dataset_dict.json", "state.json")):
             source = load_from_disk(name)  # what save_to_disk wrote
             return Source(source if isinstance(source, dict) else {"train": source}, found)
-        builder = load_dataset_builder(name, config.dataset_config, data_files=files, **options)
-        if config.data_files is not None or os.path.isdir(name):
+        builder = _builder(name, config.dataset_config, _patterns(name, files))
+        if files is not None or os.path.isdir(name):
             data_files = builder.config.data_files or {}
             found = {str(split): list(map(str, data_files[split])) for split in data_files}
+            check_nesting(file for files in found.values() for file in files)
         return Source(_read(builder, config.streaming), found)
+    except InputError:
+        raise
     except Exception as error:  # datasets raises any kind here: files, formats, network, scripts
         raise InputError(_what_failed(error, config, found)) from error
+
+
+def _builder(name: str, config_name: str | None, files: Any) -> DatasetBuilder:
+    builder = load_dataset_builder(name, config_name, data_files=files)
+    if isinstance(builder.config, CsvConfig):
+        options = {"converters": dict.fromkeys(_TEXTS, _text), "keep_default_na": False}
+        builder = load_dataset_builder(name, config_name, data_files=files, **options)
+    return builder
+
+
+def _loader(config: DataConfig) -> str:
+    """The loader of a single file that is named in place of a data set, by its ending."""
+    ending = os.path.splitext(config.dataset)[1].lower()
+    if config.data_files is not None:
+        raise InputError(
+            f"dataset={config.dataset!r}, data_files={config.data_files!r}: give a file once, by "
+            "data_files with dataset=json, csv or parquet, or by dataset alone"
+        )
+    if ending not in LOADERS:
+        raise InputError(
+            f"dataset={config.dataset!r}: a file must end in {', '.join(LOADERS)}; or give the "
+            "loader as dataset and the file as data_files"
+        )
+    return LOADERS[ending]
+
+
+def _patterns(name: str, files: Any) -> Any:
+    """The files as patterns, as which datasets takes them: those that exist stand for themselves,
+    whatever brackets are in their names."""
+    if isinstance(files, dict):
+        return {split: _patterns(name, several) for split, several in files.items()}
+    if isinstance(files, list | tuple):
+        return [_patterns(name, file) for file in files]
+    folder = os.path.abspath(name) if os.path.isdir(name) else ""
+    if isinstance(files, str):
+        if os.path.exists(os.path.join(folder, files)):
+            return escape(os.path.join(folder, files))
+        return os.path.join(escape(folder), files) if folder and "://" not in files else files
+    if folder == escape(folder):
+        return files
+    splits = get_data_patterns(escape(folder))
+    return {str(split): _patterns(name, several) for split, several in splits.items()}
+
+
+def _text(cell: str) -> str | None:
+    return cell or None
 
 
 def _read(builder: DatasetBuilder, streaming: bool) -> dict[str, Rows]:
@@ -92,12 +149,13 @@ def _what_failed(error: Exception, config: DataConfig, found: dict[str, list[str
     return f"{where}: cannot be loaded ({reason})"
 
 
-@cache
-def _temporary_cache() -> str:
-    """The embedded data's cache: gone with the process, nothing in the home folder."""
-    folder = tempfile.TemporaryDirectory(prefix="darts_lora-")
-    _temporary_cache.folder = folder  # its finalizer removes it
-    return folder.name
+def _embedded(streaming: bool) -> Source:
+    """The embedded data, read into memory: a cache on the disk would stay where a run is killed."""
+    splits = {}
+    for split in ("train", "test"):
+        rows = Dataset(pq.read_table(EMBEDDED / "data" / f"{split}.parquet"))
+        splits[split] = rows.to_iterable_dataset() if streaming else rows
+    return Source(splits, {})
 
 
 def _check_files(files: Any) -> None:
@@ -108,7 +166,7 @@ def _check_files(files: Any) -> None:
         for file in files:
             _check_files(file)
     elif files is not None and "://" not in files:
-        found = glob(files, recursive=True)
+        found = [files] if os.path.exists(files) else glob(files, recursive=True)
         if not found:
             raise InputError(f"data_files: no such file: {files!r}")
         empty = [file for file in found if _has_nothing(file)]
@@ -137,15 +195,26 @@ def source_split(source: Source, config: DataConfig, option: str) -> Rows:
         raise InputError(f"{option}={name!r}: {has}{hint}")
     split = _keep_encoded(source.splits[name])
     where = _source_name(config, name, source.files.get(name, []))
+    label = (split.features or {}).get("label")
+    label = label if isinstance(label, ClassLabel) else None
     if config.streaming:
-        split = IterableDataset.from_generator(_NumberedStream(split, where))
+        split = IterableDataset.from_generator(_NumberedStream(split, where, label))
     if is_empty(split):
         raise InputError(f"{where}: has no sample in it")
     if config.streaming:
         return split
-    split = split.remove_columns([c for c in (ROW, SOURCE) if c in split.column_names])
+    check_text(split.data.table, where)
+    split = split.remove_columns([c for c in ADDED if c in split.column_names])
     split = split.add_column(ROW, list(range(len(split))))
-    return split.add_column(SOURCE, [where] * len(split))
+    split = split.add_column(SOURCE, [where] * len(split))
+    if label is not None:
+        split = split.add_column(LABEL, [_label_name(label, n) for n in split["label"]])
+    return split
+
+
+def _label_name(label: ClassLabel, number: int | None) -> str | None:
+    """What the data call a class; -1 stands for none."""
+    return label.int2str(number) if number is not None and number >= 0 else None
 
 
 class _NumberedStream:
@@ -155,14 +224,16 @@ class _NumberedStream:
     workers, and count anew; a row's number decides its split, so the splits would overlap.
     """
 
-    def __init__(self, rows: Rows, where: str):
-        self.rows, self.where = rows, where
+    def __init__(self, rows: Rows, where: str, label: ClassLabel | None):
+        self.rows, self.where, self.label = rows, where, label
 
     def __call__(self) -> Iterator[dict]:
         read = 0
         try:
             for batch in self.rows.iter(batch_size=1):  # iter(self.rows) would heed the worker
                 row = {column: values[0] for column, values in batch.items()}
+                if self.label is not None:
+                    row[LABEL] = _label_name(self.label, row["label"])
                 yield {**row, ROW: read, SOURCE: self.where}
                 read += 1
         except Exception as error:  # any kind, as when a data set is loaded
@@ -197,15 +268,11 @@ def _named(files: list[str]) -> str:
 
 
 def _keep_encoded(split: Rows) -> Rows:
-    """Images as {"bytes", "path"}: whoever needs one opens it, and says which does not open."""
+    """Images as {"bytes", "path"}, inside messages too: whoever needs one opens it, and says which
+    does not open."""
     features = dict(split.features or {})
-    encoded = {}
-    for column in IMAGE_COLUMNS:
-        feature = features.get(column)
-        if isinstance(feature, Image):
-            encoded[column] = Image(decode=False)
-        elif isinstance(feature, List) and isinstance(feature.feature, Image):
-            encoded[column] = List(Image(decode=False))
+    encoded = {column: _encoded(feature) for column, feature in features.items()}
+    encoded = {column: f for column, f in encoded.items() if f != features[column]}
     if isinstance(split, IterableDataset):
         for column, feature in encoded.items():
             split = split.cast_column(column, feature)
@@ -214,3 +281,13 @@ def _keep_encoded(split: Rows) -> Rows:
         info.features = Features({**features, **encoded})
         split = Dataset(split.data, info, split.split)
     return split
+
+
+def _encoded(feature: Any) -> Any:
+    if isinstance(feature, Image):
+        return Image(decode=False)
+    if isinstance(feature, List):
+        return List(_encoded(feature.feature))
+    if isinstance(feature, dict):
+        return {name: _encoded(inner) for name, inner in feature.items()}
+    return feature

@@ -13,14 +13,18 @@ from einops import einsum
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from darts_lora.branches import Draw, Forward
 from darts_lora.config import SearchConfig
-from darts_lora.cost import parameters_per_rank, rank_costs, resolve_budget
+from darts_lora.cost import resolve_budget, unit_costs, usable_table
 from darts_lora.errors import InputError
+from darts_lora.experts import MixedRankExperts
 from darts_lora.files import write_whole
 from darts_lora.frozen import hold_statistics
-from darts_lora.mixed_linear import Draw, Forward, MixedRankLinear, linear_shape
+from darts_lora.mixed_linear import MixedRankLinear
+from darts_lora.probe import check_plain
 from darts_lora.relaxation import Relaxation, gumbel_noise, sample
-from darts_lora.targets import check_unshared, match_modules, match_saved_modules
+from darts_lora.searched import searched_layers
+from darts_lora.targets import match_saved_modules
 
 SUPERNET_NAME = "supernet.safetensors"
 # What accelerate puts into a model that it prepares, and does not take away; and what is put here.
@@ -45,12 +49,16 @@ class Supernet:
         config: the search's options.
 
     Attributes:
-        layers: name -> MixedRankLinear, in the model's order (N of them).
+        layers: name -> MixedRankLinear, or of a parameter of experts MixedRankExperts, in the
+            model's order (N of them).
+        left_out: name of each match that is not searched -> why, in words.
         alpha: (N, K) float32 parameter, the architecture weights of all layers. It is no part of
             the model: what wraps or shards the model leaves it whole. `layer.alpha` is a row of it.
         held: (N, K) logits that gates are drawn from in alpha's stead, whose gradient is then the
             one there; None: gates are drawn from alpha itself.
         saved_modules: name -> module that is trained in full; the budget does not count it.
+        layer_ranks: (N, K) float64, each candidate as it is on a layer (usable_ranks).
+        unit_costs: (N,) float64, trainable parameters of one rank.
         costs: (N, K) float64, trainable parameters of each candidate.
         budget: trainable parameters, None without a budget.
         arch_update: how alpha moves; the config's, or what suits the budget.
@@ -59,22 +67,21 @@ class Supernet:
 
     Raises:
         InputError: no target matches, a target is not a linear layer or shares its weight, a rank
-            or the budget does not fit the layers.
+            or the budget does not fit the layers; the model has adapters or rank branches, or is
+            compiled.
     """
 
     def __init__(self, model: nn.Module, config: SearchConfig):
         self.model, self.config = model, config
         self.relaxation: Relaxation = config.relaxation
         self._temperature = torch.tensor(config.temperature[0])
+        check_plain(model)
         saved = match_saved_modules(model, config.modules_to_save)
-        names = match_modules(model, config.target_modules, config.exclude_modules)
-        inside = tuple(f"{name}." for name in saved)
-        targets = {n: model.get_submodule(n) for n in names if not f"{n}.".startswith(inside)}
-        self._check_targets(targets)
-        check_unshared(model, targets)
-        shapes = [linear_shape(module) for module in targets.values()]
-        self.costs = rank_costs(shapes, config.ranks)
-        self.parameters_per_rank = sum(parameters_per_rank(*shape) for shape in shapes)
+        shapes, self.left_out = searched_layers(model, config, saved)
+        self.layer_ranks = usable_table(shapes.values(), config.ranks)
+        self.unit_costs = unit_costs(shapes.values())
+        self.costs = self.unit_costs[:, None] * self.layer_ranks
+        self.parameters_per_rank = int(self.unit_costs.sum())
         self.budget = resolve_budget(
             self.costs, self.parameters_per_rank, config.budget_rank, config.budget_parameters
         )
@@ -86,24 +93,19 @@ class Supernet:
         self._marks = {n: v for n, v in vars(model).items() if n in MARKS}
         self._required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         model.requires_grad_(False)
-        self.layers: dict[str, MixedRankLinear] = {}
+        self.layers: dict[str, MixedRankLinear | MixedRankExperts] = {}
+        self._originals: dict[str, nn.Module] = {}
         devices = {p.device for p in model.parameters() if p.is_cuda}
         with torch.random.fork_rng(devices):  # the caller's random state is not ours to move
             torch.default_generator.manual_seed(config.seed)
             for device in devices:  # torch.manual_seed would seed those of other models too
                 torch.cuda.default_generators[device.index].manual_seed(config.seed)
-            for name, module in targets.items():
-                self.layers[name] = MixedRankLinear(
-                    module,
-                    config.ranks,
-                    scaling=config.scaling,
-                    branches=config.branches,
-                    dropout=config.dropout,
-                    dtype=getattr(torch, config.adapter_dtype),
-                )
-        self._originals = {name: model.get_submodule(name) for name in (*targets, *saved)}
+            for name in shapes:
+                self._put_in(name)
+        for name in saved:
+            self._originals[name] = model.get_submodule(name)
         self.saved_modules = {name: _trainable_copy(name, self._originals[name]) for name in saved}
-        for name, module in {**self.layers, **self.saved_modules}.items():
+        for name, module in self.saved_modules.items():
             model.set_submodule(name, module)
         self.calls = 0
         self._shared, self._draw = Forward(), lambda: None
@@ -125,26 +127,24 @@ class Supernet:
             *hold_statistics(model, self.saved_modules.values()),
         ]
 
-    def _check_targets(self, targets: dict[str, nn.Module]) -> None:
-        if not targets:
-            raise InputError(
-                f"target_modules={self.config.target_modules!r}: nothing is left to search, every "
-                "match is trained in full (modules_to_save, or a classification model's head)"
-            )
-        largest = self.config.ranks[-1]
-        for name, module in targets.items():
-            shape = linear_shape(module)
-            if shape is None:
-                raise InputError(
-                    f"target_modules={self.config.target_modules!r}: {name} is a "
-                    f"{type(module).__name__}, not a linear layer; name it in exclude_modules"
-                )
-            if largest > min(shape):
-                raise InputError(
-                    f"ranks={list(self.config.ranks)}: rank {largest} is above {min(shape)}, the "
-                    f"smaller side of {name} ({shape[0]} -> {shape[1]}); "
-                    "lower the ranks or name the layer in exclude_modules"
-                )
+    def _put_in(self, name: str) -> None:
+        """A layer of rank branches in the place of the linear layer, or around the experts."""
+        config, modules = self.config, dict(self.model.named_modules())
+        options = {
+            "scaling": config.scaling,
+            "branches": config.branches,
+            "dtype": getattr(torch, config.adapter_dtype),
+        }
+        owner, _, parameter = name.rpartition(".")
+        if name in modules:
+            owner, base = name, modules[name]
+            layer = MixedRankLinear(base, config.ranks, dropout=config.dropout, **options)
+        else:
+            base = modules[owner]
+            layer = MixedRankExperts(base, parameter, config.ranks, **options)
+        self._originals.setdefault(owner, base)
+        self.model.set_submodule(owner, layer)
+        self.layers[name] = layer
 
     def _draw_gates(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         self.calls += 1
@@ -157,7 +157,7 @@ class Supernet:
         if self._joint:
             rows = rows or 2  # one draw for each half
         drawn = self._sample(alpha, rows)
-        gates = einsum(drawn, self._membership, "... n k, r k -> n ... r")
+        gates = einsum(drawn, self._membership, "... n k, n r k -> n ... r")
         arch_gates = [None] * len(self.layers)
         if self._joint:
             if gates.dim() == 2:  # softmax draws nothing
@@ -203,7 +203,7 @@ class Supernet:
         if self.held is not None:
             self.held = self.held.to(self.alpha)
         self._temperature = self._temperature.to(device)
-        membership = next(iter(self.layers.values())).membership
+        membership = torch.stack([layer.membership for layer in self.layers.values()])
         self._membership = self.config.scaling * membership.to(self.alpha)
 
     @property
@@ -282,7 +282,7 @@ class Supernet:
         """Mean gates of every layer's columns, (N, R) float32, those that gates are drawn around:
         the scaling times the probability that a column is part of the drawn rank."""
         alpha = self.alpha if self.held is None else self.held
-        return einsum(alpha.softmax(-1), self._membership, "n k, r k -> n r")
+        return einsum(alpha.softmax(-1), self._membership, "n k, n r k -> n r")
 
     def probabilities(self) -> Tensor:
         """softmax(alpha) of every layer, (N, K) float32, differentiable."""

@@ -7,19 +7,19 @@ import difflib
 import re
 from collections.abc import Collection
 
-from peft import LoraConfig, PeftModel, TaskType
+from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils import ModulesToSaveWrapper
-from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 
+from darts_lora.bounds import check_names
+from darts_lora.config import ALL_EXPERTS
 from darts_lora.errors import InputError
+from darts_lora.experts import expert_tensors, stacked_tensors
 from darts_lora.mixed_linear import linear_shape
-
-PARTS = ("vision", "language", "connector")
-# How transformers' models name the attention of their text blocks to the image.
-CROSS_ATTENTION = ("cross_attn", "crossattention", "cross_attention", "encoder_attn")
+from darts_lora.parts import PARTS, heads, model_parts, task_type, within
 
 
 def match_modules(
@@ -33,7 +33,8 @@ def match_modules(
     several: "vision", "connector+language".
 
     Raises:
-        InputError: nothing matches; the message names the nearest module names.
+        InputError: nothing matches (the message names the nearest module names), or a name that no
+            genotype can hold.
     """
     parts = target_modules.split("+") if isinstance(target_modules, str) else [""]
     named_parts = set(parts) <= set(PARTS)
@@ -51,59 +52,58 @@ def match_modules(
         matched = [name for name in matched if part_of[name] in parts]
     if not matched:
         _raise_no_match(model, names, target_modules, exclude_modules)
+    check_names("target_modules", matched)
     return matched
 
 
-def model_parts(model: nn.Module) -> dict[str, str]:
-    """Name of each linear layer -> the part of the model that it belongs to.
+def match_parameters(
+    model: nn.Module,
+    target_parameters: str | list[str] | None,
+    target_modules: str | list[str] = "all-linear",
+    exclude_modules: str | list[str] | None = None,
+) -> dict[str, tuple[int, int, int]]:
+    """Name -> (experts, in, out) of the 3-D parameters of experts that are searched, in the model's
+    order.
 
-    vision: the blocks of the image encoder, and its embeddings. connector: what joins images and
-    text, that is the rest of the encoder (mergers), what is in neither encoder nor language model
-    (projectors, resamplers), and the cross-attention in the language model's blocks. language: all
-    else; the whole of a text-only model.
+    Args:
+        target_parameters: ends of names, as in PEFT; or "all-experts", of the parts of the model
+            that target_modules names, if it does; None: none.
+        exclude_modules: as of match_modules; matches the parameters' names and their modules'.
+
+    Raises:
+        InputError: nothing matches.
     """
-    modules = dict(model.named_modules())
-    linear = [name for name, module in modules.items() if linear_shape(module)]
-    names = {id(module): name for name, module in modules.items()}
-    encoder = audio = decoder = None
-    if isinstance(model, PreTrainedModel):
-        encoder = names.get(id(model.get_encoder(modality="image")))
-        audio = names.get(id(model.get_encoder(modality="audio")))
-        decoder = names.get(id(model.get_decoder()))
-    if not encoder:  # get_encoder gives the model itself where it has no image encoder
-        return dict.fromkeys(linear, "language")
-    lists = [name for name, module in modules.items() if isinstance(module, nn.ModuleList)]
-    blocks = tuple(f"{name}." for name in lists if _is_inside(name, encoder))
-    language = [_outermost(decoder or "", encoder), *([audio] if audio else [])]
-    parts = {}
-    for name in linear:
-        if _is_inside(name, encoder):
-            own = name.startswith(blocks) or "embed" in name.removeprefix(encoder)
-            parts[name] = "vision" if own and "merger" not in name else "connector"
-        else:
-            own = any(_is_inside(name, part) for part in language)
-            own |= name.endswith(("lm_head", *SEQ_CLS_HEAD_NAMES))
-            cross = any(piece.startswith(CROSS_ATTENTION) for piece in name.split("."))
-            parts[name] = "language" if own and not cross else "connector"
-    return parts
-
-
-def _is_inside(name: str, outer: str) -> bool:
-    return not outer or name.startswith(f"{outer}.")
-
-
-def _outermost(name: str, other: str) -> str:
-    """The outermost module around `name` that does not hold the module `other` as well."""
-    pieces = name.split(".")
-    around = [".".join(pieces[: i + 1]) for i in range(len(pieces))]
-    return next((outer for outer in around if not _is_inside(other, outer)), name)
-
-
-def task_type(model: nn.Module) -> TaskType | None:
-    """SEQ_CLS for a model with a sequence classification head: PEFT leaves heads alone there."""
-    names = [cls.__name__ for cls in type(model).__mro__]
-    classifier = any(name.endswith("ForSequenceClassification") for name in names)
-    return TaskType.SEQ_CLS if classifier else None
+    wanted = [target_parameters] if isinstance(target_parameters, str) else target_parameters or []
+    if wanted == [ALL_EXPERTS]:
+        found = expert_tensors(model)
+        parts = target_modules.split("+") if isinstance(target_modules, str) else [""]
+        if set(parts) <= set(PARTS):
+            part_of = model_parts(model)
+            found = {name: shape for name, shape in found.items() if part_of[name] in parts}
+        matched = [ALL_EXPERTS] if found else []
+    else:
+        found, stacked, matched = {}, stacked_tensors(model), []
+        for name, shape in stacked.items():
+            keys = [key for key in wanted if f".{name}".endswith(f".{key}")]
+            found |= {name: shape} if keys else {}
+            matched += keys
+    for key in wanted:
+        if key not in matched:
+            near = difflib.get_close_matches(key, stacked_tensors(model), cutoff=0.3)
+            near = near or list(expert_tensors(model))[:3]
+            raise InputError(
+                f"target_parameters={target_parameters!r}: {key!r} matches no 3-D parameter; "
+                f"nearest names: {', '.join(near) or 'the model has none'}"
+            )
+    if exclude_modules is None:
+        return found
+    lora = LoraConfig(target_modules=exclude_modules)
+    kept = {}
+    for name, shape in found.items():
+        owner = name.rpartition(".")[0]
+        if not any(check_target_module_exists(lora, each) for each in (name, owner)):
+            kept[name] = shape
+    return kept
 
 
 def match_saved_modules(model: nn.Module, modules_to_save: list[str] | None) -> list[str]:
@@ -122,15 +122,23 @@ def match_saved_modules(model: nn.Module, modules_to_save: list[str] | None) -> 
                 f"modules_to_save={modules_to_save!r}: {key!r} matches no module; nearest names: "
                 f"{', '.join(near)}"
             )
-    keys = [*(modules_to_save or ()), *(SEQ_CLS_HEAD_NAMES if task_type(model) else ())]
-    fresh = _fresh(model)
-    matched = [name for name in names if name.endswith(tuple(keys)) or name in fresh]
-    return [name for name in matched if not any(_is_inside(name, outer) for outer in matched)]
+    keys, whole = tuple(modules_to_save or ()), {*heads(model), *_fresh(model)}
+    matched = [name for name in names if (keys and name.endswith(keys)) or name in whole]
+    check_names("modules_to_save", matched)
+    inside = [n for n in matched if any(n != outer and within(n, outer) for outer in matched)]
+    return [name for name in matched if name not in inside]
+
+
+def outside(names: Collection[str], outer: Collection[str]) -> list[str]:
+    """Those of the names that are not of a module in `outer`, nor inside one."""
+    inside = tuple(f"{name}." for name in outer)
+    return [name for name in names if not f"{name}.".startswith(inside)]
 
 
 def check_unshared(model: nn.Module, names: Collection[str]) -> None:
-    """No module in `names` holds a weight that another module of the model holds as well, as tied
-    embeddings do: an adapter is of one module, but merged into the weight it would change both.
+    """No module, or parameter of experts, in `names` holds a weight that another module of the
+    model holds as well, as tied embeddings do: an adapter is of one module, but merged into the
+    weight it would change both.
 
     Raises:
         InputError: one does.
@@ -141,8 +149,10 @@ def check_unshared(model: nn.Module, names: Collection[str]) -> None:
             holders.setdefault(id(parameter), []).append(name)
     modules = dict(model.named_modules())
     for name in names:
-        for parameter in modules[name].parameters(recurse=False):
-            others = [other for other in holders[id(parameter)] if other != name]
+        owner = name if name in modules else name.rpartition(".")[0]
+        held = modules[owner].parameters(recurse=False)
+        for parameter in held if owner == name else [model.get_parameter(name)]:
+            others = [other for other in holders[id(parameter)] if other != owner]
             if others:
                 raise InputError(
                     f"target_modules: {name} shares a weight with {others[0]}, where a merged "
@@ -164,7 +174,7 @@ def check_fresh(model: PeftModel, source: str) -> None:
     modules = base.named_modules()
     saved = [name for name, module in modules if isinstance(module, ModulesToSaveWrapper)]
     for name in _fresh(base):
-        if not any(name == outer or _is_inside(name, outer) for outer in saved):
+        if not any(within(name, outer) for outer in saved):
             raise InputError(
                 f"{source}: the model's checkpoint has no weights for {name}, and modules_to_save "
                 "does not name it; search and finetune with this model anew"
@@ -185,23 +195,31 @@ def check_matches(
         InputError: it does not.
     """
     names = [name for name, _ in model.named_modules()]
-    _check_keys(lora_config, wanted, names)
+    parameters = lora_config.target_parameters or []
+    _check_keys(lora_config, [*names, *parameters])
+    targets = {name for name in names if check_target_module_exists(lora_config, name)}
+    have = [name for name, _ in model.named_parameters()]
+    for key in parameters:
+        hits = [name for name in have if f".{name}".endswith(f".{key}")]
+        if hits != [key]:
+            raise InputError(
+                f"genotype: the parameter {key!r} is {len(hits)} in the model, not one"
+            )
+        targets.add(key if key in wanted else key.removesuffix(".weight"))
+    if targets != set(wanted):
+        raise InputError(
+            f"genotype: target_modules matches {len(targets)} modules, not {len(wanted)}"
+        )
     _check_saved(saved, names)
 
 
-def _check_keys(lora_config: LoraConfig, wanted: Collection[str], names: list[str]) -> None:
-    """Every key of the patterns matches exactly one module, as PEFT matches them."""
+def _check_keys(lora_config: LoraConfig, names: list[str]) -> None:
+    """Every key of the patterns matches exactly one name, as PEFT matches them."""
     for key in lora_config.rank_pattern:
         compiled = re.compile(rf"(.*\.)?({key})$")
         hits = [name for name in names if compiled.match(name)]
         if len(hits) != 1:
             raise InputError(f"genotype: the pattern {key!r} matches {len(hits)} modules, not one")
-    compiled = re.compile(lora_config.target_modules)
-    targets = [name for name in names if compiled.fullmatch(name)]
-    if set(targets) != set(wanted):
-        raise InputError(
-            f"genotype: target_modules matches {len(targets)} modules, not {len(wanted)}"
-        )
 
 
 def _check_saved(saved: list[str], names: list[str]) -> None:
@@ -229,3 +247,18 @@ def _raise_no_match(model: nn.Module, names: list[str], target_modules, exclude_
         f"{given}: matches no module; nearest names: {', '.join(dict.fromkeys(near or known))}; "
         f"parts of this model: {', '.join(parts)}"
     )
+
+
+def current_names(names: Collection[str], modules: Collection[str], model: nn.Module) -> list[str]:
+    """`names`; those that are not in `modules` renamed as transformers renames old checkpoints."""
+    renamings = []
+    if not set(modules) >= set(names) and isinstance(model, PreTrainedModel):
+        renamings = get_model_conversion_mapping(model)
+    current = []
+    for name in names:
+        for renaming in renamings:
+            if name in modules:
+                break
+            name, _ = renaming.rename_source_key(name)
+        current.append(name)
+    return current

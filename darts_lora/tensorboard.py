@@ -7,10 +7,10 @@ import os
 import time
 from typing import Any
 
-import torch
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from darts_lora.cli import command
 from darts_lora.genotype import Genotype
 from darts_lora.images import probability_image, rank_image
 from darts_lora.records import layer_parts
@@ -80,7 +80,7 @@ class SearchViews:
         names, candidates = list(self.supernet.layers), self.supernet.config.ranks
         alpha = self.supernet.alpha.detach().float().cpu()
         probabilities = alpha.softmax(-1)
-        ranks = (probabilities * torch.tensor(candidates)).sum(-1).tolist()
+        ranks = (probabilities * self.supernet.layer_ranks).sum(-1).tolist()
         expected = dict(zip(names, ranks, strict=True))
         image = probability_image(names, probabilities, candidates)
         self.writer.add_image("alpha/probability", image, step, dataformats="HWC")
@@ -120,7 +120,7 @@ class SearchViews:
             f"{adapted} of {len(genotype.ranks)} layers adapted, "
             f"{genotype.num_parameters:,} trainable parameters.\n\n"
             f"{verdict_text(genotype.found_by['verdict'])}\n\n"
-            f"Next: `accelerate launch recipes/finetune.py --genotype {path}`"
+            f"Next: `{command('finetune', genotype=path)}`"
         )
 
     def close(self) -> None:

@@ -1,5 +1,5 @@
-"""How much each of several batches counts: by its learnt tokens, as in transformers' Trainer.
-Not here: which tokens are learnt (collator.py), nor the loss itself."""
+"""A transformers model's loss, and how much each of several batches counts: by its learnt tokens,
+as in transformers' Trainer. Not here: which tokens are learnt (collator.py)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,26 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from darts_lora.collator import IGNORED
+from darts_lora.errors import InputError
+
+
+def model_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The loss that a transformers model computes from a batch with labels.
+
+    Raises:
+        InputError: the batch is no mapping of inputs, or the model gives no loss.
+    """
+    output = model(**batch) if isinstance(batch, Mapping) else batch
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if loss is None:
+        what = f"a model gives no loss ({type(output).__name__})"
+        if output is batch:
+            what = f"a batch is a {type(batch).__name__}, no dict of a transformers model's inputs"
+        raise InputError(f"loss_fn: {what}; give loss_fn, (model, batch) -> loss, or labels")
+    return loss
 
 
 def learnt_tokens(batch: Any) -> Tensor | None:

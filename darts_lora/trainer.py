@@ -4,6 +4,7 @@ Not here: our own loop (search.py), nor a finetune (finetune.py)."""
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -81,6 +82,13 @@ class RankSearchCallback(TrainerCallback):
                 f"({', '.join(map(str, trainer.eval_dataset))}); give the one to train alpha on"
             )
         check_distribution(trainer.accelerator)
+        packed = [n for n in ("packing", "padding_free") if getattr(trainer.args, n, False)]
+        if packed and supernet.config.sampling == "example" and supernet.relaxation != "softmax":
+            warnings.warn(
+                f"{packed[0]}=True: a row holds many conversations, which all see the same draw of "
+                "ranks; without it each has a draw of its own, and alpha learns from more of them",
+                stacklevel=2,
+            )
         self.trainer, self.supernet, self.loss_fn = trainer, supernet, loss_fn
         self.genotype: Genotype | None = None
         trainer.add_callback(self)

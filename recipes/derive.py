@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from darts_lora import Genotype, InputError, discretize
-from darts_lora.cli import run
+from darts_lora.bounds import check_bounds
+from darts_lora.cli import command, run
 from darts_lora.tables import show
 
 
@@ -28,6 +29,9 @@ class DeriveRun:
     output: str | None = None
     """File for the new genotype; default: genotype_<choice>.json in search_dir."""
 
+    def __post_init__(self):
+        check_bounds(self, above={"budget_rank": 0.0, "budget_parameters": 0})
+
 
 def main(options: DeriveRun) -> None:
     """Derive another genotype from a search: another budget, or the argmax."""
@@ -46,7 +50,7 @@ def main(options: DeriveRun) -> None:
     output = options.output or os.path.join(options.search_dir, f"genotype_{_choice(options)}.json")
     genotype.save(output)
     show(genotype)
-    print(f"Genotype: {output}. Next: accelerate launch recipes/finetune.py --genotype {output}")
+    print(f"Genotype: {output}. Next: {command('finetune', genotype=output)}")
 
 
 def _choice(options: DeriveRun) -> str:

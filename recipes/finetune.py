@@ -6,7 +6,7 @@ accelerate launch recipes/finetune.py --init inherit        # from the searched 
 accelerate launch recipes/finetune.py --rank 4 --output_dir runs/uniform4    # a baseline
 """
 
-from darts_lora.cli import is_main_process, rights, run, save_config
+from darts_lora.cli import command, is_main_process, run
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
 from darts_lora.finetune import FinetuneConfig, finetune
 
@@ -22,12 +22,10 @@ def main(
         print(f"Model {model.model_name_or_path}, data {data.dataset}", flush=True)
     _, record = finetune(options, model, data, training)
     if is_main_process():
-        save_config(options.output_dir, options, model, data, training)
         print(
             f"{record['trainable_parameters']:,} trainable parameters, loss {record['loss']:.4f} "
             f"after {record['steps']} steps ({record['seconds']:.0f} s); adapter in "
-            f"{options.output_dir}\nNext: accelerate launch recipes/evaluate.py "
-            f"--adapter {options.output_dir}{rights(model)}"
+            f"{options.output_dir}\nNext: {command('evaluate', model, adapter=options.output_dir)}"
         )
 
 

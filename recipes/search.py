@@ -4,7 +4,6 @@ Not here: any step of the search (darts_lora/search.py)."""
 import hashlib
 import json
 import os
-import shlex
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,14 +11,23 @@ from accelerate import Accelerator
 from transformers import set_seed
 
 from darts_lora import RankSearch, SearchConfig, Supernet
-from darts_lora.cli import is_main_process, rights, run, save_config
+from darts_lora.cli import command, is_main_process, run, save_config
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
-from darts_lora.data import load_splits, make_collator, search_dataloaders, split_record
+from darts_lora.data import (
+    checked_rows,
+    how_tested,
+    load_splits,
+    make_collator,
+    rows_read,
+    search_dataloaders,
+    split_record,
+)
 from darts_lora.files import check_writable, locked, write_json
 from darts_lora.finetune import FinetuneConfig, check_finetune, finetune
 from darts_lora.launch import check_launch
-from darts_lora.models import load_model, model_identity
-from darts_lora.resume import check_start, placeless
+from darts_lora.models import load_model
+from darts_lora.resume import check_start, placeless, remove_search
+from darts_lora.sources import load_source
 from darts_lora.tables import show, show_batch, show_supernet
 from darts_lora.verdict import verdict_text
 
@@ -74,10 +82,14 @@ def _search(
     training: TrainingConfig,
 ) -> None:
     collator = make_collator(model, data)
-    splits = load_splits(data)
-    supervised = {name: collator.check(split) for name, split in splits.items()}
+    source = load_source(data)
+    splits, supervised, reads = load_splits(data, source=source), {}, rows_read(training)
+    for name, split in splits.items():
+        splits[name], supervised[name] = checked_rows(split, collator, data, reads)
     set_seed(search.seed)  # a classification head may be new
-    supernet = Supernet(load_model(model), search)
+    base = load_model(model)
+    collator.limits.of_model(base)
+    supernet = Supernet(base, search)
     loaders = search_dataloaders(splits, collator, training, search.seed)
     if options.dry_run:
         if is_main_process():
@@ -97,34 +109,38 @@ def _search(
     if options.resume:
         rank_search.resume()
     if accelerator.is_main_process:
+        if not options.resume:
+            remove_search(options.output_dir)
         save_config(options.output_dir, search, model, data, training)
         write_json(os.path.join(options.output_dir, "split.json"), rows)
     _describe(accelerator, supernet, splits, supervised)
+    accelerator.print(how_tested(source, data))
     genotype = rank_search.run()
     path = os.path.join(options.output_dir, "genotype.json")
     if accelerator.is_main_process:
         show(genotype)
         print(verdict_text(genotype.found_by["verdict"]))
+    following = command("finetune", model, genotype=path)
     if options.finetune_dir is not None:
         del rank_search
         accelerator.free_memory()
         config = FinetuneConfig(path, output_dir=options.finetune_dir, seed=search.seed)
         finetune(config, model, data, training, supernet)
-        command = f"recipes/evaluate.py --adapter {shlex.quote(options.finetune_dir)}"
-    else:
-        command = f"recipes/finetune.py --genotype {shlex.quote(path)}"
+        following = command("evaluate", model, adapter=options.finetune_dir)
     if accelerator.is_main_process:
-        print(f"Genotype: {path}. Next: accelerate launch {command}{rights(model)}")
+        print(f"Genotype: {path}. Next: {following}")
 
 
 def _course(
     model: ModelConfig, data: DataConfig, rows: dict[str, Any], training: TrainingConfig
 ) -> dict[str, Any]:
     """What a resumed search must share of model and data, and a name of the split into rows."""
-    # a longer row than max_length is an error, no shorter batch
-    free = ("gradient_checkpointing", "trust_remote_code", "max_test_samples", "max_length")
+    free = ("gradient_checkpointing", "trust_remote_code", "max_test_samples", "max_image_pixels")
+    if data.on_long_row != "truncate":  # a longer row is an error, or left out: no shorter batch
+        free += ("max_length",)
     options = {n: v for n, v in {**asdict(model), **asdict(data)}.items() if n not in free}
-    options["model_name_or_path"] = model_identity(model)
+    # the weights are compared as they were loaded
+    options["model_name_or_path"] = placeless(model.model_name_or_path)
     if not data.streaming:  # else nothing tells the rows but where they are
         options |= {name: placeless(options[name]) for name in ("dataset", "data_files")}
     if data.streaming:  # workers share a stream's files: their number decides the order

@@ -119,6 +119,8 @@ DAMAGES = {
     "no state": lambda folder: (folder / "state.pt").unlink(),
     "no record": lambda folder: (folder / "checkpoint.json").unlink(),
     "half a record": lambda folder: os.truncate(folder / "checkpoint.json", 30),
+    "a record without end": lambda folder: (folder / "checkpoint.json").write_text("[" * 100_000),
+    "of another release": lambda folder: rewrite(folder / "checkpoint.json", format=0),
     "another record": lambda folder: (folder / "checkpoint.json").write_text("[1]"),
     "another option": lambda folder: rewrite(folder / "checkpoint.json", options={"seed": 1}),
 }
@@ -139,6 +141,23 @@ def test_the_one_before_a_damaged_one_is_used_with_one_warning(tmp_path, damage)
     with pytest.warns(UserWarning, match=r"step-0000002 .*going on from .*step-0000001$") as told:
         assert load_checkpoint(str(tmp_path))[0]["step"] == 1
     assert len(told) == 1
+
+
+def test_what_is_not_of_a_search_is_left_alone_and_a_link_is_followed_but_not_removed(tmp_path):
+    place, other = tmp_path / "checkpoints", tmp_path / "another disk"
+    save(tmp_path, 1, 2)
+    os.rename(place / "step-0000001", other)
+    (place / "step-0000001").symlink_to(other)
+    (place / "step-0000002" / "notes.txt").write_text("mine")
+    (place / "step-0000009").write_text("a file")
+    (place / "step-0000002.bak").mkdir()
+    assert names(tmp_path) == ["step-0000001", "step-0000002"]
+    save(tmp_path, 3, 4)
+    assert load(tmp_path)[0]["step"] == 4
+    assert sorted(os.listdir(other)) == ["checkpoint.json", "state.pt"]
+    assert not (place / "step-0000001").is_symlink()
+    assert os.listdir(place / "step-0000002") == ["notes.txt"]
+    assert {"step-0000009", "step-0000002.bak"} <= {*os.listdir(place)}
 
 
 def test_none_there_or_none_whole(tmp_path):

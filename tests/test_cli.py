@@ -1,15 +1,21 @@
 """The command line of the recipes: where a value comes from, and how bad ones are told.
 Not here: bounds of single options (test_config.py), nor the recipes themselves (recipes/)."""
 
+import io
+import re
+import shlex
 import sys
+import time
 from dataclasses import dataclass
 
 import pytest
 import torch
+from tqdm import tqdm
 
-from darts_lora.cli import load_config, parse, rights, run, save_config
+from darts_lora.cli import command, load_config, parse, run, save_config
 from darts_lora.config import DataConfig, ModelConfig, SearchConfig, TrainingConfig
 from darts_lora.errors import InputError
+from darts_lora.interruption import PeerLostError
 
 
 @dataclass
@@ -97,8 +103,8 @@ def test_a_right_is_not_inherited_from_the_run_before(tmp_path, written):
     own = tmp_path / "own.yaml"
     own.write_text("trust_remote_code: true\n")
     _, model = parse([*before, "--config", str(own)], Folder, ModelConfig, previous="folder")
-    assert model.trust_remote_code and rights(model) == " --trust_remote_code"
-    assert rights(ModelConfig()) == ""
+    assert model.trust_remote_code and command("x", model).endswith("x.py --trust_remote_code")
+    assert command("x", ModelConfig()).endswith("x.py")
 
 
 def test_a_lack_of_memory_is_told_in_one_line_wherever_it_shows(monkeypatch, capsys):
@@ -236,17 +242,77 @@ def test_a_broken_config_of_the_run_before(tmp_path, text):
         parse(["--source", str(tmp_path)], Own, TrainingConfig, previous="source")
 
 
-@pytest.mark.parametrize(("rank", "printed"), [("0", "error: it is not there\n"), ("1", "")])
-def test_an_error_is_one_line_of_the_main_process_and_status_2(monkeypatch, capsys, rank, printed):
-    def main(own):
-        raise InputError("it is not there")
+@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("kind", [InputError, PeerLostError])
+def test_an_error_is_one_line_and_status_2_of_the_process_that_met_it(
+    monkeypatch, capsys, rank, kind
+):
+    """What all processes meet, the first one says at once, and the launcher ends the others while
+    they wait; what another one met alone, it says itself."""
 
+    def main(own):
+        raise kind("it is not there")
+
+    waited = []
     monkeypatch.setattr(sys, "argv", ["recipe.py"])
     monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(time, "sleep", waited.append)
     with pytest.raises(SystemExit) as status:
         run(main, Own)
     assert status.value.code == 2
-    assert capsys.readouterr().err == printed
+    assert capsys.readouterr().err == "error: it is not there\n"
+    assert bool(waited) == (rank == "1" or kind is PeerLostError)
+
+
+def test_what_a_file_says_cannot_make_a_second_line_or_move_the_cursor(monkeypatch, capsys):
+    def main(own):
+        raise InputError("x\nerror: all is well\x1b[2J\u202e\u2028" + "y" * 10**6 + "; lower it")
+
+    monkeypatch.setattr(sys, "argv", ["recipe.py"])
+    with pytest.raises(SystemExit):
+        run(main, Own)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: x\\nerror: all is well\\x1b[2J\\u202e\\u2028yyy")
+    assert len(line) < 2100 and line.endswith("yyy; lower it")
+
+
+def test_an_error_stands_on_a_line_of_its_own_behind_a_bar(monkeypatch, capsys):
+    def main(own):
+        bar = tqdm(total=8, file=sys.stderr)
+        bar.update(4)
+        raise InputError("the disk is full")
+
+    monkeypatch.setattr(sys, "argv", ["recipe.py"])
+    with pytest.raises(SystemExit):
+        run(main, Own)
+    assert capsys.readouterr().err.endswith("\nerror: the disk is full\n")
+
+
+def test_an_interrupt_outside_of_a_loop_is_one_line_and_status_130(monkeypatch, capsys):
+    def main(own):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["recipe.py"])
+    with pytest.raises(SystemExit) as status:
+        run(main, Own)
+    assert status.value.code == 130
+    assert capsys.readouterr().err == "SIGINT: ended before its end\n"
+
+
+def test_a_terminal_without_a_character_shows_another(monkeypatch):
+    def main(own):
+        print("a▁b\udcff")
+        raise InputError("c▁d\udcff")
+
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="ascii") for _ in range(2))
+    monkeypatch.setattr(sys, "argv", ["recipe.py"])
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    with pytest.raises(SystemExit) as status:
+        run(main, Own)
+    out.flush()
+    assert status.value.code == 2 and out.buffer.getvalue() == b"a?b?\n"
+    assert err.buffer.getvalue() == b"error: c\\u2581d\\udcff\n"
 
 
 def test_help_shows_every_option_with_its_default(monkeypatch, capsys):
@@ -262,3 +328,29 @@ def test_help_shows_every_option_with_its_default(monkeypatch, capsys):
         assert part in text
     for name in TrainingConfig.__dataclass_fields__:
         assert f"--{name} " in text
+
+
+@pytest.mark.parametrize("path", ["runs/a", "my run/a", "it's", "$HOME/`x`", "a;b"])
+def test_a_printed_command_is_made_of_whole_words(path):
+    words = shlex.split(command("finetune", ModelConfig(trust_remote_code=True), genotype=path))
+    assert words[:3] == ["accelerate", "launch", "recipes/finetune.py"]
+    assert words[3:] == ["--genotype", path, "--trust_remote_code"]
+
+
+@pytest.mark.parametrize("args", [["--help"], ["-h"], ["--dataset", "mine", "--help"]])
+def test_help_says_which_options_are_in_force_in_place_of_its_defaults(
+    monkeypatch, tmp_path, capsys, args
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "embedded.yaml").write_text("split_seed: 7\n")
+    monkeypatch.setattr(sys, "argv", ["recipe.py", *args])
+    for options, wanted in (
+        ({"default_config": "embedded.yaml"}, "embedded.yaml are in force .*: split_seed: 7"),
+        ({"previous": "folder"}, "the options in the config.yaml beside --folder are in force"),
+    ):
+        with pytest.raises(SystemExit):
+            run(lambda *_: None, Folder, DataConfig, **options)
+        text = " ".join(capsys.readouterr().out.split())
+        assert re.search(wanted, text)
+        shown = re.search(r"Seed of the split .*?\(type: int, default: (\d+)\)", text)
+        assert shown[1] == "0", "the field's own"

@@ -16,7 +16,7 @@ from darts_lora.data import load_splits
 from darts_lora.errors import InputError
 from darts_lora.label_collator import LabelCollator
 from darts_lora.models import load_model, load_processor
-from darts_lora.rows import ROW
+from darts_lora.places import ROW
 from small_models import make_tokenizer, vision_model, vision_processor, vision_rows
 
 CONTENT = (
@@ -224,8 +224,8 @@ def test_the_embedded_rows_marks_and_prefixes_agree():
     rows = [load_splits(DataConfig())["train"][i] for i in (0, 1, 5, 9)]
     collator = Collator(load_processor(ModelConfig()))
     batch = collator(rows)
-    assert "{% generation %}" in collator.chat_template
-    collator.chat_template = re.sub(r"\{% (end)?generation %\}", "", collator.chat_template)
+    assert "{% generation %}" in collator.template.source
+    collator.template.source = re.sub(r"\{% (end)?generation %\}", "", collator.template.source)
     assert torch.equal(collator(rows)["labels"], batch["labels"])
     image = collator.processor.image_token_id
     assert (batch["input_ids"] == image).any() and not (batch["labels"] == image).any()
@@ -370,7 +370,7 @@ def test_padding_is_masked_where_it_is_the_end_token_too():
 @pytest.mark.parametrize(
     ("longest", "context", "text"),
     [(8, None, "max_length=8; .*, or raise max_length$"), (8, 20, "max_length=8; .* max_length$"),
-     (20, 8, "the model takes 8; shorten or leave out the row$")],
+     (20, 8, r"the model takes 8; shorten or leave out .* \(on_long_row: .* skip\)$")],
 )  # fmt: skip
 def test_what_limits_a_row_is_named(longest, context, text):
     label = {"text": "a " * 9, "label": 0, ROW: 2}
@@ -396,3 +396,26 @@ def test_a_check_of_nothing_and_of_the_first_rows():
     with pytest.raises(InputError, match="10 tokens, max_length=8"):
         collator.check(iter([good] * 249 + [bad]))
     assert collator.check(iter([good, bad]), limit=10) == pytest.approx(2 / 6)
+
+
+def test_each_image_is_decoded_once_for_all_that_is_made_of_its_row(tmp_path, monkeypatch):
+    rows = []
+    for i, row in enumerate(vision_rows(3)):
+        row["image"].save(tmp_path / f"{i}.png")
+        rows.append({"messages": row["messages"], "image": str(tmp_path / f"{i}.png")})
+    collator, opened, open_ = Collator(vision_processor()), [], Image.open
+    monkeypatch.setattr(Image, "open", lambda file: opened.append(file) or open_(file))
+    collator(rows)
+    assert len(opened) == 3
+    collator.evaluation(rows)
+    assert len(opened) == 6
+
+
+def test_labels_that_nobody_asked_for_are_refused():
+    row = {"text": "a b", "label": 1, ROW: 3}
+    asked = Collator(make_tokenizer(TEMPLATE), refuse_labels=True)
+    for read in (asked, asked.check):
+        with pytest.raises(InputError, match=r"^row 3, column 'label': .*task=classification"):
+            read([row])
+        read([{"text": "a b", "label": None}, {"prompt": "a", "completion": "b", "label": 1}])
+    Collator(make_tokenizer(TEMPLATE))([row])

@@ -80,3 +80,16 @@ def test_every_scheduler_warms_up(kind, warmup):
         scheduler.step()
     assert rates[: warmup + 1] == [step / warmup if warmup else 1.0 for step in range(warmup + 1)]
     assert (rates[-1] == 1) == (kind == "constant")
+
+
+@pytest.mark.parametrize("value", [1e300, 10**400, float("inf"), float("nan")])
+def test_numbers_that_nothing_can_be_computed_with_are_refused(value):
+    for make in (
+        lambda: TrainingConfig(learning_rate=value),
+        lambda: SearchConfig(temperature=(value, value)),
+        lambda: SearchConfig(scaling=value),
+        lambda: TrainingConfig(max_steps=value),
+    ):
+        with pytest.raises(InputError) as error:
+            make()
+        assert len(str(error.value)) < 400

@@ -3,6 +3,7 @@ Not here: what a row is (test_rows.py), and becomes (test_collator.py)."""
 
 import json
 import random
+import re
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -18,6 +19,7 @@ from darts_lora import RankSearch, SearchConfig, Supernet
 from darts_lora.collator import Collator
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
 from darts_lora.data import (
+    how_tested,
     load_splits,
     make_collator,
     make_dataloader,
@@ -28,7 +30,9 @@ from darts_lora.data import (
 )
 from darts_lora.errors import InputError
 from darts_lora.models import load_processor
-from darts_lora.rows import ROW, SOURCE, row_images, row_prompt
+from darts_lora.places import ROW, SOURCE
+from darts_lora.rows import row_images, row_prompt
+from darts_lora.sources import load_source
 from darts_lora.stream import BatchStream
 from small_models import residual
 
@@ -71,7 +75,7 @@ def test_the_embedded_splits_are_disjoint_and_the_same_each_time():
     indices = row_numbers(splits)
     total = len(indices["train"]) + len(indices["validation"])
     assert sorted(indices["train"] + indices["validation"]) == list(range(total))
-    assert len(indices["validation"]) == round(0.3 * total)
+    assert len(indices["validation"]) == pytest.approx(0.3 * total, abs=1), "whole images"
     assert row_numbers(load_splits(DataConfig(), NAMES)) == indices
     assert row_numbers(load_splits(DataConfig(split_seed=1)))["train"] != indices["train"]
 
@@ -174,8 +178,8 @@ def test_prompts_that_cannot_be_split_are_refused(tmp_path):
         return DataConfig("json", write(tmp_path / "rows.jsonl", rows))
 
     few = config(*["p"] * 19, "q")
-    with pytest.raises(InputError, match=r"split_by='prompt': the 20 rows have 2 prompts, .*"
-                       r"validation_fraction=0\.3; use split_by=row"):  # fmt: skip
+    wanted = r"split_by='image': the 20 rows have 2 images or prompts, .*validation_fraction=0\.3; "
+    with pytest.raises(InputError, match=wanted + "use split_by=prompt or row"):
         load_splits(few)
     for possible in (
         replace(few, split_by="row"),
@@ -221,12 +225,20 @@ def test_missing_files_are_named(source):
             load_splits(DataConfig("json", files))
 
 
+def test_the_embedded_data_leave_nothing_in_the_temporary_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert load_splits(DataConfig())["train"].num_rows > 5000
+    assert not list(tmp_path.iterdir())
+
+
 def test_missing_columns_are_named_with_those_found(tmp_path):
     path = write(tmp_path / "rows.jsonl", [{"question": "q", "completion": "a"}] * 4)
     rows = load_splits(DataConfig("json", path))["train"]
     with pytest.raises(InputError) as error:
         Collator(load_processor(ModelConfig())).check(rows)
-    assert f"{path}, row {rows[0][ROW]}: needs the columns messages, or prompt" in str(error.value)
+    first = rows[0][ROW]
+    assert str(error.value).endswith("; so it is in all 3 rows")
+    assert f"{path}:{first + 1}, row {first}: needs the columns messages, or" in str(error.value)
     assert "found: question, completion" in str(error.value)
 
 
@@ -571,3 +583,13 @@ def test_a_stream_reads_only_what_is_taken(stream, tmp_path):
     assert len(list(islice(rows, 100))) == 100
     with pytest.raises(InputError, match="cannot be read after 300 rows"):
         numbers(rows)
+
+
+def test_how_a_model_will_be_tested_is_told_before_the_search(tmp_path, data_folder):
+    both, train = DataConfig(data_folder), DataConfig(data_folder, {"train": "train.parquet"})
+    for config, wanted in (
+        (both, "^test: evaluate.py takes the split 'test'$"),
+        (replace(both, test_split=None), "^test: 10% of the rows are held back for evaluate.py$"),
+        (train, "no split 'test' \\(only train\\); --test_split null holds 10% of the rows back"),
+    ):
+        assert re.search(wanted, how_tested(load_source(config), config))

@@ -3,6 +3,7 @@ Not here: what a genotype can do (test_genotype.py)."""
 
 import itertools
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -196,3 +197,21 @@ def test_the_verdict_of_a_derived_genotype_is_of_its_own_ranks():
     assert verdict["chosen_parameters"] == derived.num_parameters <= 4 * 32
     assert verdict["budget_parameters"] == 4 * 32 and verdict["learnt"]
     assert searched.found_by["verdict"]["budget_parameters"] == supernet.budget
+
+
+def test_a_file_does_not_decide_how_much_memory_is_taken():
+    """Ranks between the candidates are choices as well, up to the largest, of all layers."""
+    names = [f"layers.{i}" for i in range(1000)]
+    genotype = Genotype(
+        dict.fromkeys(names, 0),
+        shapes=dict.fromkeys(names, (2**20, 2**20)),
+        candidates=[0, 2**16],
+        branches="nested",
+        probabilities={name: [0.5, 0.5] for name in names},
+        found_by={"budget_parameters": 2**20},
+    )
+    with pytest.raises(InputError, match=r"candidates: 1,000 layers with ranks up to 65,536 are"):
+        discretize(genotype, "proportional")
+    assert len(discretize(genotype, "budget").ranks) == 1000
+    with pytest.raises(InputError, match=r"ranks=\[0, 65537\]: must be at most 65536"):
+        replace(genotype, candidates=[0, 2**16 + 1])

@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from families import TEXT, WORDS, deberta, make_family
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from darts_lora import InputError
@@ -218,6 +219,59 @@ def test_rows_that_the_adapter_may_have_seen_are_not_held_back(
         return
     with pytest.raises(InputError, match=told):
         evaluate(options, base_config, replace(data, **wanted))
+
+
+def changed_adapter(adapter, folder, state=lambda state: state, **fields):
+    """A copy of the adapter with other fields, or other weights."""
+    shutil.copytree(adapter[0], folder, ignore=shutil.ignore_patterns("evaluation.json"))
+    path, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    save_file(state(load_file(weights)), weights)
+    return EvaluateConfig(str(folder), exact_match=False)
+
+
+def with_a_layer_more(state):
+    name = next(name for name in state if ".layers.0." in name)
+    return {**state, name.replace(".layers.0.", ".layers.9."): state[name].clone()}
+
+
+@pytest.mark.parametrize("part", ["targets", "layers"])
+def test_an_adapter_is_evaluated_as_a_whole_or_not_at_all(
+    adapter, base_config, data, tmp_path, part
+):
+    """PEFT loads what fits, and drops the rest without a word."""
+    if part == "targets":
+        config = changed_adapter(adapter, tmp_path / "part", target_modules=["q_proj"])
+    else:
+        config = changed_adapter(adapter, tmp_path / "part", with_a_layer_more)
+    with pytest.raises(InputError, match=r"\d+ of its weights belong to no layer, first"):
+        evaluate(config, base_config, data)
+    assert not (tmp_path / "part" / "evaluation.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora"])
+def test_an_adapter_that_changes_its_base_has_no_base_beside_it(
+    adapter, base_config, data, tmp_path, kind
+):
+    config = changed_adapter(adapter, tmp_path / kind, init_lora_weights=kind)
+    with pytest.raises(InputError, match=r"changes the base model's weights .*compare_base false"):
+        evaluate(config, base_config, data)
+    assert evaluate(replace(config, compare_base=False), base_config, data).keys() == {"adapter"}
+
+
+def test_figures_that_cannot_be_written_are_given_all_the_same(
+    adapter, base_config, data, tmp_path, monkeypatch
+):
+    """As beside an adapter on a file system that is mounted read-only."""
+    config = changed_adapter(adapter, tmp_path / "adapter")
+
+    def refuse(path, _):
+        raise InputError(f"{path}: cannot be written (Read-only file system)")
+
+    monkeypatch.setattr("darts_lora.evaluate.write_json", refuse)
+    with pytest.warns(UserWarning, match=r"evaluation\.json: cannot be written \(Read-only"):
+        results = evaluate(config, base_config, data)
+    assert results["adapter"]["rows"] == 12
 
 
 @pytest.mark.parametrize("option", ["eval_batch_size", "max_new_tokens"])

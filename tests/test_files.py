@@ -5,13 +5,25 @@ import fcntl
 import itertools
 import json
 import os
+import resource
+import shutil
 import signal
 import time
 
 import pytest
 
 from darts_lora import InputError
-from darts_lora.files import check_writable, locked, write_into, write_json, write_text, write_whole
+from darts_lora.files import (
+    check_lock,
+    check_writable,
+    locked,
+    parse_json,
+    read_json,
+    write_into,
+    write_json,
+    write_text,
+    write_whole,
+)
 
 
 def test_what_is_written_is_read_back_and_nothing_else_is_left(tmp_path):
@@ -137,6 +149,20 @@ def test_a_writer_killed_while_it_replaces_a_folder_leaves_one_of_both(tmp_path,
     assert (place / "step-1" / "state").read_text() == left
 
 
+def test_a_writer_removes_what_a_dead_one_left_of_the_same_file_alone(tmp_path):
+    """Derive, evaluate and report hold no lock."""
+    dead = os.fork()
+    if dead == 0:
+        os._exit(0)
+    os.waitpid(dead, 0)
+    names = [f"record.darts_lora-tmp-{dead}", f"other.darts_lora-tmp-{dead}"]
+    names.append(f"record.darts_lora-tmp-{os.getppid()}")
+    for name in names:
+        (tmp_path / name).write_text("half")
+    write_text(tmp_path / "record", "whole")
+    assert sorted(os.listdir(tmp_path)) == sorted([*names[1:], "record"])
+
+
 def test_a_folder_that_cannot_be_locked_is_named(tmp_path):
     (tmp_path / "run.lock").mkdir()
     with pytest.raises(InputError) as error, locked(str(tmp_path)):
@@ -144,6 +170,10 @@ def test_a_folder_that_cannot_be_locked_is_named(tmp_path):
     assert str(error.value) == (
         f"output_dir='{tmp_path}': cannot be locked (run.lock: Is a directory)"
     )
+
+
+# what users keep beside a run, by names as these
+MINE = ("notes.tmp-mine", "genotype.json.old-1", "config.yaml.tmp-2", ".tmp", "a.tmpAbC123")
 
 
 def hold(folder, seconds, told):
@@ -170,13 +200,61 @@ def test_a_folder_is_held_by_one_live_run_and_free_when_it_was_killed(tmp_path):
     os.kill(other, signal.SIGKILL)
     os.waitpid(other, 0)
     (tmp_path / "checkpoints").mkdir()
-    for left in ("genotype.json.tmp-12", "checkpoints/step-0000003.tmp-12", "notes.tmp-mine"):
+    half = ("genotype.json.darts_lora-tmp-12", "checkpoints/step-0000003.darts_lora-tmp-12")
+    for left in (*half, ".tmpAbC123", ".write-test-7", *MINE):
         (tmp_path / left).write_text("half")
     with locked(str(tmp_path)), locked(str(tmp_path)):  # one run may hold it twice
-        assert sorted(os.listdir(tmp_path)) == ["checkpoints", "notes.tmp-mine", "run.lock"]
+        assert sorted(os.listdir(tmp_path)) == sorted(["checkpoints", "run.lock", *MINE])
         assert os.listdir(tmp_path / "checkpoints") == []
         assert f"process {os.getpid()} on" in (tmp_path / "run.lock").read_text()
-    assert sorted(os.listdir(tmp_path)) == ["checkpoints", "notes.tmp-mine"]
+    assert sorted(os.listdir(tmp_path)) == sorted(["checkpoints", *MINE])
+
+
+def test_a_run_whose_lock_was_removed_writes_no_more_and_leaves_the_other_one_its_own(tmp_path):
+    """Somebody removed the folder of a live run, and another began there."""
+    run, told = tmp_path / "run", "its run.lock was removed, and another run may be there now"
+    with locked(str(run)):
+        write_text(run / "below" / "record", "mine")
+        shutil.rmtree(run)
+        run.mkdir()
+        (run / "run.lock").write_text("another's")
+        for write in (write_text, check_lock):
+            with pytest.raises(InputError, match=told):
+                write(*[run / "below" / "record", "mine"][: 2 if write is write_text else 1])
+        write_text(tmp_path / "elsewhere", "mine")
+    assert os.listdir(run) == ["run.lock"] and (run / "run.lock").read_text() == "another's"
+
+
+def test_a_lock_that_no_byte_is_free_for_is_told(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4, hard))
+    try:
+        with (
+            pytest.raises(InputError, match=r"cannot be locked \(run\.lock: File too large"),
+            locked(str(tmp_path)),
+        ):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_what_cannot_be_removed_either_is_told_as_what_cannot_be_written(monkeypatch, tmp_path):
+    """As on a file system that is mounted read-only, where no file can be removed that is none."""
+
+    def refuse(*_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(os, "remove", refuse)
+    with pytest.raises(InputError, match=r"cannot be written \(Read-only file system\)"):
+        write_text(tmp_path / "record", "text")
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "9" * 30, "9" * 5000, "-" + "9" * 20])
+def test_numbers_that_are_too_large_are_no_json_of_ours(tmp_path, number):
+    (tmp_path / "record.json").write_text(f'{{"a": [{number}]}}')
+    with pytest.raises(InputError, match=r"cannot be read \(-?\d.* is too large a number\)"):
+        read_json(tmp_path / "record.json")
+    assert parse_json(b"[9223372036854775807, 1e308]") == [2**63 - 1, 1e308]
 
 
 def test_a_lock_on_a_file_that_was_removed_meanwhile_is_none(monkeypatch, tmp_path):

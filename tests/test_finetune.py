@@ -29,13 +29,14 @@ from darts_lora import (
     discretize,
 )
 from darts_lora import finetune as finetune_module
+from darts_lora.cli import load_config
 from darts_lora.collator import Collator
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
 from darts_lora.data import load_splits, split_record
 from darts_lora.finetune import FinetuneConfig, add_adapter, finetune
 from darts_lora.interruption import Stopped
 from darts_lora.models import load_model, load_processor
-from darts_lora.rows import ROW
+from darts_lora.places import ROW
 from small_models import randomise
 
 TRAINING = TrainingConfig(max_steps=3, batch_size=4, logging_steps=1, save_steps=2)
@@ -305,7 +306,7 @@ def test_one_process_uses_one_of_several_gpus(monkeypatch, genotype, base_config
 
     monkeypatch.setattr(Collator, "__call__", count)
     finetune(FinetuneConfig(genotype, output_dir=str(tmp_path)), base_config, data, TRAINING)
-    assert len(batches) >= 3 and set(batches) == {TRAINING.batch_size}
+    assert len(batches) >= 3 and set(batches) == {1, TRAINING.batch_size}, "1: of the check"
 
 
 def test_a_uniform_rank_uses_the_layers_of_the_genotype(genotype, base_config):
@@ -398,6 +399,9 @@ def test_searched_weights_that_do_not_fit(searched, base_config, tmp_path):
     path = tmp_path / "genotype.json"
     genotype.save(path)
     config = FinetuneConfig(str(path), init="inherit")
+    of_another = replace(genotype, found_by={"supernet_digest": "00"})
+    with pytest.raises(InputError, match=r"is of another search than the weights in '.*derive it"):
+        of_another.inherited_state(folder / "supernet.safetensors")
     with pytest.raises(InputError, match=r"searched weights .*supernet\.safetensors"):
         add_adapter(load_model(base_config), config, genotype)
     foreign = {}
@@ -423,14 +427,14 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_checkpoint(
 
 def faulty(monkeypatch, act, step):
     """Make a training that acts in step `step` (from 1)."""
-    calls, compute = itertools.count(1), finetune_module._Trainer.training_step
+    calls, compute = itertools.count(1), finetune_module.FinetuneTrainer.training_step
 
     def training_step(self, *args, **kwargs):
         if next(calls) == step:
             act()
         return compute(self, *args, **kwargs)
 
-    monkeypatch.setattr(finetune_module._Trainer, "training_step", training_step)
+    monkeypatch.setattr(finetune_module.FinetuneTrainer, "training_step", training_step)
 
 
 def test_a_finetune_that_is_asked_to_stop_saves_its_adapter(
@@ -454,6 +458,71 @@ def test_a_finetune_that_is_asked_to_stop_saves_its_adapter(
     assert held == [True] and not (tmp_path / "run.lock").exists()
 
 
+def test_what_is_asked_for_behind_the_last_step_waits_until_all_is_written(
+    monkeypatch, genotype, base_config, data, tmp_path
+):
+    write = finetune_module.write_into
+
+    def signalled(*args, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return write(*args, **options)
+
+    monkeypatch.setattr(finetune_module, "write_into", signalled)
+    config = FinetuneConfig(genotype, output_dir=str(tmp_path), pad_to_max=True)
+    finetune(config, base_config, data, replace(TRAINING, save_steps=0))
+    whole = {*finetune_module.RESULTS} - {"evaluation.json", "checkpoint"}
+    assert whole <= {*os.listdir(tmp_path)}
+
+
+@pytest.mark.parametrize("renamed", [0, 1, 3])
+def test_a_finetune_killed_while_it_is_written_leaves_nothing_of_the_one_before(
+    monkeypatch, genotype, base_config, data, tmp_path, renamed
+):
+    """Its files come one after the other; without the weights, the last, no recipe takes them."""
+    config = FinetuneConfig(genotype, output_dir=str(tmp_path), pad_to_max=True)
+    finetune(config, base_config, data, TRAINING)
+    adapter = "adapter_model.safetensors"
+    before = weights(tmp_path)
+    replace_file, calls = os.replace, itertools.count()
+
+    def killed(source, target):
+        last = os.path.dirname(target) == str(tmp_path) and "checkpoint" not in target
+        if last and next(calls) == renamed:
+            raise KeyboardInterrupt
+        return replace_file(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(replace(config, seed=1), base_config, data, TRAINING)
+    left = {*os.listdir(tmp_path)} & {*finetune_module.RESULTS} - {"checkpoint"}
+    assert adapter not in left
+    if "config.yaml" in left:
+        assert load_config(str(tmp_path / "config.yaml"))["seed"] == 1
+    if "padded" in left:
+        padded = weights(tmp_path / "padded")
+        assert any(not torch.equal(before[n][:2], padded[n][:2]) for n in before if "lora_B" in n)
+
+
+def test_a_tensorboard_that_cannot_write_is_left_out_with_one_warning(
+    monkeypatch, genotype, base_config, data, tmp_path
+):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    config = FinetuneConfig(genotype, output_dir=str(tmp_path / "full"))
+    with monkeypatch.context() as patch, pytest.warns(UserWarning) as told:
+        patch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", full)
+        finetune(config, base_config, data, TRAINING)
+    (tmp_path / "file").mkdir()
+    (tmp_path / "file" / "runs").write_text("a file where the folder would be")
+    with pytest.warns(UserWarning) as also:
+        finetune(replace(config, output_dir=str(tmp_path / "file")), base_config, data, TRAINING)
+    for warned in (told, also):
+        about = [str(w.message) for w in warned if "TensorBoard is left out" in str(w.message)]
+        assert len(about) == 1
+    assert weights(tmp_path / "full") and weights(tmp_path / "file")
+
+
 def test_a_finetune_without_memory_says_what_to_reduce(
     monkeypatch, genotype, base_config, data, tmp_path
 ):
@@ -464,6 +533,16 @@ def test_a_finetune_without_memory_says_what_to_reduce(
     config = FinetuneConfig(genotype, output_dir=str(tmp_path))
     with pytest.raises(InputError, match=r"^out of memory .*checkpoint has the last adapter"):
         finetune(config, base_config, data, TRAINING)
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "padded"])
+def test_a_folder_of_the_users_own_is_not_replaced(genotype, base_config, data, tmp_path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "notes.txt").write_text("mine")
+    config = FinetuneConfig(genotype, output_dir=str(tmp_path), pad_to_max=True)
+    with pytest.raises(InputError, match=rf"output_dir=.*has a folder '{name}' that holds no"):
+        finetune(config, base_config, data, TRAINING)
+    assert (tmp_path / name / "notes.txt").read_text() == "mine"
 
 
 def test_what_an_earlier_finetune_left_is_gone_when_another_trains(
@@ -491,20 +570,20 @@ def test_a_full_disk_at_the_end_is_told_and_leaves_no_half_adapter(
     monkeypatch, genotype, base_config, data, tmp_path
 ):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    train = finetune_module._Trainer.train
+    train = finetune_module.FinetuneTrainer.train
 
     def fill(self):
         train(self)
         resource.setrlimit(resource.RLIMIT_FSIZE, (6000, limits[1]))
 
-    monkeypatch.setattr(finetune_module._Trainer, "train", fill)
+    monkeypatch.setattr(finetune_module.FinetuneTrainer, "train", fill)
     config = FinetuneConfig(genotype, output_dir=str(tmp_path))
     try:
         with pytest.raises(InputError, match=r"adapter_model\.safetensors: cannot be written"):
             finetune(config, base_config, data, TRAINING)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert {*os.listdir(tmp_path)} - {"runs"} == {"checkpoint"}
+    assert {*os.listdir(tmp_path)} - {"runs"} == {"checkpoint", "config.yaml"}
 
 
 class Signalled:

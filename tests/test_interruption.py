@@ -4,6 +4,7 @@ Not here: a search that is ended by them (test_search.py), a finetune (test_fine
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import torch
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader
 
-from darts_lora import InputError
+from darts_lora import InputError, interruption
 from darts_lora.interruption import (
     Stopped,
     StopRequest,
@@ -41,6 +42,26 @@ def test_a_second_interrupt_is_not_held_back(request):
     with pytest.raises(KeyboardInterrupt), StopRequest():
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("asked", ["SIGTERM", "time"])
+def test_a_loop_that_does_not_come_back_is_ended(monkeypatch, asked):
+    """As one that waits for a batch in vain; what is written behind the loop is waited for."""
+    monkeypatch.setattr(interruption, "PATIENCE", 0.2)
+    child = os.fork()
+    if child == 0:
+        with StopRequest(None if asked == "SIGTERM" else 1e-9) as stop:
+            if asked == "SIGTERM":
+                os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(5):
+                time.sleep(0.1)  # steps that end, of which none takes long
+                stop.step()
+            if asked == "time":
+                threading.Event().wait(60)
+            stop.finish()
+            time.sleep(1)
+            os._exit(3)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (3 if asked == "SIGTERM" else 75)
 
 
 def test_the_time_is_over_after_so_many_minutes(monkeypatch):
@@ -143,6 +164,30 @@ def test_a_data_worker_that_dies_is_told():
     assert text.endswith(
         "lower num_workers if memory was short, 0 loads in the main process; all is kept"
     )
+
+
+def hand_over_nothing():
+    """As where shared memory is full: what is to be handed over cannot be pickled."""
+    return threading.Lock()
+
+
+def lose_a_descriptor():
+    """As where no file descriptor is left for the thread that hands them over."""
+    threading.Thread(target=lambda: sys.excepthook(OSError, OSError(24, "Too many"), None)).start()
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("act", [hand_over_nothing, lose_a_descriptor])
+def test_a_data_worker_that_cannot_hand_its_batch_over_is_told_and_not_waited_for(act):
+    own = {"multiprocessing_context": worker_context(1), "collate_fn": lambda rows: rows[0]}
+    text = read(act, batch_size=1, **own)
+    assert text.startswith("InputError: num_workers: a data worker could not hand its batch over: ")
+    assert "/dev/shm" in text and "ulimit -n" in text and text.endswith("; all is kept")
+
+
+def test_too_many_open_files_are_told_as_such():
+    with pytest.raises(InputError, match="ulimit -n"), told_as_input_errors():
+        raise OSError(24, "Too many open files")
 
 
 def test_bad_input_that_a_data_worker_found_is_one_line():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from families import TEXT
+from moe_models import make_moe
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -16,7 +17,7 @@ from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
 from darts_lora.data import load_splits, make_collator
 from darts_lora.joint import JointStep, halves_loss, join
 from darts_lora.models import load_model
-from darts_lora.search import model_loss
+from darts_lora.tokens import model_loss
 from darts_lora.weights import WeightStep
 from small_models import randomise, residual
 
@@ -211,6 +212,47 @@ class Packed(nn.Module):
 
     def forward(self, x):
         return self.layer(x.flatten(0, 1)[None]).view(x.shape)
+
+
+class TokensFirst(nn.Module):
+    """Its second layer's leading size is that of the tokens: even, but not the rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.second(self.first(x).transpose(0, 1)).transpose(0, 1)
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 2])
+@pytest.mark.parametrize("options", [{"sampling": "batch"}, {"relaxation": "softmax"}])
+def test_a_leading_size_that_only_looks_like_rows_is_refused(options, warmup_steps):
+    with pytest.raises(InputError, match="joint=true: second does not see the batch's rows one"):
+        search(TokensFirst(), warmup_steps=warmup_steps, **options).run()
+
+
+def test_rows_are_looked_at_until_each_layer_was_drawn():
+    torch.manual_seed(1)
+    supernet, weights, architect = make(True)
+    step, (train, val) = JointStep(weights, architect, halves), batches()
+    with torch.no_grad():
+        supernet.alpha[0] = torch.tensor([50.0, 0, 0, 0])  # rank 0: it tells nothing
+    step.step(iter([train]), iter([val]))
+    assert step.unseen == {"blocks.0"}
+    with torch.no_grad():
+        supernet.alpha[0] = torch.tensor([0.0, 0, 0, 50])
+    step.step(iter([train]), iter([val]))
+    assert not step.unseen
+
+
+def test_searched_experts_are_refused():
+    config = SearchConfig(ranks=(0, 1), joint=True, target_parameters="all-experts")
+    supernet = Supernet(make_moe("mixtral"), config)
+    training = TrainingConfig()
+    weights = WeightStep(supernet, Accelerator(cpu=True), training, model_loss)
+    with pytest.raises(InputError, match=r"joint=true: \S+\.experts\.gate_up_proj sees tokens of"):
+        JointStep(weights, Architect(supernet), halves_loss)
 
 
 def test_what_mixes_rows_is_refused():

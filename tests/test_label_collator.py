@@ -3,10 +3,13 @@
 
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, Features, Value
 
+from darts_lora.config import DataConfig
+from darts_lora.data import load_splits
 from darts_lora.errors import InputError
 from darts_lora.label_collator import LabelCollator
-from darts_lora.rows import ROW
+from darts_lora.places import ROW
 from small_models import make_tokenizer
 
 LABELS = {"no": 0, "maybe": 1, "yes": 2}
@@ -63,6 +66,46 @@ def test_labels_that_the_model_does_not_have(label, text):
     rows = [{"text": "a", "label": 0, ROW: 3}, {"text": "a", "label": label, ROW: 4}]
     for read in (collator, collator.check):
         with pytest.raises(
-            InputError, match=rf"^row 4, column 'label': {text}.*\(no, maybe, yes\)"
+            InputError, match=rf"^row 4, column 'label': {text}.*\(0: no, 1: maybe, 2: yes\)"
         ):
             read(rows)
+
+
+NAMES = {"negative": 0, "neutral": 1, "positive": 2}  # the model's classes
+OTHER = ["positive", "negative", "neutral"]  # those of the data, in their order
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["", "stream"])
+@pytest.mark.parametrize("case", [str.lower, str.upper])
+def test_a_class_that_the_data_name_is_the_models_class_of_that_name(tmp_path, streaming, case):
+    names = [case(name) for name in OTHER]
+    column = ClassLabel(names=names)
+    rows = [{"text": f"a {i}", "label": i % 3} for i in range(30)]
+    path = str(tmp_path / "rows.parquet")
+    Dataset.from_list(rows, Features({"text": Value("string"), "label": column})).to_parquet(path)
+    config = DataConfig("parquet", path, streaming=streaming, split_by="row")
+    rows = list(load_splits(config)["train"])
+    tokenizer = make_tokenizer(None)
+    labels = LabelCollator(tokenizer, 8, NAMES)(rows)["labels"].tolist()
+    assert labels == [NAMES[OTHER[row["label"]]] for row in rows] and len(set(labels)) == 3
+    # where the model's classes have no names yet, the data's order is as good as any
+    fresh = LabelCollator(tokenizer, 8, {f"LABEL_{i}": i for i in range(3)})
+    assert fresh(rows)["labels"].tolist() == [row["label"] for row in rows]
+    words = ("'positive'", "0: pos, 1: neg", "a name counts, whatever its number in the data")
+    with pytest.raises(InputError) as error:
+        LabelCollator(tokenizer, 8, {"pos": 0, "neg": 1}).check(rows)
+    assert all(word in str(error.value).lower() for word in words)
+
+
+@pytest.mark.parametrize(
+    ("label", "wanted"), [("yes", 2), ("YES", 2), ("1", 1), ("1.0", 1), ("0", 0)]
+)
+def test_labels_as_a_table_holds_them(label, wanted):
+    batch = LabelCollator(make_tokenizer(None), 8, LABELS)([{"text": "a", "label": label}])
+    assert batch["labels"].tolist() == [wanted]
+
+
+def test_names_for_classes_that_have_none_are_told_where_to_write_them():
+    collate = LabelCollator(make_tokenizer(None), 8, {"LABEL_0": 0, "LABEL_1": 1})
+    with pytest.raises(InputError, match=r"write labels as numbers .* \(id2label and label2id\)$"):
+        collate([{"text": "a", "label": "good"}])

@@ -1,6 +1,8 @@
-"""Ways to launch that are refused; the order of rows under a caller's own accelerator.
+"""Ways to launch that are refused; accelerate's environment variables: none changes what a search
+computes, bad ones are one line; the order of rows under a caller's own accelerator.
 Not here: searches under the ways that work (test_processes.py)."""
 
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -8,11 +10,19 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration, DistributedType
+from test_search import make
 from torch.utils.data import DataLoader, RandomSampler, WeightedRandomSampler
 
 from darts_lora import InputError
 from darts_lora.finetune import FinetuneConfig, finetune
-from darts_lora.launch import check_distribution, check_launch, check_replays, prepare_loaders
+from darts_lora.launch import (
+    check_accumulation,
+    check_distribution,
+    check_launch,
+    check_replays,
+    explained,
+    prepare_loaders,
+)
 
 REFUSED = {
     "FSDP, version 1": ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "fsdp_version=1"),
@@ -29,7 +39,7 @@ def test_what_is_refused_before_anything_is_loaded(variables, what, monkeypatch,
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=rf"^{what}: .* fsdp2\.yaml or single\.yaml"):
         check_launch()
-    with pytest.raises(InputError, match=f"^{what}: "):
+    with pytest.raises(InputError, match=r"^distributed_type=.* or single\.yaml"):
         finetune(FinetuneConfig(output_dir=str(tmp_path)), *[None] * 3)
 
 
@@ -53,6 +63,48 @@ def test_an_accelerator_of_such_a_kind_is_refused(kind):
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.fixture
+def variables(monkeypatch):
+    """Set variables for an accelerator that is made anew."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield lambda **values: [monkeypatch.setenv(*pair) for pair in values.items()]
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_accumulation_by_a_variable_divides_no_loss(variables):
+    plain = make()
+    plain.run()
+    variables(ACCELERATE_GRADIENT_ACCUMULATION_STEPS="7")
+    search = make()
+    search.run()
+    assert torch.equal(search.supernet.alpha, plain.supernet.alpha)
+    weights = zip(
+        search.supernet.weight_parameters(), plain.supernet.weight_parameters(), strict=True
+    )
+    assert all(torch.equal(*pair) for pair in weights)
+
+
+def test_an_accelerator_that_divides_losses_is_refused():
+    check_accumulation(Accelerator())
+    with pytest.raises(InputError, match=r"gradient_accumulation_steps=3 of the accelerator"):
+        check_accumulation(Accelerator(gradient_accumulation_steps=3))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ACCELERATE_DYNAMO_BACKEND", "no such"),
+        ("ACCELERATE_USE_CPU", "perhaps"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "many"),
+    ],
+)
+def test_a_bad_variable_is_one_line(variables, name, value):
+    variables(**{name: value})
+    told = r"^accelerate cannot start \(.*ACCELERATE_\*"
+    with pytest.raises(InputError, match=told), explained():
+        Accelerator()
+
+
 def order(loader, epoch):
     loader.set_epoch(epoch)
     return torch.cat(list(loader)).tolist()
@@ -65,7 +117,8 @@ def test_a_callers_accelerator_replays_rows(own):
     orders = []
     for _ in range(2):
         accelerator = Accelerator(cpu=True, dataloader_config=config)
-        (loader,) = prepare_loaders(accelerator, [DataLoader(range(50), 5, shuffle=True)], seed=3)
+        given = [DataLoader(range(50), 5, shuffle=True)]
+        (loader,) = prepare_loaders(accelerator, given, seed=3, resumable=True)
         check_replays([loader])
         torch.rand(7)
         orders.append([order(loader, epoch) for epoch in (0, 1)])
@@ -92,8 +145,14 @@ class Batches(torch.utils.data.BatchSampler):
 ], ids=["WeightedRandomSampler", "Batches"])  # fmt: skip
 def test_orders_that_do_not_come_back_are_refused_on_resume(made, request):
     name = request.node.callspec.id
-    (loader,) = prepare_loaders(Accelerator(cpu=True), [made()], seed=0)
+    accelerator = Accelerator(cpu=True)
+    (loader,) = prepare_loaders(accelerator, [made()], seed=0, resumable=False)
+    with pytest.warns(UserWarning, match=f"this search cannot be resumed; resume: the {name} of"):
+        prepare_loaders(accelerator, [made()], seed=0, resumable=True)
     with pytest.raises(InputError, match=f"resume: the {name} of a data loader does not give"):
         check_replays([loader])
     plain = DataLoader(range(10), 2, sampler=RandomSampler(range(10)))
-    check_replays(prepare_loaders(Accelerator(cpu=True), [plain, DataLoader(range(4))], seed=0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        given = [plain, DataLoader(range(4))]
+        check_replays(prepare_loaders(accelerator, given, seed=0, resumable=True))

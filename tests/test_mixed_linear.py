@@ -269,7 +269,8 @@ def test_a_plain_base_is_computed_as_an_opaque_one(opaque, bias, mode):
         leaf = x.clone().requires_grad_(True)
         with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
             y = layer(leaf)
-        calls.append(y.grad_fn.next_functions[4][0] is not None)  # y has a node of its own
+        node = y.grad_fn.next_functions[0][0]  # behind the view
+        calls.append(node.next_functions[4][0] is not None)  # y has a node of its own
         y.pow(2).sum().backward()
         results.append([y, leaf.grad, layer.lora_A.grad, layer.lora_B.grad, layer.gates.grad])
     assert calls == [False, True]
@@ -277,6 +278,24 @@ def test_a_plain_base_is_computed_as_an_opaque_one(opaque, bias, mode):
         assert own.dtype == other.dtype and own.shape == other.shape
         error = (own - other).norm() / other.norm()
         assert error < (1e-12 if mode == "float64" else 0.01)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("shape", [(4, 6), (2, 3, 6), (6,)])
+def test_what_follows_may_work_in_place(shape, dropout):
+    """As in PEFT; the gradients are those of a step that copies."""
+    gradients = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        layer = MixedRankLinear(nn.Linear(6, 5), RANKS, dropout=dropout)
+        nn.init.normal_(layer.lora_B)
+        x = torch.randn(shape, requires_grad=True)
+        y = layer(x).mul_(2) if inplace else layer(x) * 2
+        y = nn.functional.relu(y, inplace=inplace)
+        y.square().sum().backward()
+        gradients.append([x.grad, layer.lora_A.grad, layer.lora_B.grad, layer.alpha.grad])
+    for copied, in_place in zip(*gradients, strict=True):
+        assert torch.equal(copied, in_place)
 
 
 def test_gradients_of_gradients_are_refused():

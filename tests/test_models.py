@@ -11,12 +11,17 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+import transformers
 from families import IMAGE_FAMILIES, TEXT_FAMILIES, TORCHVISION_FAMILIES, bert, deberta, make_family
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BartConfig,
     BertConfig,
     GPT2Config,
     LlamaConfig,
@@ -27,6 +32,7 @@ from transformers import (
     MllamaForConditionalGeneration,
     PreTrainedTokenizerFast,
     T5Config,
+    XLNetConfig,
 )
 
 from darts_lora.config import ModelConfig
@@ -38,9 +44,11 @@ from darts_lora.models import (
     load_model,
     load_model_config,
     load_processor,
-    model_identity,
+    sample_of,
+    weight_samples,
 )
-from small_models import vision_model, vision_processor
+from darts_lora.parts import heads
+from small_models import make_tokenizer, vision_model, vision_processor
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +131,7 @@ def test_the_configuration_and_the_task_decide_the_auto_class(config, task, expe
         (GPT2Config(n_positions=78), 78),
         (MllamaConfig(text_config={"max_position_embeddings": 79}), 79),
         (T5Config(), None),
+        (XLNetConfig(), None),  # -1 there
     ],
 )
 def test_the_longest_sequence_is_that_of_the_text(config, length):
@@ -151,6 +160,53 @@ def test_another_number_of_labels_makes_a_new_head_and_nothing_else_new(tmp_path
     path.write_text(json.dumps({**json.loads(path.read_text()), "intermediate_size": 12}))
     with pytest.raises(InputError, match=r"the shape of bert\.\S+ is not that .* new head alone"):
         load_model(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("Bart", {"d_model": 16}), ("XLNet", {"d_model": 16}), ("XLM", {"emb_dim": 16})],
+)
+def test_another_number_of_labels_of_a_head_with_a_name_of_its_own(tmp_path, name, options):
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "n_layer": 1, "n_layers": 1}
+    sizes = {"vocab_size": 64, "n_head": 2, "n_heads": 2, "encoder_attention_heads": 2}
+    sizes |= {"decoder_attention_heads": 2, "num_labels": 3, **layers, **options}
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    make = getattr(transformers, f"{name}ForSequenceClassification")
+    make(config).save_pretrained(tmp_path)
+    make_tokenizer(None).save_pretrained(tmp_path)
+    model = load_model(ModelConfig(str(tmp_path), num_labels=5))
+    assert model.config.num_labels == 5 and model.fresh_modules == []
+    assert any(
+        p.shape == (5,) for n, p in model.named_parameters() if n.startswith(heads(model)[-1])
+    )
+
+
+def test_a_generation_checkpoint_without_all_weights_is_refused(text_model, tmp_path):
+    folder = str(tmp_path / "model")
+    model = load_model(ModelConfig(text_model))
+    model.save_pretrained(folder)
+    make_tokenizer(None).save_pretrained(folder)
+    state = model.state_dict()
+    for name in ("model.layers.0.mlp.up_proj.weight", "lm_head.weight"):
+        del state[name]
+    save_file(state, f"{folder}/model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        InputError, match=r"no weights for 2 of 12 tensors of LlamaForCausalLM, fir"
+    ):
+        load_model(ModelConfig(folder))
+
+
+def test_checkpointing_of_a_model_that_has_none_is_refused(text_model, monkeypatch):
+    monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
+    with pytest.raises(InputError, match="gradient_checkpointing=true: LlamaForCausalLM has none"):
+        load_model(ModelConfig(text_model, gradient_checkpointing=True))
+
+
+def test_an_encoder_decoder_generates_no_text_here_but_classifies(tmp_path):
+    BartConfig(d_model=16).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="bart has an encoder and a decoder"):
+        load_model_config(ModelConfig(str(tmp_path)))
+    load_model_config(ModelConfig(str(tmp_path), task="classification"))
 
 
 def test_what_a_classifiers_checkpoint_lacks_is_named(tmp_path):
@@ -269,6 +325,27 @@ def test_a_model_and_its_tokenizer_from_gguf(gguf_model):
     assert half.dtype == torch.bfloat16
 
 
+def test_a_merged_model_of_a_gguf_base_loads_as_any_other(gguf_model, tmp_path):
+    config = ModelConfig(str(gguf_model[1]), gguf_file="tiny.gguf")
+    adapted = get_peft_model(load_model(config), LoraConfig(r=2, target_modules="all-linear"))
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    merged, ids = adapted.merge_and_unload(), torch.arange(6)[None]
+    merged.save_pretrained(tmp_path)
+    load_processor(config).save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again(ids).logits, merged(ids).logits)
+    assert AutoTokenizer.from_pretrained(tmp_path)("abba")["input_ids"] == [5, 6]
+
+
+def test_a_folder_of_gguf_files_is_told_to_name_one(gguf_model, tmp_path):
+    for name in (str(gguf_model[1]), str(gguf_model[1] / "tiny.gguf")):
+        for load in (load_model, load_processor):
+            with pytest.raises(InputError, match=r"GGUF files: give --gguf_file tiny\.gguf$"):
+                load(ModelConfig(name))
+
+
 @pytest.mark.parametrize("load", [load_model, load_processor])
 def test_gguf_files_that_are_not_there_or_cut_off(gguf_model, tmp_path, load):
     content = (gguf_model[1] / "tiny.gguf").read_bytes()
@@ -381,14 +458,19 @@ def test_a_damaged_configuration(text_model, tmp_path, content):
         load_model(ModelConfig(str(tmp_path)))
 
 
-def test_a_model_is_told_from_others_wherever_it_lies(tmp_path):
-    folder = make_family(TEXT_FAMILIES["llama"], str(tmp_path / "one"))
-    shutil.copytree(folder, tmp_path / "two")
-    same, moved = (model_identity(ModelConfig(str(p))) for p in (folder, tmp_path / "two"))
-    assert same == moved
-    weights = tmp_path / "two" / "model.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-1] ^= 1
-    weights.write_bytes(data)
-    assert model_identity(ModelConfig(str(tmp_path / "two"))) != same
-    assert model_identity(ModelConfig("user/model")) == "user/model"
+def test_a_folder_of_a_model_that_holds_an_adapter_too_is_refused(vision_folder, tmp_path):
+    """transformers would load the adapter into the model, or follow it to another base model."""
+    folder = shutil.copytree(vision_folder, tmp_path / "both")
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere"}')
+    for load in (load_model_config, load_model):
+        with pytest.raises(InputError, match=r"both': holds an adapter \(adapter_config\.json\)"):
+            load(ModelConfig(str(folder)))
+
+
+def test_a_few_elements_tell_another_checkpoint_and_stay_as_they_were():
+    model = torch.nn.Linear(1000, 3)
+    ((weight, sample), (_, bias)) = weight_samples(model)
+    assert weight is model.weight and 256 <= len(sample) < 512 and len(bias) == 3
+    with torch.no_grad():
+        model.weight += 1
+    assert not torch.equal(sample, sample_of(weight))

@@ -5,16 +5,19 @@ import base64
 import io
 import json
 import re
+import shutil
+import time
 
 import pytest
 import torch
 from PIL import Image
 
-from darts_lora import RankSearch, SearchConfig, Supernet
+from darts_lora import Genotype, InputError, RankSearch, SearchConfig, Supernet
 from darts_lora.cli import save_config
 from darts_lora.config import TrainingConfig
 from darts_lora.report import write_report
 from darts_lora.runs import Search, load_finetune
+from darts_lora.tables import rank_tables
 from small_models import residual
 
 
@@ -116,3 +119,47 @@ def test_finetunes_stand_side_by_side(finished, tmp_path):
     assert page.count("<td>base</td><td>0</td><td>2.0000</td>") == 1
     assert (finished[0] / "out" / "report_pictures" / "finetunes.png").is_file()
     (finished[0] / "out" / "report_pictures" / "finetunes.png").unlink()
+
+
+def test_many_modules_without_numbers_take_no_minutes(tmp_path):
+    """Each had a table, a picture and a panel of its own."""
+    names = [f"part{i}_x" for i in range(2000)]
+    shapes, parts = dict.fromkeys(names, (4, 4)), dict.fromkeys(names, "language")
+    record = {"step": 1, "seconds": 1, "train_loss": 1, "validation_loss": 1}
+    record |= {"expected_parameters": 1, "expected_ranks": [1] * 2000}
+    genotype = Genotype(dict.fromkeys(names, 2), shapes=shapes, candidates=[0, 2])
+    search = Search(str(tmp_path), shapes, [0, 2], None, parts, [record], {}, genotype)
+    started = time.process_time()
+    write_report(search, [], str(tmp_path / "report.html"))
+    assert time.process_time() - started < 20
+    assert [table.title for table in rank_tables(genotype)] == ["others"]
+    with Image.open(tmp_path / "report_pictures" / "trajectories.png") as picture:
+        assert picture.height < 2000
+
+
+def test_a_report_replaces_its_own_files_alone(finished, tmp_path):
+    folder, _ = finished
+    output = tmp_path / "mine.html"
+    (tmp_path / "mine_pictures").mkdir()
+    (tmp_path / "mine_pictures" / "notes.txt").write_text("mine")
+    for _ in range(2):
+        write_report(Search.load(str(folder)), [], str(output))
+    assert (tmp_path / "mine_pictures" / "notes.txt").read_text() == "mine"
+    with pytest.raises(InputError, match=r"output='.*': is a folder; name a file"):
+        write_report(Search.load(str(folder)), [], str(tmp_path))
+    assert output.exists()
+
+
+@pytest.mark.parametrize("found_by", [{"versions": [1]}, {"verdict": [1]}])
+def test_what_a_genotype_says_of_its_search_is_a_mapping(found_by):
+    with pytest.raises(InputError, match="must be a mapping"):
+        Genotype({"a": 1}, found_by=found_by)
+
+
+@pytest.mark.parametrize("changed", [{"train_loss": 1e31}, {"seconds": 1e300}])
+def test_a_record_with_numbers_that_cannot_be_drawn_is_named(finished, tmp_path, changed):
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    first = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
+    (folder / "metrics.jsonl").write_text(json.dumps(first | changed) + "\n")
+    with pytest.raises(InputError, match=r"metrics\.jsonl: line 1 is no record of this search"):
+        Search.load(str(folder))

@@ -9,7 +9,7 @@ import torch
 from test_search import make
 
 from darts_lora import InputError
-from darts_lora.checkpoint import save_checkpoint
+from darts_lora.checkpoint import load_checkpoint, save_checkpoint
 from darts_lora.resume import (
     FREE,
     check_alpha_is_one,
@@ -18,6 +18,7 @@ from darts_lora.resume import (
     random_state,
     restore_random_state,
 )
+from small_models import residual
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,7 @@ def folder(tmp_path_factory):
         ({"max_steps": 20}, "max_steps=20: the search to resume has max_steps=12;"),
         ({"budget_rank": None}, "budget_rank=None: the search to resume has budget_rank=2;"),
         ({"order": 2}, "order=2: the search to resume has order=1;"),
+        ({"model": residual(seed=1)}, "base_weights='.*': the search to resume has base_weig"),
         ({"dropout": 0.1}, "dropout=0.1: the search to resume has dropout=0.0;"),
         (
             {"course": {"split": "b"}},
@@ -68,6 +70,26 @@ def test_another_number_of_processes_is_refused(folder):
     search.course["num_processes"] = 2
     with pytest.raises(InputError, match=r"num_processes=2: the search to resume has .*=1;"):
         search.resume()
+
+
+def test_what_accelerates_variables_decide_is_compared(folder):
+    search = make(folder)
+    assert search.course["accelerate_dynamo_backend"] == "NO"
+    search.course["accelerate_dynamo_backend"] = "INDUCTOR"
+    with pytest.raises(InputError, match=r"accelerate_dynamo_backend='INDUCTOR': the search to"):
+        search.resume()
+
+
+@pytest.mark.parametrize("lost", ["alpha_gradient_norm", "optimizer", "streams", "random"])
+def test_a_state_of_another_release_is_told_in_a_line(folder, tmp_path, lost):
+    state, options = load_checkpoint(str(folder))
+    without = {name: value for name, value in state.items() if name != lost}
+    for changed in (without, {**state, lost: [torch.ones(1)]}):
+        save_checkpoint(str(tmp_path), changed, options)
+        if lost == "alpha_gradient_norm" and lost in changed:
+            continue  # any value may stand there
+        with pytest.raises(InputError, match=r"^resume: the checkpoint's state is of another rele"):
+            make(tmp_path).resume()
 
 
 def test_where_a_search_may_start(tmp_path):

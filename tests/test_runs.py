@@ -45,12 +45,15 @@ def test_a_folder_that_is_no_searchs(tmp_path, content):
 @pytest.mark.parametrize(
     ("changed", "text"),
     [
-        ({"shapes": {"a": [4]}}, "shapes={'a': [4]}: must give 2 numbers for every module"),
+        ({"shapes": {"a": [4]}}, "shapes={'a': [4]}: must give 2 or 3 numbers for every module"),
         ({"shapes": []}, "ranks={}: must map module names"),
         ({"candidates": ["x"]}, "ranks=['x']: candidate ranks must be"),
         ({"candidates": 3}, "not iterable"),
         ({"budget": "all"}, "budget_parameters='all': must be a number >= 0"),
-        ({"parts": {"a": "tail"}}, "parts must give each layer one of vision, language, connector"),
+        (
+            {"parts": {"a": "tail"}},
+            "parts must give each layer one of vision, audio, language",
+        ),
         ({"parts": None}, "no attribute 'keys'"),
     ],
 )

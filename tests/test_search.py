@@ -19,11 +19,20 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch.utils.data import DataLoader, TensorDataset
 
-from darts_lora import DivergedError, Genotype, InputError, RankSearch, SearchConfig, Supernet
+from darts_lora import (
+    DivergedError,
+    Genotype,
+    InputError,
+    RankSearch,
+    SearchConfig,
+    Supernet,
+    discretize,
+)
 from darts_lora.checkpoint import checkpoints
 from darts_lora.config import TrainingConfig
 from darts_lora.interruption import Stopped
-from darts_lora.search import model_loss
+from darts_lora.resume import remove_search
+from darts_lora.tokens import model_loss
 from small_models import residual
 
 WIDTH = 16
@@ -422,6 +431,33 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_
     (kept,) = checkpoints(str(tmp_path))
     assert kept.endswith("step-0000004")
     assert make(tmp_path, save_steps=4, warmup_steps=11).run(resume=True).num_parameters > 0
+
+
+def test_a_validation_loss_that_is_not_finite_is_told_with_its_own_step(tmp_path):
+    def exploding(model, batch):
+        alone = search.supernet._arch_gradients and search.step == 6
+        return loss_fn(model, batch) * (float("nan") if alone else 1.0)
+
+    search = make(tmp_path, loss=exploding, logging_steps=12, warmup_steps=0)
+    with pytest.raises(DivergedError, match=r"the validation loss is infinite or NaN at step 7;"):
+        search.run()
+
+
+def test_a_genotype_knows_the_weights_that_it_was_found_with(tmp_path):
+    """One that was derived stays in the folder when another search takes its place."""
+    derived = discretize(make(tmp_path).run(), budget_rank=1)
+    path = tmp_path / "supernet.safetensors"
+    assert derived.inherited_state(path)
+    make(tmp_path, seed=1).run()
+    with pytest.raises(InputError, match="is of another search than the weights in"):
+        derived.inherited_state(path)
+
+
+def test_nothing_of_a_finished_search_is_left_when_another_one_begins(tmp_path):
+    make(tmp_path).run()
+    remove_search(str(tmp_path))
+    assert not {"genotype.json", "supernet.safetensors"} & {*os.listdir(tmp_path)}
+    assert not checkpoints(str(tmp_path))
 
 
 @pytest.mark.parametrize("relaxation", ["gumbel_hard", "gumbel", "softmax"])

@@ -5,10 +5,12 @@ import ast
 import json
 import os
 import pickle
+import re
 import shutil
 import struct
 import time
 import zlib
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -20,14 +22,15 @@ from PIL import Image as PILImage
 from torch import nn
 
 from darts_lora import Genotype, InputError
-from darts_lora.cli import load_config
-from darts_lora.config import DataConfig, ModelConfig
+from darts_lora.cli import RIGHTS, load_config, parse
+from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
 from darts_lora.data import load_splits
 from darts_lora.evaluate import EvaluateConfig, evaluate
 from darts_lora.finetune import FinetuneConfig, add_adapter
 from darts_lora.models import load_model, load_model_config, load_processor
+from darts_lora.places import ROW, SOURCE
 from darts_lora.report import write_report
-from darts_lora.rows import ROW, SOURCE, row_images
+from darts_lora.rows import row_images
 from darts_lora.runs import Search
 from darts_lora.tables import rank_tables, show
 
@@ -327,3 +330,33 @@ def test_a_tokenizer_that_is_none(text_folder, tmp_path, content):
     (folder / "tokenizer.json").write_text(content)
     with pytest.raises(InputError, match="cannot be loaded"):
         load_processor(ModelConfig(str(folder)))
+
+
+# What a file may set.
+
+
+def test_the_security_page_lists_every_option_that_a_file_may_set():
+    page = (ROOT / "recipes" / "SECURITY.md").read_text(encoding="utf-8")
+    may, may_not = page.split("## Which options a file may set")[1].split("It may not set:")
+    may_not = may_not.split("`search.py`")[0]
+    shared = {f.name for c in (ModelConfig, DataConfig, TrainingConfig) for f in fields(c)}
+    own = {f.name for c in (FinetuneConfig, EvaluateConfig) for f in fields(c)}
+    listed = [set(re.findall(r"`([a-z_]+)`", part)) for part in (may, may_not)]
+    assert listed[0] == shared - RIGHTS.keys(), "recipes/SECURITY.md: may"
+    assert listed[1] == own | RIGHTS.keys(), "recipes/SECURITY.md: may not"
+
+
+@pytest.mark.parametrize("recipe", ["finetune", "evaluate"])
+def test_the_run_before_sets_what_the_page_says_and_nothing_else(tmp_path, recipe):
+    own, *shared = {
+        "finetune": (FinetuneConfig, ModelConfig, DataConfig, TrainingConfig),
+        "evaluate": (EvaluateConfig, ModelConfig, DataConfig),
+    }[recipe]
+    options = {"output_dir": "/evil", "rank": 3, "seed": 9, "eval_batch_size": 1, "max_length": 77}
+    options |= {"dtype": "bfloat16", "ranks": [1], "resume": True, "max_new_tokens": 1}
+    (tmp_path / "config.yaml").write_text(json.dumps(options))
+    before = "genotype" if recipe == "finetune" else "adapter"
+    args = [f"--{before}", str(tmp_path / "genotype.json" if recipe == "finetune" else tmp_path)]
+    found, model, data, *_ = parse(args, own, *shared, previous=before)
+    assert found == own(**{before: args[1]})
+    assert (model.dtype, data.max_length) == ("bfloat16", 77)

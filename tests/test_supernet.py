@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from darts_lora import InputError, MixedRankLinear, SearchConfig, Supernet
-from darts_lora.targets import match_modules, match_saved_modules
+from darts_lora.targets import match_saved_modules
 from small_models import randomise, residual
 
 
@@ -32,23 +32,6 @@ def bert():
     torch.manual_seed(0)
     sizes = {k: v for k, v in TEXT.items() if k != "num_key_value_heads"}
     return t.BertForSequenceClassification(t.BertConfig(**sizes, num_labels=3)).eval()
-
-
-def test_the_searched_layers_are_those_that_match():
-    options = {"target_modules": ["q_proj", "up_proj"], "exclude_modules": ["layers.0.mlp.up_proj"]}
-    supernet = Supernet(llama(), config(**options))
-    assert list(supernet.layers) == match_modules(llama(), *options.values())
-    assert len(supernet.layers) == 3
-
-
-def test_target_that_is_no_linear_layer():
-    with pytest.raises(InputError, match=r"model\.norm is a LlamaRMSNorm, not a linear layer"):
-        Supernet(llama(), config(target_modules=["q_proj", "model.norm"]))
-
-
-def test_rank_above_a_layers_smaller_side_names_the_layer():
-    with pytest.raises(InputError, match=r"rank 20 is above 16, .* of model\.layers\.0\."):
-        Supernet(llama(), config(ranks=(1, 20)))
 
 
 @pytest.mark.parametrize(
@@ -102,6 +85,7 @@ def test_removal_takes_away_what_accelerate_put_into_the_model(own):
     supernet.remove()
     assert vars(model).keys() == before.keys()
     assert vars(model).get("forward") is before.get("forward")
+    AcceleratorState._reset_state()  # nor does it decide the precision of others
 
 
 def test_parameter_groups_are_disjoint_and_all_else_is_frozen():
@@ -334,14 +318,6 @@ def test_the_state_holds_the_modules_trained_in_full():
     del state["classifier.bias"]
     with pytest.raises(InputError, match="names or shapes"):
         other.load_state_dict(state)
-
-
-@pytest.mark.parametrize(
-    "options", [{"target_modules": ["classifier"]}, {"modules_to_save": ["bert"]}]
-)
-def test_nothing_left_to_search(options):
-    with pytest.raises(InputError, match=r"nothing is left to search, every match is"):
-        Supernet(bert(), config(**options))
 
 
 def test_an_architecture_step_wants_no_gradients_of_the_weights():

@@ -4,10 +4,13 @@ Not here: the views in TensorBoard (test_tensorboard.py)."""
 import io
 import re
 
+import pytest
+import torch
+from moe_models import make_moe
 from rich.console import Console
 
-from darts_lora import Genotype
-from darts_lora.tables import by_part, rank_tables, show
+from darts_lora import Genotype, SearchConfig, Supernet
+from darts_lora.tables import by_part, rank_tables, show, show_batch, show_supernet
 
 RANKS = {
     "vision.layers.0.mlp.fc1": 16,
@@ -38,6 +41,30 @@ def test_names_are_taken_apart_at_their_first_number():
         },
         "b": {"-": {0: "b"}},
     }
+
+
+def test_a_terminal_without_blocks_shows_plain_characters():
+    console = Console(file=io.TextIOWrapper(io.BytesIO(), encoding="ascii"), width=100)
+    show(Genotype(RANKS, shapes=SHAPES), console)
+    console.file.flush()
+    assert b"16  0" in console.file.buffer.getvalue() and b"8." in console.file.buffer.getvalue()
+
+
+def test_the_text_of_a_row_sends_no_commands_to_the_terminal():
+    """Colours, a cleared screen, a title, lines that a return hides; line ends stay."""
+
+    class Tokenizer:
+        def decode(self, tokens):
+            return "a\x1b[2J\x1b]0;t\x07b\rc\nd\u202e" if tokens else ""
+
+    console = Console(file=io.StringIO(), width=100)
+    ones = torch.ones(1, 2, dtype=torch.long)
+    show_batch(
+        {name: ones for name in ("input_ids", "labels", "attention_mask")}, Tokenizer(), console
+    )
+    shown = console.file.getvalue()
+    assert shown.count("a\\x1b[2J\\x1b]0;t\\x07b\\rc\nd\\u202e") == 2
+    assert not set("\x1b\x07\r\u202e") & set(shown)
 
 
 def test_each_layer_has_its_place_in_the_table_of_its_part():
@@ -80,3 +107,34 @@ def test_a_notebook_shows_the_tables():
     text = re.sub(r"<[^>]+>", "", shown)
     assert shown.startswith("<pre>") and "vision.layers" in text
     assert "5 of 6 layers adapted, 4,960 trainable parameters" in text
+
+
+def supernet_text(model, **options):
+    console = Console(file=io.StringIO(), width=150)
+    show_supernet(Supernet(model, SearchConfig(ranks=(0, 1), **options)), console)
+    return console.file.getvalue()
+
+
+def test_the_table_says_how_many_parameters_no_adapter_reaches():
+    model = make_moe("mixtral")
+    whole = sum(p.numel() for p in model.parameters())
+    experts = 2 * 4 * (16 * 48 + 24 * 16)
+    linear = sum(p.numel() for n, p in model.named_parameters() if "_proj.weight" in n)
+    told = supernet_text(model)
+    assert f"no adapter reaches {whole - linear:,} of {whole:,} parameters" in told
+    assert f"model.layers.*.mlp.experts.gate_up_proj ({2 * 4 * 16 * 48:,})" in told
+    assert f"experts that are not searched: 4 tensors, {experts:,} parameters" in told
+    told = supernet_text(make_moe("mixtral"), target_parameters="all-experts")
+    assert f"no adapter reaches {whole - linear - experts:,} of {whole:,} parameters" in told
+    assert "4 x 16 -> 48" in told and "not searched" not in told
+
+
+def test_the_table_says_what_is_left_out():
+    class Attention(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.mlp = torch.nn.MultiheadAttention(16, 2), torch.nn.Linear(16, 16)
+
+    with pytest.warns(UserWarning, match="left out"):
+        told = supernet_text(Attention())
+    assert "left out: attention.out_proj: its weight is read past its forward" in told

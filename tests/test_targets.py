@@ -15,17 +15,54 @@ from darts_lora import Genotype, InputError, SearchConfig, Supernet
 from darts_lora.config import ModelConfig
 from darts_lora.finetune import FinetuneConfig, add_adapter
 from darts_lora.models import load_model
-from darts_lora.targets import (
-    check_fresh,
-    check_matches,
-    match_modules,
-    match_saved_modules,
-    model_parts,
-    task_type,
-)
+from darts_lora.parts import heads, model_parts, task_type
+from darts_lora.targets import check_fresh, check_matches, match_modules, match_saved_modules
 from small_models import residual, vision_model, vision_processor
 
 PARTS = ("vision", "connector", "language")
+
+
+def tiny(name, **sizes):
+    left_out = ("num_key_value_heads", "max_position_embeddings")  # XLNet refuses the latter
+    text = {k: v for k, v in TEXT.items() if k not in left_out}
+    return getattr(t, f"{name}ForSequenceClassification")(
+        getattr(t, f"{name}Config")(**text, num_labels=3, **sizes)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "head"),
+    [
+        ("Bert", {}, ["classifier"]),
+        ("Llama", {}, ["score"]),
+        (
+            "Bart",
+            {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1},
+            ["classification_head"],
+        ),
+        ("XLNet", {"d_model": 16, "n_layer": 1, "n_head": 2}, ["sequence_summary", "logits_proj"]),
+        ("XLM", {"emb_dim": 16, "n_layers": 1, "n_heads": 2}, ["sequence_summary"]),
+        (
+            "Perceiver",
+            {"num_latents": 4, "d_latents": 16, "d_model": 16, "num_cross_attention_heads": 2}
+            | {"num_self_attends_per_block": 1, "num_self_attention_heads": 2},
+            ["perceiver.decoder.decoder.final_layer"],
+        ),
+    ],
+)
+def test_a_head_is_trained_in_full_whatever_its_name_is(name, sizes, head):
+    model = tiny(name, **sizes)
+    assert heads(model) == head
+    saved = match_saved_modules(model, None)
+    assert saved == head
+    supernet = Supernet(model, SearchConfig(ranks=(0, 1)))
+    assert list(supernet.saved_modules) == saved
+    inside = tuple(f"{name}." for name in saved)
+    assert supernet.layers and not any(f"{n}.".startswith(inside) for n in supernet.layers)
+    # and by the finetune without a search
+    adapted = add_adapter(supernet.remove(), FinetuneConfig(None, rank=1), None)
+    trained = [n for n, p in adapted.named_parameters() if p.requires_grad and "lora_" not in n]
+    assert trained and all(".modules_to_save." in name for name in trained)
 
 
 def llama():
@@ -146,7 +183,7 @@ def test_a_text_model_is_language_alone(family, name):
             match_modules(model, target)
 
 
-@pytest.mark.parametrize("target", ["visoin", "vision+audio", "Vision", "vision language"])
+@pytest.mark.parametrize("target", ["visoin", "vision+video", "Vision", "vision language"])
 def test_a_part_that_no_model_has(family, target):
     message = rf"target_modules='{re.escape(target)}': matches no .*: connector, language, vision$"
     with pytest.raises(InputError, match=message):
@@ -308,3 +345,13 @@ def test_a_head_tied_to_the_embedding_is_refused_and_one_of_its_own_is_not():
     with pytest.raises(InputError, match=r"lm_head shares a weight with model\.embed_tokens"):
         Supernet(tied(True), config)
     assert "lm_head" in Supernet(tied(False), config).layers
+
+
+@pytest.mark.parametrize("name", ["zh\u00a0tw", "a\u200bb", "x" * 1001])
+def test_a_name_that_no_genotype_can_hold_is_refused_at_the_start(name):
+    model = nn.ModuleDict({name: nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+    with pytest.raises(InputError, match=r"target_modules='.*must match dotted module names"):
+        match_modules(model, "all-linear")
+    assert match_modules(model, ["b"]) == ["b"]
+    with pytest.raises(InputError, match=r"modules_to_save='"):
+        match_saved_modules(model, [name])

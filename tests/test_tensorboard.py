@@ -95,9 +95,10 @@ class Alpha:
 
     def __init__(self, count=520, ranks=(0, 4, 8, 16, 32, 64)):
         names = [PATH.format(i // 13, i % 13) for i in range(count)]
-        self.layers = dict.fromkeys(names, SimpleNamespace(in_features=64, out_features=64))
+        self.layers = dict.fromkeys(names, SimpleNamespace(shape=(64, 64)))
         self.config, self.budget = SimpleNamespace(ranks=ranks), 1000.0
         self.alpha, self.model = torch.randn(count, len(ranks)), torch.nn.Module()
+        self.layer_ranks = torch.tensor(ranks).expand(count, -1)
 
 
 def test_520_modules_and_1000_steps_stay_small_and_quick(tmp_path):

@@ -9,8 +9,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from darts_lora import RankSearch, SearchConfig, Supernet, TrainingConfig
-from darts_lora.search import model_loss
-from darts_lora.tokens import learnt_tokens
+from darts_lora.tokens import learnt_tokens, model_loss
 from small_models import Residual, randomise
 
 WIDTH, TOKENS = 16, 9

@@ -1,6 +1,8 @@
 """A search inside transformers' Trainer: it finds what is planted, and who trains what.
 Not here: the examples for users (recipes/test_examples.py), TRL among them."""
 
+import warnings
+
 import pytest
 import torch
 import transformers as t
@@ -247,6 +249,21 @@ def test_trainers_of_trl(kind, tmp_path):
     losses = [log for log in trainer.state.log_history if "loss" in log]
     assert [log["step"] for log in losses] == [2, 4]
     assert search.genotype.num_parameters <= supernet.budget
+
+
+@pytest.mark.parametrize("name", ["packing", "padding_free"])
+@pytest.mark.parametrize(("config", "told"), [({}, 1), ({"sampling": "batch"}, 0)])
+def test_rows_of_many_conversations_are_told(name, config, told, tmp_path):
+    trainer, search = text_trainer(tmp_path)
+    setattr(trainer.args, name, True)
+    options = {"ranks": (0, 1), "budget_rank": 0.5, "relaxation": "gumbel_hard", **config}
+    trainer.model = search.supernet.remove()
+    supernet = Supernet(trainer.model, SearchConfig(**options))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        RankSearchCallback(trainer, supernet)
+    found = [str(w.message) for w in seen if "many conversations" in str(w.message)]
+    assert len(found) == told and all(text.startswith(f"{name}=True: a row") for text in found)
 
 
 class Count(TrainerCallback):

@@ -29,7 +29,7 @@ from darts_lora import Architect, InputError, SearchConfig, Supernet, launch
 from darts_lora import supernet as supernet_module
 from darts_lora.interruption import Stopped
 from darts_lora.resume import full
-from darts_lora.search import model_loss
+from darts_lora.tokens import model_loss
 from darts_lora.trainer import RankSearchCallback
 from small_models import Residual, randomise, residual
 

@@ -1,7 +1,8 @@
-"""Kills a search by SIGKILL at random moments, resumes it, and compares with one that was not.
-Not here: the search (recipes/search.py), which runs whole in processes that are killed.
+"""Kills recipes by SIGKILL at random moments, and compares what comes out with one that was not.
+Not here: what a killed finetune, derive or report may leave (kill_results.py); the recipes, which
+run whole in processes that are killed.
 
-python recipes/benchmark/kill_test.py                # 20 kills, half of them inside a write
+python recipes/benchmark/kill_test.py                # 20 kills of each recipe, half inside a write
 """
 
 import json
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from kill_results import KILLED, kill_results
 from tqdm import tqdm
 
 from darts_lora import InputError
@@ -27,7 +29,7 @@ from darts_lora.cli import run
 from darts_lora.files import check_writable, write_json
 from darts_lora.tensorboard import SearchViews  # noqa: F401 - not in each process
 
-RECIPE = Path(__file__).parents[1] / "search.py"
+RECIPES = Path(__file__).parents[1]
 RESULTS = ("genotype.json", "supernet.safetensors")  # ranks; weights and alpha
 PATIENCE = 1800  # seconds until a search counts as hung
 
@@ -37,17 +39,20 @@ class KillTest:
     """How often, and what."""
 
     output_dir: str = "runs/kill_test"
-    """Folder of the searches and of kill_test.json."""
+    """Folder of the runs and of kill_test.json."""
     kills: int = 20
-    """Searches that are killed once each and resumed; every second one inside a write."""
+    """Runs of each recipe that are killed once each; every second one inside a write."""
     seed: int = 0
     """Seed of the moments."""
     search: str = "--max_steps 24 --batch_size 8 --save_steps 1 --logging_steps 4"
     """Options of recipes/search.py."""
+    finetune: str = "--max_steps 8 --save_steps 1 --pad_to_max"
+    """Options of recipes/finetune.py."""
 
 
 def main(options: KillTest) -> None:
-    """Is a search that was killed and resumed bit for bit the one that was not?"""
+    """Is a search that was killed and resumed bit for bit the one that was not? Does a finetune,
+    derive or report that was killed leave files of one run alone, and end as one that was not?"""
     folder, moments = Path(check_writable(options.output_dir)), random.Random(options.seed)
     whole = folder / "whole"
     first = _start(whole, options.search)
@@ -68,16 +73,31 @@ def main(options: KillTest) -> None:
         records.append(record)
         print(json.dumps(record), flush=True)
     equal, inside = (sum(record[name] for record in records) for name in ("equal", "half_written"))
+    print(f"{equal} of {len(records)} bitwise equal, {inside} killed inside a write", flush=True)
+    another = folder / "another"
+    _finish(_start(another, f"{options.search} --seed 1"))
+    for recipe in KILLED:
+        found = kill_results(recipe, folder, whole, another, options, moments, (run_recipe, _end))
+        print(f"{recipe}: {sum(r['right'] for r in found)} of {len(found)} right", flush=True)
+        records += found
     write_json(folder / "kill_test.json", {"seconds": round(seconds, 1), "kills": records})
-    print(f"{equal} of {len(records)} bitwise equal, {inside} killed inside a write")
-    if equal < len(records):
-        raise InputError(f"output_dir={options.output_dir!r}: {len(records) - equal} differ")
+    wrong = [record for record in records if not record.get("equal", record.get("right"))]
+    if wrong:
+        raise InputError(f"output_dir={options.output_dir!r}: {len(wrong)} wrong, first {wrong[0]}")
 
 
 def _start(folder: Path, search: str, resume: bool = False) -> int:
     """The search in a process of its own; its number."""
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)
+    options = [*shlex.split(search), "--output_dir", str(folder), *["--resume"] * resume]
+    return run_recipe("search", options, folder.parent / "log.txt")
+
+
+def run_recipe(
+    recipe: str, options: list[str], log: Path, first: Callable[[], None] = lambda: None
+) -> int:
+    """A recipe in a process of its own, where `first` is called before; its number."""
     child = os.fork()
     if child:
         return child
@@ -86,13 +106,14 @@ def _start(folder: Path, search: str, resume: bool = False) -> int:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         torch.set_num_threads(1)  # threads of the forking process are not here
         _set_lock(tqdm, threading.RLock())
-        folder.parent.mkdir(exist_ok=True)
-        log = os.open(folder.parent / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        sys.argv = [str(RECIPE), *shlex.split(search), "--output_dir", str(folder)]
-        sys.argv += ["--resume"] * resume
-        runpy.run_path(str(RECIPE), run_name="__main__")
+        log.parent.mkdir(exist_ok=True)
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        path = RECIPES / f"{recipe}.py"
+        sys.argv = [str(path), *options]
+        first()
+        runpy.run_path(str(path), run_name="__main__")
         status = 0
     except SystemExit as stopped:
         status = stopped.code
@@ -122,8 +143,13 @@ def _status(child: int, until: Callable[[], bool]) -> int | None:
     return None
 
 
+def _end(child: int) -> int | None:
+    """The exit status of the process, when it ends."""
+    return _status(child, until=lambda: False)
+
+
 def _finish(child: int) -> None:
-    if status := _status(child, until=lambda: False):
+    if status := _end(child):
         raise InputError(f"search: ended with status {status}; see log.txt in output_dir")
 
 
@@ -150,7 +176,7 @@ def _kill(child: int, folder: Path, in_write: bool, at: float) -> dict | None:
 
 
 def _half_written(folder: Path) -> bool:
-    return folder.is_dir() and any(".tmp-" in name for name in os.listdir(folder))
+    return folder.is_dir() and any(".darts_lora-tmp-" in name for name in os.listdir(folder))
 
 
 def _same(one: Path, other: Path) -> bool:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from darts_lora import Genotype, InputError, RankSearch, SearchConfig, Supernet, discretize
+from darts_lora.adapter import add_lora
 from darts_lora.config import TrainingConfig
 
 Plan = dict[str, int]
@@ -187,7 +188,7 @@ def train_lora(problem: Problem, plan: Plan, seed: int, training: Training) -> n
         return model.model
     genotype = Genotype({f"model.{name}": rank for name, rank in plan.items()})
     torch.manual_seed(seed)
-    peft_model = get_peft_model(model, genotype.to_lora_config(model))
+    peft_model = add_lora(model, genotype.to_lora_config(model), genotype.ranks, [])
     splits = problem.train, problem.validation
     rows = Samples(torch.cat([s.x for s in splits]), torch.cat([s.y for s in splits]))
     steps, rate = training.retrain_steps, training.learning_rate

@@ -24,7 +24,7 @@ import torch
 from quality_allocation import parameters
 from quality_cells import TUNING_SEED, Cell, QualityRun, Store, cells
 from quality_methods import METHODS
-from quality_rows import EncodedRows, mean_loss
+from quality_rows import EncodedRows, mean_loss, task_digest, task_rows
 from quality_setting import Found, Setting
 from quality_training import Retrainer, Retraining
 
@@ -32,10 +32,11 @@ from darts_lora import DivergedError, InputError, SearchConfig
 from darts_lora.cli import run
 from darts_lora.collator import Collator
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
-from darts_lora.data import hold_back, load_splits, make_collator, training_rows
+from darts_lora.data import load_splits, make_collator
 from darts_lora.evaluate import score
 from darts_lora.files import check_writable, write_json
 from darts_lora.models import load_model
+from darts_lora.splits import hold_back
 from darts_lora.targets import match_modules
 
 Options = tuple[QualityRun, SearchConfig, ModelConfig, DataConfig, TrainingConfig]
@@ -53,14 +54,17 @@ def main(
     folder = Path(check_writable(os.path.join(options.output_dir, options.benchmark)))
     everything = (options, search, model, data, training)
     _check_same_task(folder, everything)
-    store = Store(folder)
+    digest = task_digest(model, data)
+    store = Store(folder, digest)
+    list(map(store.get, cells(options, store)))  # refused before a worker is started
     store.forget_failures()
     if options.workers == 1:
-        work(everything, started)
+        work(everything, digest, started)
     else:
         context = get_context("spawn")  # forked processes cannot use the GPU
         processes = [
-            context.Process(target=work, args=(everything, started)) for _ in range(options.workers)
+            context.Process(target=work, args=(everything, digest, started))
+            for _ in range(options.workers)
         ]
         for process in processes:
             process.start()
@@ -76,6 +80,7 @@ def _check_same_task(folder: Path, everything: Options) -> None:
     """Cells of one folder are made with the same options, but for those that only say which."""
     options, *rest = everything
     which = ("output_dir", "methods", "budgets", "seeds", "tuning_seeds", "workers", "stack")
+    which += ("split_by",)  # task_rows has one of its own
     which += (
         "max_minutes",
         "eval_batch_size",
@@ -87,8 +92,10 @@ def _check_same_task(folder: Path, everything: Options) -> None:
     wanted, path = json.loads(json.dumps(wanted)), folder / "options.json"
     if not path.exists():
         write_json(path, wanted)
-    found = json.loads(path.read_text())
-    changed = {k for k in {*found, *wanted} if found.get(k) != wanted.get(k)}
+    # an option that is newer than the file was as its default is
+    defaults = {name: value for part in everything for name, value in asdict(type(part)()).items()}
+    found = json.loads(json.dumps(defaults)) | json.loads(path.read_text())
+    changed = {name for name, value in wanted.items() if found[name] != value}
     if changed:
         raise InputError(
             f"{path}: its cells were made with another {', '.join(sorted(changed))}; "
@@ -96,11 +103,11 @@ def _check_same_task(folder: Path, everything: Options) -> None:
         )
 
 
-def work(everything: Options, started: float) -> None:
+def work(everything: Options, digest: str, started: float) -> None:
     """Compute one cell after the other until all are done or the time is up."""
     options = everything[0]
     torch.set_num_threads(max(1, torch.get_num_threads() // options.workers))
-    store = Store(Path(options.output_dir) / options.benchmark)
+    store = Store(Path(options.output_dir) / options.benchmark, digest)
     if not _to_do(options, store, math.inf):
         return  # no model is loaded for nothing
     task = Task(*everything)
@@ -192,7 +199,7 @@ class Task:
         if not isinstance(self.collator, Collator):
             raise InputError(f"task={model.task!r}: only models that generate text are compared")
         self.test_rows = load_splits(data, ["test"])["test"]
-        self.rows = EncodedRows(training_rows(data), self.collator, device, options.group_by_length)
+        self.rows = EncodedRows(task_rows(data), self.collator, device, options.group_by_length)
         self.test = EncodedRows(self.test_rows, self.collator, device)
         self.all = torch.randperm(
             len(self.rows), generator=torch.Generator().manual_seed(data.split_seed)

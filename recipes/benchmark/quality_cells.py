@@ -122,24 +122,40 @@ class Cell:
 
 class Store:
     """The files of a task's cells. Several processes may share the folder: a cell is computed under
-    a lock that ends with its process."""
+    a lock that ends with its process.
 
-    def __init__(self, folder: Path):
-        self.folder, self.finished = folder, {}
+    Args:
+        folder: of the task.
+        digest: of its rows and its model; None: not known, cells of any are read.
+    """
+
+    def __init__(self, folder: Path, digest: str | None = None):
+        self.folder, self.digest, self.finished = folder, digest, {}
         (folder / ".locks").mkdir(parents=True, exist_ok=True)
 
     def get(self, cell: Cell) -> dict[str, Any] | None:
-        """A finished cell's record."""
+        """A finished cell's record.
+
+        Raises:
+            InputError: it was computed on other rows or by another model.
+        """
         if cell not in self.finished:
             path = self.folder / f"{cell.name}.json"
             if not path.exists():
                 return None
-            self.finished[cell] = json.loads(path.read_text())
+            record = json.loads(path.read_text())
+            if None not in (self.digest, record.get("task")) and record["task"] != self.digest:
+                raise InputError(
+                    f"{path}: was computed on other rows or by another model (task="
+                    f"{record['task']}, here {self.digest}); name another benchmark or output_dir"
+                )
+            self.finished[cell] = record
         return self.finished[cell]
 
     def put(self, cell: Cell, record: dict[str, Any]) -> None:
         """Write a finished cell."""
-        write_json(self.folder / f"{cell.name}.json", {**asdict(cell), **record})
+        record = {**asdict(cell), **record} | ({"task": self.digest} if self.digest else {})
+        write_json(self.folder / f"{cell.name}.json", record)
 
     def fail(self, cell: Cell, reason: str) -> None:
         """Note that a cell could not be computed; it is left out until the next run."""

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 
 from darts_lora import DivergedError, Genotype, RankSearch, Supernet
 from darts_lora.cost import rank_costs
-from darts_lora.data import hold_back
+from darts_lora.splits import hold_back
 
 
 def uniform(setting: Setting) -> Found:

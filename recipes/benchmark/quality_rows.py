@@ -1,22 +1,47 @@
-"""Rows encoded once, batches of one or several trainings, and losses of their supervised tokens.
+"""A task's rows, encoded once; batches of one or several trainings, losses of supervised tokens.
 Not here: what is trained on them (quality_training.py)."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
+from datasets import Dataset, concatenate_datasets
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 from darts_lora import InputError
 from darts_lora.collator import IGNORED, Collator
-from darts_lora.data import row_prompts
+from darts_lora.config import DataConfig, ModelConfig
+from darts_lora.data import load_splits
+from darts_lora.models import load_model
+from darts_lora.rows import row_prompt, row_text
+from darts_lora.splits import row_prompts
 
 POSITIONS, LABELS = "supervised_positions", "supervised_labels"
 GROUP = 25  # batches whose rows are sorted by length
+
+
+def task_digest(model: ModelConfig, data: DataConfig) -> str:
+    """Of the rows, in their order and with their images, and of the model's weights: options name
+    them alike where a file or a folder has others by now."""
+    digest = hashlib.blake2b(digest_size=8)
+    for rows in (task_rows(data), load_splits(data, ["test"])["test"]):
+        for row in rows:
+            digest.update(row_prompt(row) + row_text(row).encode())
+    for name, weights in load_model(model).state_dict().items():
+        digest.update(name.encode())
+        digest.update(weights.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def task_rows(data: DataConfig) -> Dataset:
+    """Training and validation rows, in the order that cells have been computed with so far."""
+    return concatenate_datasets(list(load_splits(replace(data, split_by="prompt")).values()))
 
 
 class EncodedRows:

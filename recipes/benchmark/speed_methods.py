@@ -15,7 +15,7 @@ from darts_lora import Architect, SearchConfig, Supernet
 from darts_lora.config import TrainingConfig
 from darts_lora.graphs import Graphed
 from darts_lora.joint import JointStep, halves_loss
-from darts_lora.search import model_loss
+from darts_lora.tokens import model_loss
 from darts_lora.weights import WeightStep
 
 

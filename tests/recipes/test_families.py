@@ -8,7 +8,9 @@ import sys
 import pytest
 import torch
 from families import IMAGE_FAMILIES, TEXT_FAMILIES, TORCHVISION_FAMILIES, bert, make_family
+from moe_models import MOE_FAMILIES
 from peft import PeftModel
+from safetensors.torch import load_file
 
 from darts_lora import Genotype
 from darts_lora.config import DataConfig, ModelConfig
@@ -17,6 +19,7 @@ from darts_lora.models import load_model
 from small_models import COLOURS, vision_rows
 
 FAMILIES = {**TEXT_FAMILIES, "bert": bert, **IMAGE_FAMILIES, **TORCHVISION_FAMILIES}
+FAMILIES |= MOE_FAMILIES
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +45,8 @@ def sources(tmp_path_factory):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_whole_path(family, sources, tmp_path, monkeypatch, capsys):
     folder = make_family(FAMILIES[family], str(tmp_path / "model"))
-    kind = "labels" if family == "bert" else "text" if family in TEXT_FAMILIES else "images"
+    text = {**TEXT_FAMILIES, **MOE_FAMILIES}
+    kind = "labels" if family == "bert" else "text" if family in text else "images"
     runs = {name: str(tmp_path / name) for name in ("search", "finetune")}
 
     def recipe(name, **options):
@@ -54,6 +58,10 @@ def test_the_whole_path(family, sources, tmp_path, monkeypatch, capsys):
     source = {"model_name_or_path": folder, "dataset": str(sources / kind)}
     steps = {"max_steps": 4, "batch_size": 4, "learning_rate": 0.01, "logging_steps": 2}
     search = {"ranks": "[0,1,2,4]", "budget_rank": 1, "output_dir": runs["search"]}
+    if family in MOE_FAMILIES:
+        shown = recipe("search", **source, **steps, **search, dry_run="true")
+        assert "no adapter reaches" in shown and "experts that are not searched" in shown
+        search["target_parameters"] = "all-experts"
     shown = recipe("search", **source, **steps, **search, dry_run="true")
     assert "searched layers" in shown and "uniform rank 1:" in shown
     assert {"labels": "its label:"}.get(kind, "what is learnt of it:") in shown
@@ -74,6 +82,10 @@ def test_the_whole_path(family, sources, tmp_path, monkeypatch, capsys):
     assert results["adapter"]["rows"] == 24
     ranks = Genotype.load(genotype).ranks.values()
     assert any(ranks) and max(ranks) <= 4
+    experts = Genotype.load(genotype).stacked
+    assert bool(experts) == (family in MOE_FAMILIES)
+    reached = load_file(tmp_path / "finetune" / "adapter_model.safetensors")
+    assert any(".experts." in key for key in reached) == bool(experts)
 
     model = ModelConfig(folder)
     rows = list(load_splits(DataConfig(source["dataset"]), ["test"])["test"])

@@ -1,7 +1,7 @@
-"""recipes/benchmark/kill_test.py, small: a search killed at two moments ends as one that was not.
-Not here: 20 kills of the embedded default (run by hand), stops in good order (test_search.py)."""
+"""recipes/benchmark/kill_test.py, small: recipes killed at two moments end as those that were not.
+Not here: 20 kills of each on the embedded default, stops in good order (test_search.py)."""
 
-import importlib.util
+import importlib
 import json
 import os
 import signal
@@ -15,11 +15,9 @@ from recipes.conftest import ROOT
 
 @pytest.fixture(scope="module")
 def kill_test():
-    path = ROOT / "recipes" / "benchmark" / "kill_test.py"
-    spec = importlib.util.spec_from_file_location("kill_test", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "recipes" / "benchmark")
+        yield importlib.import_module("kill_test")
 
 
 def test_a_search_that_is_killed_within_a_bars_lock_holds_up_no_other(kill_test, tmp_path):
@@ -46,12 +44,20 @@ def test_a_search_that_is_killed_within_a_bars_lock_holds_up_no_other(kill_test,
     assert ended
 
 
-def test_a_killed_search_ends_bitwise_as_the_other(kill_test, vision_folder, data_folder, tmp_path):
+def test_what_was_killed_ends_as_what_was_not(
+    kill_test, vision_folder, data_folder, tmp_path, monkeypatch
+):
+    """A search bit for bit; a finetune or derive never leaves files of two runs (nor does a report,
+    whose pictures take long: by hand)."""
+    monkeypatch.setattr(kill_test, "KILLED", ("finetune", "derive"))
     search = (
         f"--model_name_or_path {vision_folder} --dataset {data_folder} --ranks [0,2,4] "
         "--budget_rank 2 --max_steps 10 --batch_size 4 --max_length 32 --save_steps 1"
     )
-    kill_test.main(kill_test.KillTest(str(tmp_path), kills=2, search=search))
-    (early, inside) = json.loads((tmp_path / "kill_test.json").read_text())["kills"]
+    finetune = "--max_steps 2 --save_steps 1 --pad_to_max"
+    kill_test.main(kill_test.KillTest(str(tmp_path), 2, search=search, finetune=finetune))
+    early, inside, *others = json.loads((tmp_path / "kill_test.json").read_text())["kills"]
     assert early["equal"] and inside["equal"]
-    assert inside["half_written"] and not list(tmp_path.glob("*/checkpoints/*.tmp-*"))
+    assert [record["recipe"] for record in others] == [r for r in kill_test.KILLED for _ in "12"]
+    assert all(record["right"] for record in others)
+    assert inside["half_written"] and not list(tmp_path.glob("*/checkpoints/*.darts_lora-tmp-*"))

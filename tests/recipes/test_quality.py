@@ -135,6 +135,26 @@ def test_a_second_run_computes_nothing(everything, finished, monkeypatch):
         quality.main(*everything[:-1], replace(everything[-1], max_steps=5))
 
 
+@pytest.mark.parametrize("other", ["rows", "model"])
+def test_cells_of_other_rows_or_another_model_are_refused(everything, finished, tmp_path, other):
+    import quality
+
+    options, search, model, data, training = everything
+    if other == "model":
+        model = ModelConfig(make_family(TEXT_FAMILIES["llama"], str(tmp_path / "model")))
+        weights = load_model(model)
+        weights.lm_head.weight.data[0] += 1e-3
+        weights.save_pretrained(model.model_name_or_path)
+    else:
+        files = {split: str(tmp_path / f"{split}.jsonl") for split in ("train", "test")}
+        for split, path in files.items():
+            text = Path(data.data_files[split]).read_text()
+            Path(path).write_text(text.replace("blue", "green", 1))
+        data = replace(data, data_files=files)
+    with pytest.raises(InputError, match="was computed on other rows or by another model"):
+        quality.main(options, search, model, data, training)
+
+
 def test_a_lost_cell_is_computed_again_and_alike_by_workers_side_by_side(everything, finished):
     import quality
 
