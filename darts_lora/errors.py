@@ -2,12 +2,22 @@
 Not here: checks themselves (each room checks its own input), nor errors of PyTorch or the model."""
 
 import unicodedata
+from collections.abc import Sequence
 
 TOO_LONG = 2000  # characters of an error line
 
 
 class InputError(ValueError):
-    """Bad input from the user. Recipes print its message alone and exit with status 2."""
+    """Bad input from the user. Recipes print its message alone and exit with status 2.
+
+    Args:
+        message: one line.
+        each: what is wrong with each of several inputs, a line of the message each.
+    """
+
+    def __init__(self, message: object = "", each: Sequence[object] = ()):
+        self.message, self.each = str(message), [str(part) for part in each]
+        super().__init__("\n  ".join([self.message, *self.each]))
 
 
 class DivergedError(InputError):
@@ -26,11 +36,16 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def error_line(error: BaseException) -> str:
-    """One printable line that says what is wrong, whatever a file put into the message."""
-    text = str(error)
+    """One printable line that says what is wrong, whatever a file put into the message; and one
+    for each of several inputs."""
+    text, each = (error.message, error.each) if isinstance(error, InputError) else (error, ())
+    return "\n  ".join(_short(str(part)) for part in (f"error: {text}", *each))
+
+
+def _short(text: str) -> str:
     if len(text) > TOO_LONG:  # what to do about it stands at the end
         text = f"{text[: TOO_LONG * 3 // 4]} [...] {text[-TOO_LONG // 4 :]}"
-    return f"error: {printable(text)}"
+    return printable(text)
 
 
 def _shows(character: str) -> bool:

@@ -149,9 +149,11 @@ class Supernet:
     def _draw_gates(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         self.calls += 1
         self._follow_weights()
-        alpha = self.alpha if self._arch_gradients else self.alpha.detach()
-        if self.held is not None:
-            alpha = self.held + (alpha - alpha.detach())
+        alpha = self.alpha if self.held is None else self.held
+        if not self._arch_gradients:
+            alpha = alpha.detach()
+        elif self.held is not None:  # alpha's gradient there
+            alpha = self.held + (self.alpha - self.alpha.detach())
         rows = _batch_rows(args, kwargs) if self.config.sampling == "example" else None
         rows = rows or None  # a batch without rows needs no draws of its own
         if self._joint:

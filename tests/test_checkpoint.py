@@ -14,7 +14,7 @@ from darts_lora import InputError
 from darts_lora import checkpoint as checkpoint_module
 from darts_lora.checkpoint import checkpoints, load_checkpoint, save_checkpoint, steps_done
 
-OPTIONS = {"max_steps": 100, "ranks": [0, 4], "budget_rank": None}
+OPTIONS = {"search_steps": 100, "ranks": [0, 4], "budget_rank": None}
 
 
 def state(step):

@@ -368,7 +368,7 @@ def half_run(searched, tmp_path):
 def test_a_finetune_takes_what_the_search_left_of_the_run(half_run, base_config, data, monkeypatch):
     rates = []
     monkeypatch.setattr(
-        "darts_lora.finetune._SaveAdapter.on_step_begin",
+        "darts_lora.callbacks.SaveAdapter.on_step_begin",
         lambda self, *args, **kwargs: rates.append(kwargs["lr_scheduler"].get_last_lr()[0]),
     )
     training = replace(TRAINING, max_steps=5, learning_rate=0.1, lr_warmup_steps=3)

@@ -30,7 +30,8 @@ def searched(tmp_path_factory):
     """A search of 40 steps with a record every fifth, and its folder."""
     folder = tmp_path_factory.mktemp("run")
     torch.manual_seed(0)
-    supernet = Supernet(residual(), SearchConfig(ranks=(0, 1, 2), budget_rank=1))
+    whole = {"search_fraction": 1.0, "arch_every": 1, "warmup_steps": 10}
+    supernet = Supernet(residual(), SearchConfig(ranks=(0, 1, 2), budget_rank=1, **whole))
     loader = torch.utils.data.DataLoader(torch.randn(32, 16), batch_size=8)
     search = RankSearch(
         supernet,

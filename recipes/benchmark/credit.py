@@ -32,8 +32,7 @@ UNIT = 1e-9  # of a loss per parameter
 
 @dataclass
 class CreditRun(QualityRun):
-    """Which searches are looked at: all of budgets, seeds and learning_rates (of a finetune; the
-    search's learning_rate_scale times that is what its weights train at)."""
+    """Which searches are looked at: all of budgets, seeds and learning_rates."""
 
     output_dir: str = "runs/credit"
     """Folder for <benchmark>.json."""
@@ -69,8 +68,7 @@ def main(
                 cell = Cell("find", "search", budget, seed, find_rate=rate)
                 with made_search(task.setting(cell)) as ready:
                     values = look(ready, options.last_batches)
-                scale = {"learning_rate": rate, "learning_rate_scale": search.learning_rate_scale}
-                records.append({"budget": budget, "seed": seed} | scale | values)
+                records.append({"budget": budget, "seed": seed, "learning_rate": rate} | values)
                 write_json(path, {"unit": UNIT, "records": records})
                 _show(records[-1])
 

@@ -192,6 +192,7 @@ class Task:
         training: TrainingConfig,
     ):
         self.options, self.search, self.data = options, search, data
+        self.kept: dict[tuple, Any] = {}
         on_gpu = torch.cuda.is_available()
         device = torch.device("cuda" if on_gpu else "cpu")
         self.device_name = torch.cuda.get_device_name() if on_gpu else "cpu"
@@ -229,7 +230,14 @@ class Task:
         """The records of cells: one that finds a plan, or several that retrain plans."""
         if cells[0].stage == "find":
             return [self._find(cell) for cell in cells]
-        return self._retrain(cells, [store.get(cell.plan)["ranks"] for cell in cells])
+        records: dict[Cell, dict[str, Any]] = {}
+        plans = {cell: store.get(cell.plan) for cell in cells}
+        steps = {cell: (plan.get("taken"), plan.get("run_steps")) for cell, plan in plans.items()}
+        for same in set(steps.values()):  # a stack has as many steps each
+            some = [cell for cell in cells if steps[cell] == same]
+            found = self._retrain(some, [plans[cell] for cell in some])
+            records |= zip(some, found, strict=True)
+        return [records[cell] for cell in cells]
 
     def setting(self, cell: Cell) -> Setting:
         """What the method of a cell may use."""
@@ -246,6 +254,7 @@ class Task:
             adalora_steps=self.options.adalora_steps,
             gradient_batches=self.options.gradient_batches,
             validation_fraction=self.data.validation_fraction,
+            kept=self.kept,
             judge=None if tuning else self._test_loss,
         )
 
@@ -267,7 +276,7 @@ class Task:
         record = {"ranks": list(found.ranks.values()), "parameters": count} | found.notes
         return record | {"seconds": round(seconds, 3), "workers": self.options.workers}
 
-    def _retrain(self, cells: list[Cell], plans: list[list[int]]) -> list[dict[str, Any]]:
+    def _retrain(self, cells: list[Cell], plans: list[dict[str, Any]]) -> list[dict[str, Any]]:
         jobs = [self._job(*pair) for pair in zip(cells, plans, strict=True)]
         records = self.retrainer.retrain(jobs, self.rows)
         for number, (cell, job) in enumerate(zip(cells, jobs, strict=True)):
@@ -277,15 +286,24 @@ class Task:
                 records[number] = self._judged(cell, model) | records[number]
         return records
 
-    def _job(self, cell: Cell, ranks: list[int]) -> Retraining:
-        first = METHODS[cell.method].first
-        return Retraining(
-            dict(zip(self.retrainer.shapes, ranks, strict=True)),
+    def _job(self, cell: Cell, plan: dict[str, Any]) -> Retraining:
+        method = METHODS[cell.method]
+        job = Retraining(
+            dict(zip(self.retrainer.shapes, plan["ranks"], strict=True)),
             self.tuning if cell.stage == "tune" else self.all,
             cell.seed,
             cell.rate,
-            first(self.setting(cell)) if first else {},
+            method.first(self.setting(cell)) if method.first else {},
         )
+        if method.goes_on and any(plan["ranks"]):
+            key = cell.budget, cell.seed, cell.find_rate
+            if key not in self.kept:  # another process found the plan
+                method.find(self.setting(cell))
+            first = self.kept[key]
+            job.first, job.first_b = ({n: ab[i] for n, ab in first.items()} for i in (0, 1))
+            job.plan |= {name: len(a) for name, a in job.first.items()}
+            job.taken, job.run_steps = plan["taken"], plan["run_steps"]
+        return job
 
     def _judged(self, cell: Cell, model: torch.nn.Module) -> dict[str, Any]:
         size = self.options.eval_batch_size

@@ -8,7 +8,7 @@ import fcntl
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +185,9 @@ class Store:
 
     def best(self, tries: list[list[Cell]]) -> Cell | None:
         """The first cell of the try (a list of cells) with the lowest mean validation loss; None
-        while a cell is missing."""
+        while a cell is missing. A single try is the best."""
+        if len(tries) == 1:
+            return tries[0][0]
         records = [[self.get(cell) for cell in cells] for cells in tries]
         if any(None in found for found in records):
             return None
@@ -233,12 +235,17 @@ def _tune(options: QualityRun, method: str, budget: int, store: Store) -> Iterat
             best = yield from _try(_tries(options, method, budget, pairs), store)
         if best is None:
             return None
+    if METHODS[method].goes_on:
+        return replace(best, find_rate=best.rate)
     find_rate = best and (best.rate if trains == "as uniform" else best.find_rate)
     return (yield from _try(_retrainings(options, method, budget, find_rate), store))
 
 
 def _try(tries: list[list[Cell]], store: Store) -> Iterator[Cell]:
-    """All cells of the tries, each after the one that finds its plan; returns the best if known."""
+    """All cells of the tries, each after the one that finds its plan; returns the best if known. A
+    single try needs none."""
+    if len(tries) == 1:
+        return tries[0][0]
     for cell in (cell for cells in tries for cell in cells):
         yield cell.plan
         yield cell

@@ -28,7 +28,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from darts_lora import DivergedError, Genotype, RankSearch, Supernet
+from darts_lora.config import TrainingConfig
 from darts_lora.cost import rank_costs
+from darts_lora.genotype import PEFT_PREFIX
+from darts_lora.schedule import SEARCH_FRACTION
 from darts_lora.splits import hold_back
 
 
@@ -48,15 +51,47 @@ def search(setting: Setting, **options) -> Found:
     return Found(genotype.ranks, _notes(genotype))
 
 
+def one_run(setting: Setting) -> Found:
+    """The library's default: the search is the first part of the run, which goes on from its
+    weights. Its architecture steps are paid for with weight steps, so that the run has as many
+    passes (rows that go forward and backward) as a finetune of the task."""
+    training, every = setting.retrainer.training, setting.search.arch_every
+    steps = next(
+        n for n in range(training.max_steps, 0, -1)
+        if n + -(-round(SEARCH_FRACTION * n) // every) <= training.max_steps
+    )  # fmt: skip
+    run = replace(training, max_steps=steps, learning_rate=setting.rate, logging_steps=steps)
+    with (
+        made_search(setting, run) as ready,
+        open(os.devnull, "w") as quiet,
+        contextlib.redirect_stderr(quiet),
+    ):
+        genotype = ready.run()
+        state = genotype.inherited_state(ready.supernet)
+    first = {
+        name: tuple(state[f"{PEFT_PREFIX}{name}.lora_{part}.weight"] for part in "AB")
+        for name, rank in genotype.ranks.items()
+        if rank
+    }
+    found = {"taken": ready.step, "run_steps": steps}
+    setting.kept[setting.budget_rank, setting.seed, setting.rate] = first
+    return Found(genotype.ranks, _notes(genotype) | found)
+
+
 @contextlib.contextmanager
-def made_search(setting: Setting, **options) -> Iterator[RankSearch]:
-    """A search that has not begun; behind it the model is as it was."""
+def made_search(
+    setting: Setting, training: TrainingConfig | None = None, **options
+) -> Iterator[RankSearch]:
+    """A search that has not begun; behind it the model is as it was. By default it is a run of its
+    own, with the task's steps of a search."""
     parts = hold_back(setting.indices, setting.rows.prompts, setting.validation_fraction)
     config = replace(
         setting.search, budget_rank=None, budget_parameters=setting.budget, seed=setting.seed,
         **options,
     )  # fmt: skip
-    training = replace(setting.search_training, learning_rate=setting.rate)
+    if training is None:
+        training = replace(setting.search_training, learning_rate=setting.rate)
+        config = replace(config, search_fraction=1.0)
     loaders = [
         DataLoader(
             range(len(setting.rows)),
@@ -174,6 +209,8 @@ class Method:
     """The method whose tuned learning rates are used; default: its own."""
     first: Callable[[Setting], dict[str, Tensor]] | None = None
     """First values of A; default: PEFT's."""
+    goes_on: bool = False
+    """The plan's training is the rest of the run that found it, at the same rate."""
 
 
 def _searches(**options) -> Method:
@@ -193,6 +230,7 @@ COMPARED = 2  # searches of which each plan is retrained with all seeds
 # What matters most first: a run that is cut off has compared the search with the first ones.
 METHODS = {
     "uniform": Method(uniform),
+    "one_run": Method(one_run, trains="as uniform", goes_on=True),
     "search": _searches(),
     "search_descent": _searches(**DESCENT),
     "search_no_prior": _without_prior(),
@@ -217,7 +255,4 @@ METHODS = {
     "search_gumbel": _without_prior(relaxation="gumbel", temperature=TEMPERATURES["gumbel"]),
     "search_softmax": _without_prior(relaxation="softmax", temperature=TEMPERATURES["softmax"]),
     "search_order2": _without_prior(order=2),
-    "search_slow": _without_prior(learning_rate_scale=1 / 6),
-    "search_fast": _without_prior(learning_rate_scale=1.0),
-    "search_fast_independent": _without_prior(learning_rate_scale=1.0, branches="independent"),
 }

@@ -36,6 +36,8 @@ class Setting:
     gradient_batches: int
     validation_fraction: float
     """Share of the rows that a search keeps for alpha."""
+    kept: dict[tuple, Any] = field(default_factory=dict)
+    """What one-run searches of this process leave for the rest of their runs."""
     judge: Callable[[nn.Module], float | None] | None = None
     """Test loss of a model that a method leaves behind, to be noted; None: not a final plan."""
 

@@ -9,7 +9,7 @@ import itertools
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ Plan = dict[str, int]
 
 @dataclass
 class Retraining:
-    """A plan to be trained from scratch."""
+    """A plan to be trained, from scratch or from where a search stopped."""
 
     plan: Plan
     """Layer -> rank."""
@@ -39,6 +39,12 @@ class Retraining:
     """Peak learning rate."""
     first: dict[str, Tensor] = field(default_factory=dict)
     """Layer -> first value of A (rank, in), instead of PEFT's."""
+    first_b: dict[str, Tensor] = field(default_factory=dict)
+    """Layer -> first value of B (out, rank), instead of zeros."""
+    taken: int = 0
+    """Steps of the run that a search took: of its learning rate too."""
+    run_steps: int | None = None
+    """Steps of the run; default: the task's."""
 
 
 class StackedLora(nn.Module):
@@ -177,14 +183,17 @@ class Retrainer:
             layer.a, layer.b, layer.gates = a, b, self.gates[name][numbers]
 
     def retrain(self, jobs: Sequence[Retraining], rows: EncodedRows) -> list[dict[str, Any]]:
-        """Train plans from scratch, all at once, and leave them in `trained` and `adapters`.
+        """Train plans, all at once, and leave them in `trained` and `adapters`. They have as many
+        steps each.
 
         Returns:
             For each: train_loss (mean of the last tenth of the steps; None if it is not finite),
             and of all together seconds (with those of making graphs, once a process and number of
             plans), stack (plans), graphed.
         """
-        steps, size = self.training.max_steps, self.training.batch_size
+        ((taken, run_steps),) = {(job.taken, job.run_steps) for job in jobs}
+        training = replace(self.training, max_steps=run_steps or self.training.max_steps)
+        steps, size = training.max_steps - taken, training.batch_size
         orders = [rows.batches(job.indices, size, job.seed).endless() for job in jobs]
         chosen = list(itertools.islice(zip(*orders, strict=True), steps))
         started = self._clock()
@@ -195,7 +204,8 @@ class Retrainer:
             for state in self.optimizer.state.values():
                 for value in state.values():
                     value.zero_()
-            rates, losses = list(zip(*(self._rates(j.rate) for j in jobs), strict=True)), []
+            courses = [_rates(training, job.rate)[taken:] for job in jobs]
+            rates, losses = list(zip(*courses, strict=True)), []
             for parts, now in zip(chosen, rates, strict=True):
                 for rate, value in zip(self.rates, now, strict=False):
                     rate.fill_(value)
@@ -238,24 +248,27 @@ class Retrainer:
             nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)  # as PEFT
             if name in job.first:
                 a[:rank] = job.first[name][:rank].to(a)
-            fresh += [a.flatten(), torch.zeros(width_out * most)]
+            b = torch.zeros(width_out, most)
+            if name in job.first_b:
+                b[:, :rank] = job.first_b[name].to(b)
+            fresh += [a.flatten(), b.flatten()]
         self.weights[number].copy_(torch.cat(fresh))
-
-    def _rates(self, peak: float) -> list[float]:
-        """The learning rate of each step, as transformers' Trainer takes it."""
-        training = self.training
-        stand_in = torch.optim.SGD([torch.zeros(1)], lr=peak)
-        scheduler = get_scheduler(
-            training.lr_scheduler, stand_in, training.lr_warmup_steps, training.max_steps
-        )
-        rates = []
-        for _ in range(training.max_steps):
-            rates.append(scheduler.get_last_lr()[0])
-            stand_in.step()
-            scheduler.step()
-        return rates
 
     def _clock(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+
+def _rates(training: TrainingConfig, peak: float) -> list[float]:
+    """The learning rate of each step, as transformers' Trainer takes it."""
+    stand_in = torch.optim.SGD([torch.zeros(1)], lr=peak)
+    scheduler = get_scheduler(
+        training.lr_scheduler, stand_in, training.lr_warmup_steps, training.max_steps
+    )
+    rates = []
+    for _ in range(training.max_steps):
+        rates.append(scheduler.get_last_lr()[0])
+        stand_in.step()
+        scheduler.step()
+    return rates

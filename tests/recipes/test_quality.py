@@ -25,9 +25,9 @@ from darts_lora.targets import match_modules
 BENCHMARK = Path(__file__).parents[2] / "recipes" / "benchmark"
 PUBLISHED = BENCHMARK / "results" / "quality"
 CPU = torch.device("cpu")
-METHODS = {"uniform", "search", "search_independent", "search_slow", "search_fast"}
+METHODS = {"uniform", "one_run", "search", "search_independent"}
 METHODS |= {"search_descent", "search_no_prior", "search_seed_0", "search_seed_1"}
-METHODS |= {"search_fast_independent", "search_gumbel", "search_softmax", "search_order2"}
+METHODS |= {"search_gumbel", "search_softmax", "search_order2"}
 METHODS |= {"adalora", "eva", "eva_init", "svd", "gradient", "fisher", "attention", "mlp"}
 METHODS |= {f"random_{number}" for number in range(5)}
 
