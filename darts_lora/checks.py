@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import nn
 from tqdm.auto import tqdm
 
-from darts_lora.errors import InputError
+from darts_lora.errors import InputError, RowsError
 from darts_lora.files import is_main_process
 from darts_lora.places import row_name
 
@@ -95,7 +95,7 @@ def check_rows(rows: Iterable[dict], check: Callable[[dict], T]) -> list[T]:
     if len(bad) == 1:
         raise bad[0]
     if bad:
-        raise InputError(_listed(bad, len(good) + len(bad))) from bad[0]
+        raise _listed(bad, len(good) + len(bad)) from bad[0]
     return good
 
 
@@ -123,7 +123,7 @@ def usable_rows(
     if usable.bad:
         listed = _listed(usable.bad, len(rows), "left out")
         if not kept:
-            raise InputError(listed)
+            raise listed
         if is_main_process():
             print(f"warning: {listed}", file=sys.stderr, flush=True)
     return rows.select(kept)
@@ -149,12 +149,13 @@ class _Usable:
         return True
 
 
-def _listed(errors: Sequence[InputError], count: int, what: str = "cannot be used") -> str:
+def _listed(errors: Sequence[InputError], count: int, what: str = "cannot be used") -> InputError:
     """How many rows of `count` are bad, and the first ones, each in a line; where all rows have the
     same fault, the first alone."""
     faults = {str(error).partition(": ")[2] for error in errors}
     if len(errors) == count and len(faults) == 1:
-        return f"{errors[0]}; so it is in all {count:,} rows"
-    first = "".join(f"\n  {error}" for error in errors[:TOLD])
-    more = f"\n  and {len(errors) - TOLD:,} more" if len(errors) > TOLD else ""
-    return f"{len(errors):,} of {count:,} rows {what}:{first}{more}"
+        return InputError(f"{errors[0]}; so it is in all {count:,} rows")
+    more = [f"and {len(errors) - TOLD:,} more"] if len(errors) > TOLD else []
+    return RowsError(
+        f"{len(errors):,} of {count:,} rows {what}:", [*map(str, errors[:TOLD]), *more]
+    )

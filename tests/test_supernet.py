@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers as t
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from families import TEXT
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -72,6 +73,7 @@ def test_inserting_changes_no_output_and_removing_restores_the_model():
 
 @pytest.mark.parametrize("own", [False, True])
 def test_removal_takes_away_what_accelerate_put_into_the_model(own):
+    AcceleratorState._reset_state(reset_partial_state=True)
     model = residual()
     if own:
         model.forward = lambda x: x.sum()
@@ -83,6 +85,7 @@ def test_removal_takes_away_what_accelerate_put_into_the_model(own):
     supernet.remove()
     assert vars(model).keys() == before.keys()
     assert vars(model).get("forward") is before.get("forward")
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_parameter_groups_are_disjoint_and_all_else_is_frozen():
