@@ -168,7 +168,7 @@ GENOTYPES = {
     "candidates that are none": (genotype(candidates=2), "ranks=2: candidate ranks must be"),
     "too few probabilities": (
         genotype(probabilities={"a": [1], "b.c": [0.5, 0.5]}),
-        "probabilities={'a': [1]}: must give 2 or 3 for every module of ranks, parts of 1",
+        "probabilities={'a': [1]}: must give 2 numbers for every module of ranks, parts of 1",
     ),
     "probabilities above 1": (
         genotype(probabilities={"a": [3, -2], "b.c": [0.5, 0.5]}),
