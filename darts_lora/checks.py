@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import nn
 from tqdm.auto import tqdm
 
-from darts_lora.errors import InputError
+from darts_lora.errors import InputError, RowsError
 from darts_lora.files import is_main_process
 from darts_lora.places import row_name
 
@@ -156,4 +156,6 @@ def _listed(errors: Sequence[InputError], count: int, what: str = "cannot be use
     if len(errors) == count and len(faults) == 1:
         return InputError(f"{errors[0]}; so it is in all {count:,} rows")
     more = [f"and {len(errors) - TOLD:,} more"] if len(errors) > TOLD else []
-    return InputError(f"{len(errors):,} of {count:,} rows {what}:", [*errors[:TOLD], *more])
+    return RowsError(
+        f"{len(errors):,} of {count:,} rows {what}:", [*map(str, errors[:TOLD]), *more]
+    )

@@ -24,6 +24,14 @@ class DivergedError(InputError):
     """A training whose loss or alpha is infinite or NaN, most often of too high a learning rate."""
 
 
+class RowsError(InputError):
+    """Several rows that cannot be used: a head, and a line for each of the first ones."""
+
+    def __init__(self, head: str, rows: list[str]):
+        super().__init__("\n  ".join([head, *rows]))
+        self.lines = [head, *(f"  {row}" for row in rows)]
+
+
 def one_line(error: BaseException, limit: int = 300) -> str:
     """What another library's error says, as a part of one line: at most `limit` characters."""
     return " ".join(str(error).split())[:limit] or type(error).__name__
@@ -36,13 +44,13 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def error_line(error: BaseException) -> str:
-    """One printable line that says what is wrong, whatever a file put into the message; and one
-    for each of several inputs."""
-    text, each = (error.message, error.each) if isinstance(error, InputError) else (error, ())
-    return "\n  ".join(_short(str(part)) for part in (f"error: {text}", *each))
+    """One printable line that says what is wrong, whatever a file put into the message; of a
+    RowsError its lines."""
+    lines = error.lines if isinstance(error, RowsError) else [str(error)]
+    return "error: " + "\n".join(map(_bounded, lines))
 
 
-def _short(text: str) -> str:
+def _bounded(text: str) -> str:
     if len(text) > TOO_LONG:  # what to do about it stands at the end
         text = f"{text[: TOO_LONG * 3 // 4]} [...] {text[-TOO_LONG // 4 :]}"
     return printable(text)

@@ -158,7 +158,7 @@ GENOTYPES = {
     "a scaling of 0": (genotype(scaling=0), "scaling=0: must be a number above 0"),
     "a text for a scaling": (genotype(scaling="x"), "scaling='x': must be a number above 0"),
     "shapes of others": (genotype(shapes={"b": [1, 2]}), "shapes={'b': [1, 2]}: must give 2"),
-    "half a shape": (genotype(shapes={"a": [1], "b.c": [1, 2]}), "must give 2 or 3 numbers"),
+    "half a shape": (genotype(shapes={"a": [1], "b.c": [1, 2]}), "{'a': [1]}: must give 2 or 3"),
     "a shape of 0": (genotype(shapes={"a": [0, 4], "b.c": [1, 2]}), "shapes={'a': [0, 4]}: must"),
     "a rank above its layer": (
         genotype(ranks={"a": 9, "b.c": 0}),

@@ -73,7 +73,7 @@ def test_inserting_changes_no_output_and_removing_restores_the_model():
 
 @pytest.mark.parametrize("own", [False, True])
 def test_removal_takes_away_what_accelerate_put_into_the_model(own):
-    AcceleratorState._reset_state()  # of another precision
+    AcceleratorState._reset_state(reset_partial_state=True)
     model = residual()
     if own:
         model.forward = lambda x: x.sum()
@@ -85,7 +85,7 @@ def test_removal_takes_away_what_accelerate_put_into_the_model(own):
     supernet.remove()
     assert vars(model).keys() == before.keys()
     assert vars(model).get("forward") is before.get("forward")
-    AcceleratorState._reset_state()  # nor does it decide the precision of others
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_parameter_groups_are_disjoint_and_all_else_is_frozen():
