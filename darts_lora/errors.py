@@ -2,22 +2,12 @@
 Not here: checks themselves (each room checks its own input), nor errors of PyTorch or the model."""
 
 import unicodedata
-from collections.abc import Sequence
 
 TOO_LONG = 2000  # characters of an error line
 
 
 class InputError(ValueError):
-    """Bad input from the user. Recipes print its message alone and exit with status 2.
-
-    Args:
-        message: one line.
-        each: what is wrong with each of several inputs, a line of the message each.
-    """
-
-    def __init__(self, message: object = "", each: Sequence[object] = ()):
-        self.message, self.each = str(message), [str(part) for part in each]
-        super().__init__("\n  ".join([self.message, *self.each]))
+    """Bad input from the user. Recipes print its message alone and exit with status 2."""
 
 
 class DivergedError(InputError):
