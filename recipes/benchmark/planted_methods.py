@@ -81,7 +81,7 @@ def search(
         budget_parameters=problem.budget,
         seed=seed,
         # a planted rank is an edge: beyond it nothing is gained, in no proportion to the parameters
-        **{"arch_update": "gradient"} | options,
+        **{"arch_update": "gradient", "arch_every": 1, "search_fraction": 1.0} | options,
     )
     supernet = Supernet(copy.deepcopy(problem.model), config)
     loaders = (
@@ -92,7 +92,7 @@ def search(
     )
     steps = TrainingConfig(
         max_steps=training.search_steps,
-        learning_rate=training.learning_rate,
+        learning_rate=training.learning_rate / 3,  # descent follows its batches at the whole rate
         logging_steps=training.search_steps,
     )
     with open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet):  # one bar is enough
