@@ -198,7 +198,8 @@ def _refusal(model: nn.Module, names: list[str], stacked: Collection[str]) -> st
 def _shell(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
     """Other modules around the same tensors: what is put into it is not in `module`."""
     if id(module) not in made:
-        made[id(module)] = shell = copy.copy(module)
+        made[id(module)] = shell = object.__new__(type(module))  # parametrized ones forbid copies
+        vars(shell).update(vars(module))
         shell._parameters = dict(module._parameters)
         shell._buffers = dict(module._buffers)
         shell._modules = {}

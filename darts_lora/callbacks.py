@@ -55,6 +55,7 @@ def training_arguments(
         accelerator_config={"dispatch_batches": False},  # of a stream: batches are of all lengths
         remove_unused_columns=False,  # the collator reads the columns
         label_names=["labels"],
+        disable_tqdm=False,  # where transformers is quiet, it would print whole dictionaries
         report_to=[],  # Views, which may fail
         use_cpu=PartialState().device.type == "cpu",  # else it refuses bf16 there
         seed=seed,

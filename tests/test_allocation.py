@@ -111,10 +111,15 @@ def test_gates_are_drawn_at_the_even_distribution_whatever_alpha_is():
     assert mean_ranks(supernet)[0] > 1.5 * mean_ranks(supernet)[1]
     drawn, rows = torch.zeros(2), 2000
     for _ in range(rows):
-        supernet._draw_gates(supernet.model, (), {})
+        with supernet.arch_gradients(), torch.no_grad():
+            supernet._draw_gates(supernet.model, (), {})
         for i, layer in enumerate(supernet.layers.values()):
             drawn[i] += layer.gates.count_nonzero()
     torch.testing.assert_close(drawn / rows, torch.full((2,), 2.0), rtol=0.1, atol=0)
+    supernet._draw_gates(supernet.model, (), {})
+    for layer in supernet.layers.values():  # weights train the mean of that distribution
+        mean = layer.membership @ supernet.held[0].softmax(-1) * supernet.config.scaling
+        torch.testing.assert_close(layer.gates, mean)
 
 
 def test_what_gates_are_drawn_from_goes_where_alpha_goes():

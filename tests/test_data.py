@@ -501,7 +501,8 @@ def tensors(rows):
 def test_a_search_on_streams_keeps_validation_rows_out_of_the_weights(stream):
     parts = load_splits(stream(max_train_samples=40))
     training = TrainingConfig(max_steps=16, batch_size=8, logging_steps=8)
-    supernet = Supernet(residual(), SearchConfig(ranks=(0, 1, 2), budget_rank=1))
+    whole = {"search_fraction": 1.0, "arch_every": 1}
+    supernet = Supernet(residual(), SearchConfig(ranks=(0, 1, 2), budget_rank=1, **whole))
     seen = {True: set(), False: set()}
 
     def loss_fn(model, batch):
@@ -524,7 +525,8 @@ def test_a_joint_search_on_streams_takes_whole_batches_and_goes_on_exactly(strea
         return [y.pow(2).mean() for y in model(batch["x"]).chunk(2)]
 
     def search(folder):
-        supernet = Supernet(residual(), SearchConfig(ranks=(0, 1, 2), budget_rank=1, joint=True))
+        whole = {"search_fraction": 1.0, "arch_every": 1, "joint": True}
+        supernet = Supernet(residual(), SearchConfig(ranks=(0, 1, 2), budget_rank=1, **whole))
         return RankSearch(
             supernet,
             *search_dataloaders(parts, tensors, training, 0),

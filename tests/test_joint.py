@@ -178,6 +178,7 @@ def test_images_whose_border_is_not_in_the_middle_are_refused(images):
 
 def search(model, rows=8, **options):
     loader = DataLoader(torch.randn(rows, 2, 16), batch_size=4, drop_last=True)
+    options = {"search_fraction": 1.0, "arch_every": 1, "warmup_steps": 2} | options
     config = SearchConfig(ranks=(0, 1, 2), budget_rank=1, joint=True, **options)
     training = TrainingConfig(max_steps=8, gradient_accumulation_steps=2)
     return RankSearch(

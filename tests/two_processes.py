@@ -87,7 +87,8 @@ def rows_and_samples() -> dict:
 
 def ranks_drawn_in_a_trainer(folder: Path) -> dict:
     model, train, validation = problem()
-    config = SearchConfig(ranks=(0, 1, 2), budget_rank=1, warmup_steps=0, relaxation="gumbel_hard")
+    whole = {"search_fraction": 1.0, "arch_every": 1}
+    config = SearchConfig(ranks=(0, 1, 2), budget_rank=1, relaxation="gumbel_hard", **whole)
     supernet, gates, rows = Supernet(model, config), [], []
 
     def recording(model, batch):
@@ -101,7 +102,7 @@ def ranks_drawn_in_a_trainer(folder: Path) -> dict:
     return {"gates": gates, "rows": rows, "alpha": supernet.alpha.tolist()}
 
 
-def fixed_sample(numbers: list, alpha, relaxation, temperature, rows, _):
+def fixed_sample(numbers: list, alpha, relaxation, temperature, rows, _=None):
     """Straight-through samples that the numbers of the rows decide."""
     generator = torch.Generator().manual_seed(1)
     choice = torch.randint(alpha.shape[-1], (1000, len(alpha)), generator=generator)[numbers[0]]

@@ -233,8 +233,9 @@ class Task:
         records: dict[Cell, dict[str, Any]] = {}
         plans = {cell: store.get(cell.plan) for cell in cells}
         steps = {cell: (plan.get("taken"), plan.get("run_steps")) for cell, plan in plans.items()}
-        for same in set(steps.values()):  # a stack has as many steps each
-            some = [cell for cell in cells if steps[cell] == same]
+        while rest := [cell for cell in cells if cell not in records]:
+            same = [cell for cell in rest if steps[cell] == steps[rest[0]]]
+            some = same[: 2 ** int(math.log2(len(same)))]  # a stack has as many steps each
             found = self._retrain(some, [plans[cell] for cell in some])
             records |= zip(some, found, strict=True)
         return [records[cell] for cell in cells]

@@ -5,7 +5,8 @@ python recipes/benchmark/random_mllama.py                        # runs/mllama-1
 accelerate launch recipes/search.py --config recipes/configs/llama_3_2_11b_vision_ocrvqa.yaml \
     --model_name_or_path runs/mllama-11b/model \
     --dataset runs/mllama-11b/data --dataset_config null \
-    --max_steps 20 --warmup_steps 5 --gradient_accumulation_steps 1 --logging_steps 1 --save_steps 0
+    --max_steps 20 --search_fraction 1 --gradient_accumulation_steps 1 \
+    --logging_steps 1 --save_steps 0
 """
 
 import os

@@ -711,8 +711,8 @@ def test_the_configurations_are_read(name):
 @pytest.mark.parametrize(
     "task", sorted(PUBLISHED.glob("*/options.json")), ids=lambda p: p.parent.name
 )
-def test_published_cells_can_be_gone_on_with(task):
-    """Their options are still what the task's file gives: one that was added since is there."""
+def test_published_cells_are_told_from_those_of_the_search_as_it_is(task):
+    """They are of the search before the handover: no new ones may stand among them."""
     import quality
     from quality_cells import QualityRun
 
@@ -720,4 +720,5 @@ def test_published_cells_can_be_gone_on_with(task):
     everything = parse(
         ["--config", str(BENCHMARK / "quality" / f"{task.parent.name}.yaml")], *classes
     )
-    quality._check_same_task(task.parent, tuple(everything))
+    with pytest.raises(InputError, match=r"its cells were made with another .*arch_every"):
+        quality._check_same_task(task.parent, tuple(everything))

@@ -15,7 +15,7 @@ def test_a_tiny_one_is_searched_with_the_papers_configuration(launch, tmp_path):
     options = {
         "config": "recipes/configs/llama_3_2_11b_vision_ocrvqa.yaml",
         "model_name_or_path": tmp_path / "model", "dataset": tmp_path / "data",
-        "dataset_config": "null", "max_steps": 3, "warmup_steps": 1, "save_steps": 0,
+        "dataset_config": "null", "max_steps": 3, "search_fraction": 1.0, "save_steps": 0,
         "gradient_accumulation_steps": 1, "logging_steps": 1, "num_workers": 0,
         "output_dir": tmp_path / "search",
     }  # fmt: skip
