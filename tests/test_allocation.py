@@ -113,6 +113,7 @@ def test_gates_are_drawn_at_the_even_distribution_whatever_alpha_is():
     for _ in range(rows):
         with supernet.arch_gradients(), torch.no_grad():
             supernet._draw_gates(supernet.model, (), {})
+        supernet._forget_draw()
         for i, layer in enumerate(supernet.layers.values()):
             drawn[i] += layer.gates.count_nonzero()
     torch.testing.assert_close(drawn / rows, torch.full((2,), 2.0), rtol=0.1, atol=0)
