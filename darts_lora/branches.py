@@ -37,11 +37,34 @@ class Draw:
 
 
 class Forward:
-    """What the layers of a model share in its forward: the draw, if there is one, and whether it
-    is a forward with gradients."""
+    """What the layers of a model share in its forward: the draw, if there is one, whether it is a
+    forward with gradients, and of each layer whether a call of it had them."""
 
-    draw: Draw | None = None
-    has_gradients = False
+    def __init__(self):
+        self.forget()
+
+    def forget(self) -> None:
+        """Before and behind a forward, however it ended; the loss's nodes keep the draw."""
+        self.draw: Draw | None = None
+        self.has_gradients = False
+        self.learns: dict[RankBranches, bool] = {}
+
+    def check(self) -> None:
+        """Behind a forward that went through.
+
+        Raises:
+            InputError: it has gradients, and a layer none: reentrant checkpointing gives alpha
+                none either.
+        """
+        idle = [layer for layer, learns in self.learns.items() if not learns]
+        if self.has_gradients and idle:
+            width_in, width_out = idle[0].shape[-2:]
+            raise InputError(
+                f"a layer {width_in} -> {width_out} runs without gradients in a forward that has "
+                "them, and would not be searched: use gradient checkpointing with "
+                "use_reentrant=False; if the model itself runs it under torch.no_grad, name it in "
+                "exclude_modules"
+            )
 
 
 class RankBranches(nn.Module):
@@ -111,15 +134,10 @@ class RankBranches(nn.Module):
         self.trains_weights = True
         self.shared = Forward()
 
-    def check_learns(self) -> None:
-        """Raises InputError in a forward that has gradients where the layer is called without."""
-        if self.shared.has_gradients and not torch.is_grad_enabled():
-            raise InputError(
-                f"a layer {self.shape[-2]} -> {self.shape[-1]} runs without gradients in a "
-                "forward that has them, and would not be searched: use gradient checkpointing with "
-                "use_reentrant=False; if the model itself runs it under torch.no_grad, name it in "
-                "exclude_modules"
-            )
+    def note_call(self) -> None:
+        """Tell the model's forward whether this call has gradients: some have one among several."""
+        learns = self.shared.learns
+        learns[self] = learns.get(self, False) or torch.is_grad_enabled()
 
     def probabilities(self) -> Tensor:
         """softmax(alpha), (K,)."""

@@ -118,7 +118,7 @@ class MixedRankExperts(RankBranches):
                 "joint=true: experts see tokens of training and validation rows mixed; use "
                 "joint=false"
             )
-        self.check_learns()
+        self.note_call()
         gates = self.gates
         if gates is None:
             gates = self.scaling * (self.membership @ self.probabilities())

@@ -90,7 +90,7 @@ class MixedRankLinear(RankBranches):
         row's gates serve all of x.
         """
         gates, arch_gates, shared = self.gates, self.arch_gates, self.shared
-        self.check_learns()
+        self.note_call()
         if gates is None:
             gates = self.scaling * (self.membership @ self.probabilities())
         if gates.dim() == 1:

@@ -19,6 +19,7 @@ from darts_lora.errors import InputError
 from darts_lora.mixed_linear import linear_shape
 
 READ_PAST = "its weight is read past its forward, so that a LoRA changes nothing"
+UNTRAINED = "the model runs it without gradients, so that a LoRA there would never be trained"
 NOT_PLAIN = "its forward gives other than one tensor, or of another shape than it says"
 
 
@@ -79,7 +80,8 @@ def left_out_lines(reasons: Mapping[str, str]) -> list[str]:
 
 def not_plain_layers(model: nn.Module, names: Collection[str]) -> dict[str, str]:
     """Which of these modules a LoRA does not suit -> why: the model reads the weight and does not
-    call the forward, or the forward gives more than a tensor, or one of another shape.
+    call the forward, or runs it without gradients alone, or the forward gives more than a tensor,
+    or one of another shape.
 
     torch's MultiheadAttention does the former to its out_proj. Of transformers' models a forward of
     a few tokens tells; one that does not take its own `dummy_inputs` tells nothing.
@@ -113,7 +115,7 @@ def _watched(model: nn.Module, names: Collection[str], inputs: dict[str, Tensor]
     try:
         for name, spy in spies.items():
             model.set_submodule(name, spy)
-        with torch.no_grad(), torch.random.fork_rng(devices):
+        with torch.enable_grad(), torch.random.fork_rng(devices):
             model.eval()(**inputs)
     except Exception:  # any kind: models that want more than text, or other text
         return {}
@@ -124,7 +126,9 @@ def _watched(model: nn.Module, names: Collection[str], inputs: dict[str, Tensor]
             module.training = True
     past = [name for name, spy in spies.items() if spy.was_read and not spy.was_called]
     other = [name for name, spy in spies.items() if not spy.is_plain]
-    return dict.fromkeys(past, READ_PAST) | dict.fromkeys(other, NOT_PLAIN)
+    idle = [name for name, spy in spies.items() if spy.was_called and not spy.learns]
+    found = dict.fromkeys(past, READ_PAST) | dict.fromkeys(idle, UNTRAINED)
+    return found | dict.fromkeys(other, NOT_PLAIN)
 
 
 class _Spy(nn.Module):
@@ -133,9 +137,11 @@ class _Spy(nn.Module):
     def __init__(self, watched: nn.Module):
         super().__init__()
         vars(self).update(watched=watched, was_read=False, was_called=False, is_plain=True)
+        vars(self).update(learns=False)
 
     def forward(self, *args, **kwargs):
         output = self.watched(*args, **kwargs)
+        vars(self).update(learns=self.learns or torch.is_grad_enabled())
         plain = isinstance(output, Tensor)
         if plain and args and (shape := linear_shape(self.watched)):
             plain = output.shape == (*args[0].shape[:-1], shape[1])

@@ -16,6 +16,7 @@ from darts_lora.targets import (
     match_modules,
     match_parameters,
     outside,
+    shared_weights,
 )
 
 
@@ -61,6 +62,8 @@ def searched_layers(
             f"side of {widest} ({width_in} -> {width_out}), and no layer is wider"
         )
     without = left_out(model, shapes, stacked, config.ranks)
+    if config.target_modules == "all-linear":  # nobody asked for these by name
+        without |= shared_weights(model, [name for name in shapes if name not in without])
     for line in left_out_lines(without):
         warnings.warn(line, stacklevel=4)
     kept = {name: shape for name, shape in shapes.items() if name not in without}

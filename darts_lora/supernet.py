@@ -123,6 +123,7 @@ class Supernet:
             model._hf_peft_config_loaded = True  # trainers refuse quantized models without adapters
         self._hooks = [
             model.register_forward_pre_hook(self._draw_gates, with_kwargs=True),
+            model.register_forward_hook(lambda *_: self._shared.check()),
             model.register_forward_hook(self._forget_draw, always_call=True),
             *hold_statistics(model, self.saved_modules.values()),
         ]
@@ -189,7 +190,7 @@ class Supernet:
         return sample(alpha, relaxation, temperature, rows, draw.noise)
 
     def _forget_draw(self, *args) -> None:
-        self._shared.draw, self._shared.has_gradients = None, False  # nodes keep the draw
+        self._shared.forget()
 
     def _follow_weights(self) -> None:
         """Move alpha where the layers' weights were moved."""

@@ -137,12 +137,23 @@ def outside(names: Collection[str], outer: Collection[str]) -> list[str]:
 
 def check_unshared(model: nn.Module, names: Collection[str]) -> None:
     """No module, or parameter of experts, in `names` holds a weight that another module of the
-    model holds as well, as tied embeddings do: an adapter is of one module, but merged into the
-    weight it would change both.
+    model holds as well (see shared_weights).
 
     Raises:
         InputError: one does.
     """
+    for name, reason in shared_weights(model, names).items():
+        raise InputError(
+            f"target_modules: {name} {reason}; name it in exclude_modules, or load the model with "
+            "weights of their own (tie_word_embeddings=False)"
+        )
+
+
+def shared_weights(model: nn.Module, names: Collection[str]) -> dict[str, str]:
+    """Which of these modules, or parameters of experts, hold a weight that another module of the
+    model holds as well, as tied embeddings do -> which. An adapter is of one module, but merged
+    into the weight it would change both."""
+    found = {}
     holders: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
@@ -154,11 +165,9 @@ def check_unshared(model: nn.Module, names: Collection[str]) -> None:
         for parameter in held if owner == name else [model.get_parameter(name)]:
             others = [other for other in holders[id(parameter)] if other != owner]
             if others:
-                raise InputError(
-                    f"target_modules: {name} shares a weight with {others[0]}, where a merged "
-                    "adapter would change it too; name it in exclude_modules, or load the model "
-                    "with weights of their own (tie_word_embeddings=False)"
-                )
+                text = f"shares a weight with {others[0]}, where a merged adapter would change it"
+                found.setdefault(name, f"{text} too")
+    return found
 
 
 def check_fresh(model: PeftModel, source: str) -> None:

@@ -129,3 +129,39 @@ def test_lines_name_the_first_layer_of_each_reason():
         "left out: a and 1 more: x",
         "left out: b: y",
     ]
+
+
+class Indexed(t.LlamaForCausalLM):
+    """A layer that the model itself runs without gradients, as sparse attention's indexers are."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.indexer = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, input_ids=None, **kwargs):
+        with torch.no_grad():
+            chosen = self.indexer(self.model.embed_tokens(input_ids)).argmax() > 0
+        embeds = self.model.embed_tokens(input_ids) * (1 + 1e-3 * chosen)
+        return super().forward(inputs_embeds=embeds, **kwargs)
+
+
+def test_a_layer_that_runs_without_gradients_is_left_out():
+    model = Indexed(t.LlamaConfig(**TEXT))
+    with pytest.warns(UserWarning, match="left out: indexer: the model runs it without gradients"):
+        supernet = Supernet(model, SearchConfig(ranks=(1, 2)))
+    assert "indexer" not in supernet.layers and len(supernet.layers) == 14
+    ids = torch.randint(0, 64, (2, 5))
+    supernet.model(ids, labels=ids).loss.backward()
+    assert all(layer.lora_B.grad.any() for layer in supernet.layers.values())
+
+
+def test_all_linear_leaves_out_what_shares_its_weight():
+    model = t.LlamaForCausalLM(t.LlamaConfig(**TEXT))
+    model.extra = nn.Linear(*model.model.layers[0].self_attn.q_proj.weight.shape[::-1], bias=False)
+    model.extra.weight = model.model.layers[0].self_attn.q_proj.weight
+    with pytest.warns(UserWarning, match=r"left out: .*shares a weight with"):
+        supernet = Supernet(model, SearchConfig(ranks=(0, 1)))
+    assert not {"extra", "model.layers.0.self_attn.q_proj"} & supernet.layers.keys()
+    supernet.remove()
+    with pytest.raises(InputError, match="q_proj shares a weight with extra"):
+        Supernet(model, SearchConfig(ranks=(0, 1), target_modules=["q_proj"]))

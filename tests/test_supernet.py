@@ -211,6 +211,23 @@ def test_layers_that_a_forward_runs_without_gradients_are_refused(wrap):
         assert supernet.model(torch.randn(5, 16)).shape == (5, 16)
 
 
+class Refined(Checkpointed):
+    """Runs its layers twice, the last time alone with gradients, as recurrent models do."""
+
+    def forward(self, x):
+        with torch.no_grad():
+            x = self.inner(x)
+        return self.inner(x)
+
+
+def test_layers_that_have_gradients_in_one_of_several_calls_are_searched():
+    supernet = Supernet(Refined(), config())
+    randomise(supernet)
+    with supernet.arch_gradients():
+        supernet.model(torch.randn(5, 16)).sum().backward()
+    assert supernet.alpha.grad.any(-1).all()
+
+
 def test_probabilities_and_expected_parameters():
     supernet = Supernet(residual(), config())
     randomise(supernet)
