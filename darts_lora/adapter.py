@@ -153,7 +153,7 @@ def refused(model: nn.Module, names: Collection[str], stacked: Collection[str]) 
     """
     reasons: dict[str, str] = {}
     left = list(names)
-    if _refusal(model, left, stacked) is None:
+    if not left or _refusal(model, left, stacked) is None:
         return reasons
     modules, kinds = dict(model.named_modules()), {}
     for name in left:  # what is of one type, PEFT takes or refuses alike

@@ -155,6 +155,19 @@ def test_a_layer_that_runs_without_gradients_is_left_out():
     assert all(layer.lora_B.grad.any() for layer in supernet.layers.values())
 
 
+class Frozen(t.LlamaForCausalLM):
+    """Runs all of its layers without gradients."""
+
+    def forward(self, *args, **kwargs):
+        with torch.no_grad():
+            return super().forward(*args, **kwargs)
+
+
+def test_a_model_that_runs_without_gradients_has_nothing_to_search():
+    with pytest.raises(InputError, match=r"nothing is left to search, first .*without gradients"):
+        Supernet(Frozen(t.LlamaConfig(**TEXT)), SearchConfig(ranks=(0, 1)))
+
+
 def test_all_linear_leaves_out_what_shares_its_weight():
     model = t.LlamaForCausalLM(t.LlamaConfig(**TEXT))
     model.extra = nn.Linear(*model.model.layers[0].self_attn.q_proj.weight.shape[::-1], bias=False)
