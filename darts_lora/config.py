@@ -37,74 +37,22 @@ class SearchConfig:
     (mostly a pooler). The budget does not count them."""
     scaling: float = 2.0
     """The factor s = lora_alpha / r before every branch, the same for all ranks."""
-    # nested: 1.001 of the oracle's loss on the hard planted problems, independent: 1.008 (5 seeds);
-    # 0.0807 at rank 2 and 0.0744 at rank 8 on the embedded task, 0.0826 and 0.0764 (6 seeds)
     branches: Literal["independent", "nested"] = "nested"
     """independent: each rank has its own A and B; nested: a rank is a prefix of the next larger."""
     dropout: float = 0.0
     """Dropout probability of the adapter's input, in [0, 1)."""
     adapter_dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the LoRA weights; they are used in that of the activations."""
-    # gumbel_hard finds all easy planted ranks where softmax finds 60 %: in a plain mixture B
-    # grows to undo a small gate, so alpha learns which branch grows fastest, not what it is worth
-    relaxation: Literal["gumbel_hard", "gumbel", "softmax"] = "gumbel_hard"
-    """How alpha becomes gates: straight-through samples, soft samples, or a plain mixture."""
-    # example: costs nothing and averages over as many architectures as there are rows (on noisy
-    # planted problems the loss over the oracle's falls from 2.2 to 1.4 and below)
-    sampling: Literal["example", "batch"] = "example"
-    """One architecture for each row of the batch, or one for the whole batch (a forward)."""
-    # a hard sample has the same distribution at any temperature; 1 is the middle of its bias and
-    # its variance as a gradient
-    temperature: tuple[float, float] = (1.0, 1.0)
-    """Temperature of the relaxation at the start and the end of a search, geometric in between."""
     budget_rank: float | None = None
-    """Budget: as many trainable parameters as a uniform LoRA of this rank on the same layers."""
+    """Budget: as many trainable parameters as a uniform LoRA of this rank on the same layers. Default:
+    half of the largest candidate."""
     budget_parameters: int | None = None
-    """Budget: trainable parameters (count). Give this or budget_rank, or neither for no budget."""
-    search_fraction: float | None = None
+    """Budget: trainable parameters (count), instead of budget_rank."""
+    search_fraction: float = 0.125
     """Part of a run's weight steps (max_steps) that the search takes, in (0, 1]; the finetune goes
-    on from its weights with the rest. Default: 0.125 under a budget; 1 where alpha descends, and
-    the finetune is then a run of its own."""
-    # alpha held still, at the mean of the weights, over descent at the weights, ranks 2 and 8: E2E
-    # -0.0016 +- 0.0040 and -0.0018 +- 0.0013, GSM8K -0.0002 and -0.0010, LLaVA -0.09 +- 0.10 and
-    # -0.09 +- 0.09, embedded -0.0046 +- 0.0035 and -0.0036 +- 0.0045 (test loss, shares.json);
-    # planted ranks, where a gain ends at a rank, are found by descent alone
-    arch_update: Literal["proportional", "gradient"] | None = None
-    """How alpha moves. proportional: shares the budget among the layers in proportion to what the
-    validation loss gains where a layer's parameters grow by a share; ranks are drawn from one even
-    distribution meanwhile. gradient: by descent on the validation loss (DARTS), projected onto the
-    budget, and ranks are drawn from alpha. Default: proportional with a budget, gradient
-    without."""
-    # embedded default, budget of rank 2 (800 steps, 3 seeds): test loss 0.080 at 0.03, 0.079 at
-    # 0.1, 0.092 for the uniform rank; expected ranks of two seeds correlate by 0.92 and 0.82
-    arch_learning_rate: float = 0.03
-    """Learning rate of alpha where it moves by the gradient (SharedAdam: all layers share one
-    second moment)."""
-    arch_betas: tuple[float, float] = (0.5, 0.999)
-    """Betas of that optimizer, as in DARTS."""
-    arch_weight_decay: float = 0.0
-    """Weight decay of that optimizer."""
-    # halves share the path of the weights, where two searches differ, and so show too little noise.
-    # With 4 and 16, in proportion, ranks 2 and 8: expected ranks of two seeds correlate by 0.59,
-    # 0.76 and 0.73, 0.88 (E2E), 0.51, 0.65 and 0.66, 0.82 (LLaVA), at test losses that are level
-    arch_noise: float = 16.0
-    """How many times the noise that two halves of the architecture steps show alpha's gradients
-    are taken to have: the more, the nearer each layer is drawn to those of its type and of near
-    blocks, while that is not outweighed by what is seen; 0: not drawn."""
-    # SmolLM2 on E2E, alpha held still: at the weights a parameter seems to be worth an eighth of
-    # what it is at the end, o and v less than nothing; at their mean, in the same steps, as much as
-    # at the end (e2e_credit.json). It costs 1 to 2 % of a step's time
-    arch_average: float | None = None
-    """Share of the weight steps so far that the weights are averaged over where alpha's gradients
-    are taken, at the price of a copy of them; 0: at the weights themselves. Default: 0.125 (the
-    last eighth, about)."""
-    arch_lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
-    """Course of alpha's learning rate over the architecture steps of a RankSearch."""
+    on from its weights with the rest. With 1 the finetune is a run of its own."""
     arch_every: int = 2
-    """One architecture step every this many weight steps."""
-    warmup_steps: int | None = None
-    """Weight steps of the search before its first architecture step. Default: 0 under a budget,
-    where the first steps say most; a quarter of the search where alpha descends."""
+    """One architecture step behind this many weight steps, in the second half of the search."""
     seed: int = 0
     """Seed of the weights' initialisation, of the samples and of the data order."""
 
@@ -118,41 +66,16 @@ class SearchConfig:
                 check_modules(name, value, regex=name in ("target_modules", "exclude_modules"))
         check_bounds(
             self,
-            at_least={"dropout": 0.0, "arch_weight_decay": 0.0, "arch_noise": 0.0}
-            | {"arch_average": 0.0}
-            | {"arch_every": 1, "warmup_steps": 0, "seed": 0},
-            above={"scaling": 0.0, "budget_rank": 0.0, "budget_parameters": 0}
-            | {"arch_learning_rate": 0.0},
+            at_least={"dropout": 0.0, "arch_every": 1, "seed": 0},
+            above={"scaling": 0.0, "budget_rank": 0.0, "budget_parameters": 0},
         )
         require(self.dropout < 1, "dropout", self.dropout, "must be below 1")
-        if (part := self.search_fraction) is not None:
-            rule = "must be above 0 and at most 1"
-            require(is_real(part) and 0 < part <= 1, "search_fraction", part, rule)
-        share = self.arch_average or 0.0
-        require(share <= 1, "arch_average", share, "must be at most 1")
-        self._check_budget()
-        for name, rule in (
-            ("temperature", lambda t: t > 0),
-            ("arch_betas", lambda b: 0 <= b < 1),
-        ):
-            pair = getattr(self, name)
-            ok = isinstance(pair, list | tuple) and len(pair) == 2
-            ok = ok and all(is_real(v) and rule(v) for v in pair)
-            bound = "above 0" if name == "temperature" else "in [0, 1)"
-            require(ok, name, pair, f"must be two numbers {bound}")
-            setattr(self, name, tuple(float(v) for v in pair))
-
-    def _check_budget(self) -> None:
+        part, rule = self.search_fraction, "must be above 0 and at most 1"
+        require(is_real(part) and 0 < part <= 1, "search_fraction", part, rule)
         if self.budget_rank is not None and self.budget_parameters is not None:
             raise InputError(
                 f"budget_rank={self.budget_rank} and budget_parameters={self.budget_parameters}: "
                 "give one of the two"
-            )
-        none = self.budget_rank is None and self.budget_parameters is None
-        if self.arch_update == "proportional" and none:
-            raise InputError(
-                "arch_update=proportional: shares a budget; give budget_rank or "
-                "budget_parameters, or use arch_update=gradient"
             )
 
 

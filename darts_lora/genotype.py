@@ -116,6 +116,9 @@ class Genotype:
         budget = self.found_by.get("budget_parameters")
         ok = budget is None or (type(budget) in (int, float) and 0 <= budget < 1e30)
         _require(ok, "budget_parameters", budget, "must be a number >= 0")
+        price = self.found_by.get("price", 0)
+        ok = type(price) in (int, float) and abs(price) < 1e30
+        _require(ok, "price", price, "must be a number")
 
     @classmethod
     def from_supernet(cls, supernet: Supernet) -> Genotype:
@@ -141,7 +144,7 @@ class Genotype:
             base_model=getattr(model_config, "_name_or_path", None) or None,
             found_by={
                 "budget_parameters": supernet.budget,
-                "arch_update": supernet.arch_update,
+                "price": supernet.price,
             },
         )
 

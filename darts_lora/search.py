@@ -47,7 +47,7 @@ from darts_lora.run.resume import (
     remove_search,
     restore,
 )
-from darts_lora.run.schedule import Schedule, derive_genotype
+from darts_lora.run.schedule import derive_genotype, search_steps
 from darts_lora.run.stream import BatchStream, check_batches
 from darts_lora.run.tokens import learnt_tokens, model_loss
 from darts_lora.supernet import Supernet
@@ -57,8 +57,8 @@ class RankSearch:
     """Bilevel search: LoRA weights on training batches, alpha on validation batches.
 
     It is the first part (search_fraction) of a run of training.max_steps weight steps, on the
-    learning rate of the whole run: a finetune goes on from its weights with the rest. After
-    `warmup_steps`, every `arch_every`-th weight step is followed by an architecture step.
+    learning rate of the whole run: a finetune goes on from its weights with the rest. In its second
+    half, every `arch_every`-th weight step is followed by an architecture step.
 
     Args:
         supernet: the model with its rank branches.
@@ -75,9 +75,8 @@ class RankSearch:
             of batch. What cannot be captured runs as ever, after one line that says why.
 
     Raises:
-        InputError: a data loader without a batch for each process; a warm-up that leaves no
-            architecture step; an output_dir that cannot be written; DeepSpeed, Megatron-LM or
-            FSDP's first version.
+        InputError: a data loader without a batch for each process; an output_dir that cannot be
+            written; DeepSpeed, Megatron-LM or FSDP's first version.
     """
 
     def __init__(
@@ -96,7 +95,7 @@ class RankSearch:
         self.supernet, self.training = supernet, training or TrainingConfig()
         self.output_dir = output_dir
         config = supernet.config
-        self.schedule = Schedule(supernet, self.training.max_steps)
+        self.steps = search_steps(supernet, self.training.max_steps)
         if output_dir is not None:
             check_writable(output_dir)
         precision = self.training.mixed_precision
@@ -108,7 +107,9 @@ class RankSearch:
         set_seed(config.seed, device_specific=True)
         self.base_digest = frozen_digest(supernet.model)  # before anything shards it
         count = learnt_tokens if loss_fn is model_loss else None  # what others are means of?
-        self.bilevel = BilevelStep(supernet, self.accelerator, self.training, loss_fn, count)
+        self.bilevel = BilevelStep(
+            supernet, self.accelerator, self.training, loss_fn, count, self.steps
+        )
         self.weights, self.architect = self.bilevel.weights, self.bilevel.architect
         self.model = self.weights.model
         given = train_dataloader, val_dataloader
@@ -116,14 +117,11 @@ class RankSearch:
         for split, *pair in zip(("train", "validation"), given, loaders, strict=True):
             check_batches(split, *pair)
         self.streams = self.train_stream, self.val_stream = tuple(map(BatchStream, loaders))
-        self.arch_scheduler = self.schedule.arch_scheduler(self.architect.optimizer)
-        self.schedulers = self.weights.scheduler, self.arch_scheduler
         self.course = course_options(self, course or {})
         if cuda_graphs:
             self.bilevel.capture()
         self.step, self.seconds = 0, 0.0
-        self.validation_loss, self.alpha_gradient_norm = math.nan, None
-        self.validation_losses: dict[int, Tensor] = {}  # step -> loss, since the last record
+        self.validation_gain: Tensor | None = None  # of the last architecture step
 
     def resume(self) -> None:
         """Go on from the newest checkpoint in output_dir that is whole.
@@ -174,9 +172,9 @@ class RankSearch:
         self.model.train()
         started, losses = time.monotonic() - self.seconds, []
         bar = tqdm(
-            range(self.step, self.schedule.steps),
+            range(self.step, self.steps),
             initial=self.step,
-            total=self.schedule.steps,
+            total=self.steps,
             desc="search",
             unit="step",
             disable=not self.accelerator.is_main_process,
@@ -185,7 +183,7 @@ class RankSearch:
         for step in bar:
             losses.append(self._one_step(step))
             self.step = step + 1
-            last = self.step == self.schedule.steps
+            last = self.step == self.steps
             status = self._agreed(stop)
             due = self.training.save_steps and self.step % self.training.save_steps == 0
             save = last or status or due
@@ -206,7 +204,7 @@ class RankSearch:
         """The exit status that was asked for, the same on all processes; 0: go on. Several ask each
         other where the loop waits for the device anyhow."""
         stop.step()
-        if self.step == self.schedule.steps:
+        if self.step == self.steps:
             stop.finish()
             return 0
         if self.accelerator.num_processes > 1 and self.step % self.training.logging_steps:
@@ -217,7 +215,7 @@ class RankSearch:
         self._view("close")
         if self.accelerator.is_main_process:
             print(
-                f"{reason}: stopped after step {self.step} of {self.schedule.steps}; "
+                f"{reason}: stopped after step {self.step} of {self.steps}; "
                 f"{self._kept()}",
                 file=sys.stderr,
                 flush=True,
@@ -232,16 +230,10 @@ class RankSearch:
         return f"the last checkpoint is {kept[-1]}, --resume goes on from it"
 
     def _one_step(self, step: int) -> Tensor:
-        """A weight step and, after the warm-up, an architecture step; the training loss."""
-        self.schedule.enter(step)
-        trains_alpha = self.schedule.trains_alpha(step)
-        loss, metrics = self.bilevel.step(self.train_stream, self.val_stream, trains_alpha)
+        """A weight step and, where it is due, an architecture step; the training loss."""
+        loss, metrics = self.bilevel.step(self.train_stream, self.val_stream)
         if metrics is not None:
-            if self.architect.allocation is None:  # else its optimizer rests
-                self.arch_scheduler.step()
-            self.validation_loss = metrics["loss"]
-            self.validation_losses[self.step + 1] = metrics["loss"]
-            self.alpha_gradient_norm = metrics["gradient_norm"]
+            self.validation_gain = metrics["gain"]
         return loss
 
     def _record(self, losses: list[Tensor], seconds: float) -> dict[str, Any]:
@@ -253,14 +245,9 @@ class RankSearch:
         for step, loss in enumerate(train_losses, start=first):
             if not math.isfinite(loss):
                 self._stop_non_finite("training loss", step)
-        steps = list(self.validation_losses)
-        losses = [self.validation_losses.pop(step) for step in steps] or [self.validation_loss]
-        losses = torch.stack([torch.as_tensor(loss).float() for loss in losses])
-        losses = reduce(losses.to(self.accelerator.device)).tolist()
-        for step, loss in zip(steps, losses, strict=False):
-            if not math.isfinite(loss):
-                self._stop_non_finite("validation loss", step)
-        validation = losses[-1]
+        gain = self.validation_gain
+        if gain is not None and not math.isfinite(gain):
+            self._stop_non_finite("validation loss", self.step)
         figures = alpha_figures(self.supernet)
         if not math.isfinite(figures["expected_parameters"]):
             self._stop_non_finite("alpha", self.step)
@@ -270,10 +257,9 @@ class RankSearch:
         return figures | {
             "step": self.step,
             "train_loss": sum(train_losses) / len(train_losses),
-            "validation_loss": validation if math.isfinite(validation) else None,
+            "validation_gain": number(gain),
             "learning_rate": self.weights.scheduler.get_last_lr()[0],
             "gradient_norm": number(full(self.weights.gradient_norm)),
-            "alpha_gradient_norm": number(self.alpha_gradient_norm),
             "samples_per_second": round(rows / pace, 2),
             "seconds": round(seconds, 3),
             "peak_memory_gib": peak_memory(self.accelerator.device),
@@ -296,8 +282,7 @@ class RankSearch:
         try:
             from darts_lora.views.tensorboard import SearchViews
 
-            steps = self.schedule.steps
-            self.views = SearchViews(self.output_dir, self.supernet, self.step, steps)
+            self.views = SearchViews(self.output_dir, self.supernet, self.step, self.steps)
         except Exception as error:
             self._no_views(error)
 
@@ -319,7 +304,7 @@ class RankSearch:
         )
 
     def _finish(self) -> Genotype:
-        genotype = derive_genotype(self.supernet, self.architect, self.schedule)
+        genotype = derive_genotype(self.supernet, self.architect, self.training.max_steps)
         state = full(self.supernet.state_dict())
         genotype.found_by["supernet_digest"] = weights_digest(state)
         if self.output_dir is not None and self.accelerator.is_main_process:

@@ -6,7 +6,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-import weakref
+from collections.abc import Callable
+from functools import cache
 
 import torch
 from einops import einsum
@@ -16,14 +17,16 @@ from torch import Tensor, nn
 from darts_lora.base.errors import InputError
 from darts_lora.base.files import write_whole
 from darts_lora.config import SearchConfig
-from darts_lora.lora.branches import Draw, Forward
+from darts_lora.lora.branches import Forward
 from darts_lora.lora.cost import resolve_budget, unit_costs, usable_table
 from darts_lora.lora.experts import MixedRankExperts
 from darts_lora.lora.frozen import hold_statistics
+from darts_lora.lora.handover import cut, fold
 from darts_lora.lora.mixed_linear import MixedRankLinear
 from darts_lora.lora.probe import check_plain
-from darts_lora.lora.relaxation import Relaxation, gumbel_noise, sample
+from darts_lora.lora.relaxation import even
 from darts_lora.lora.searched import searched_layers
+from darts_lora.lora.sharded import full, shard_as
 from darts_lora.lora.targets import match_saved_modules
 
 SUPERNET_NAME = "supernet.safetensors"
@@ -36,13 +39,11 @@ class Supernet:
     """A model whose target layers hold rank branches and alphas; all else is frozen, but the
     modules of config.modules_to_save: copies of them are trained in full, as in PEFT.
 
-    Before each forward of `model`, the gates of all layers are drawn in one stacked operation; a
-    loss that waits for its backward keeps its draw, so gradient checkpointing (non-reentrant)
-    recomputes with the same, and all forwards of one loss have one draw. In evaluation mode and
-    without gradients nothing is drawn: gates are the mean of what would be.
-    A plain forward and backward trains the weights only; alpha takes part inside
-    `arch_gradients()`, which the Architect uses. The model's save_pretrained writes the supernet's
-    state alone, as supernet.safetensors, which `load_state_dict` takes.
+    In every forward the gates are the mean ones of the even distribution, whose mean rank is that
+    of the budget: what is trained is a plain LoRA, whose columns have these constants. An
+    architecture step sets others for its own forwards (`probing`).
+    The model's save_pretrained writes the supernet's state alone, as supernet.safetensors, which
+    `load_state_dict` takes.
 
     Args:
         model: any module; its first tensor input (or `input_ids`) has the batch's rows in front.
@@ -54,16 +55,14 @@ class Supernet:
         left_out: name of each match that is not searched -> why, in words.
         alpha: (N, K) float32 parameter, the architecture weights of all layers. It is no part of
             the model: what wraps or shards the model leaves it whole. `layer.alpha` is a row of it.
-        held: (N, K) logits that gates are drawn from in alpha's stead, whose gradient is then the
-            one there; None: gates are drawn from alpha itself.
+        held: (N, K) float32 logits of the even distribution, which the gates follow.
         saved_modules: name -> module that is trained in full; the budget does not count it.
         layer_ranks: (N, K) float64, each candidate as it is on a layer (usable_ranks).
         unit_costs: (N,) float64, trainable parameters of one rank.
         costs: (N, K) float64, trainable parameters of each candidate.
-        budget: trainable parameters, None without a budget.
-        arch_update: how alpha moves; the config's, or what suits the budget.
+        budget: trainable parameters.
+        price: of a parameter in alpha (relaxation.py), in 1 / parameters.
         calls: forwards of the model so far (count).
-        relaxation, temperature: what the next forwards use; a search loop changes them.
 
     Raises:
         InputError: no target matches, a target is not a linear layer or shares its weight, a rank
@@ -73,8 +72,6 @@ class Supernet:
 
     def __init__(self, model: nn.Module, config: SearchConfig):
         self.model, self.config = model, config
-        self.relaxation: Relaxation = config.relaxation
-        self._temperature = torch.tensor(config.temperature[0])
         check_plain(model)
         saved = match_saved_modules(model, config.modules_to_save)
         shapes, self.left_out = searched_layers(model, config, saved)
@@ -82,13 +79,13 @@ class Supernet:
         self.unit_costs = unit_costs(shapes.values())
         self.costs = self.unit_costs[:, None] * self.layer_ranks
         self.parameters_per_rank = int(self.unit_costs.sum())
+        budget_rank, budget_parameters = config.budget_rank, config.budget_parameters
+        if budget_rank is None and budget_parameters is None:
+            budget_rank = max(config.ranks) / 2
         self.budget = resolve_budget(
-            self.costs, self.parameters_per_rank, config.budget_rank, config.budget_parameters
+            self.costs, self.parameters_per_rank, budget_rank, budget_parameters
         )
-
-        self.arch_update = config.arch_update
-        if config.arch_update is None:
-            self.arch_update = "gradient" if self.budget is None else "proportional"
+        self.price = 0.0
 
         self._marks = {n: v for n, v in vars(model).items() if n in MARKS}
         self._required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -108,23 +105,24 @@ class Supernet:
         for name, module in self.saved_modules.items():
             model.set_submodule(name, module)
         self.calls = 0
-        self._shared, self._draw = Forward(), lambda: None
+        self._shared = Forward()
         layers = self.layers.values()
         self.alpha = nn.Parameter(torch.stack([layer.alpha.detach() for layer in layers]))
         for layer in layers:
             del layer.alpha
             layer.shared = self._shared
-        self.held: Tensor | None = None
+        self.held = even(self.layer_ranks, self.costs, self.budget).float()
+        self.alpha.data.copy_(self.held)
         self._place_alpha(self.alpha.device)
-        self._arch_gradients, self._weight_gradients = False, True
+        self._probe: Callable[[int], Tensor] | None = None
         if hasattr(model, "save_pretrained"):
             model.save_pretrained = self._save
         if getattr(model, "is_quantized", False):
             model._hf_peft_config_loaded = True  # trainers refuse quantized models without adapters
         self._hooks = [
-            model.register_forward_pre_hook(self._draw_gates, with_kwargs=True),
+            model.register_forward_pre_hook(self._set_gates, with_kwargs=True),
             model.register_forward_hook(lambda *_: self._shared.check()),
-            model.register_forward_hook(self._forget_draw, always_call=True),
+            model.register_forward_hook(lambda *_: self._shared.forget(), always_call=True),
             *hold_statistics(model, self.saved_modules.values()),
         ]
 
@@ -147,41 +145,16 @@ class Supernet:
         self.model.set_submodule(owner, layer)
         self.layers[name] = layer
 
-    def _draw_gates(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _set_gates(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         self.calls += 1
         self._follow_weights()
-        alpha = self.alpha if self.held is None else self.held
-        if not self._arch_gradients:
-            alpha = alpha.detach()
-        elif self.held is not None:  # alpha's gradient there
-            alpha = self.held + (self.alpha - self.alpha.detach())
-        rows = _batch_rows(args, kwargs) if self.config.sampling == "example" else None
-        rows = rows or None  # a batch without rows needs no draws of its own
-        drawn = self._sample(alpha, rows)
-        gates = einsum(drawn, self._membership, "... n k, n r k -> n ... r")
+        gates, probing = self._gates, self._probe is not None
+        if probing:
+            gates = self._probe(_batch_rows(args, kwargs) or 1)
+        self._shared.has_gradients = torch.is_grad_enabled()
         each = zip(self.layers.values(), gates.unbind(0), strict=True)
         for layer, own in each:  # past a module's setattr, which is slow
-            vars(layer).update(gates=own, trains_weights=self._weight_gradients)
-
-    def _sample(self, alpha: Tensor, rows: int | None) -> Tensor:
-        """Branch weights for this forward: of fresh noise, or of that which a loss waits with."""
-        relaxation, temperature = self.relaxation, self._temperature
-        if self.held is not None and not self._arch_gradients:
-            relaxation, temperature = "softmax", 1.0  # weights train the mean: a plain LoRA
-        self._shared.has_gradients = torch.is_grad_enabled()
-        if relaxation != "softmax" and not (self.model.training or torch.is_grad_enabled()):
-            relaxation, temperature = "softmax", 1.0  # the mean
-        if relaxation == "softmax":
-            return sample(alpha, relaxation, temperature, rows)
-        draw, shape = self._draw(), alpha.shape if rows is None else (rows, *alpha.shape)
-        if draw is None or not draw.waits or draw.noise.shape != shape:
-            draw = Draw(gumbel_noise(alpha, rows))
-            self._draw = weakref.ref(draw)
-        self._shared.draw = draw
-        return sample(alpha, relaxation, temperature, rows, draw.noise)
-
-    def _forget_draw(self, *args) -> None:
-        self._shared.forget()
+            vars(layer).update(gates=own, trains_weights=not probing)
 
     def _follow_weights(self) -> None:
         """Move alpha where the layers' weights were moved."""
@@ -194,29 +167,47 @@ class Supernet:
         self.alpha.data = self.alpha.data.to(device, dtype)
         for layer, row in zip(self.layers.values(), self.alpha.detach(), strict=True):
             layer.alpha = row
-        if self.held is not None:
-            self.held = self.held.to(self.alpha)
-        self._temperature = self._temperature.to(device)
+        self.held = self.held.to(self.alpha)
         membership = torch.stack([layer.membership for layer in self.layers.values()])
-        self._membership = self.config.scaling * membership.to(self.alpha)
-
-    @property
-    def temperature(self) -> float:
-        """Temperature of the next forwards' relaxation."""
-        return float(self._temperature)
-
-    @temperature.setter
-    def temperature(self, value: float) -> None:
-        self._temperature.fill_(value)  # in place: a captured forward reads this tensor
+        membership = self.config.scaling * membership.to(self.alpha)
+        self._gates = einsum(self.held.softmax(-1), membership, "n k, n r k -> n r")
 
     @contextlib.contextmanager
-    def arch_gradients(self, weights: bool = True):
-        """Forwards inside connect the loss to alpha, and, as outside, to the LoRA weights."""
-        self._arch_gradients, self._weight_gradients = True, weights
+    def probing(self, gates: Callable[[int], Tensor]):
+        """Forwards inside have other gates, and their losses no gradients of the weights.
+
+        Args:
+            gates: rows of a batch -> (N, R), or (N, rows, R) with a row for each example; called
+                once for each number of rows, so that all forwards of one loss have the same.
+        """
+        self._probe = cache(gates)
         try:
             yield
         finally:
-            self._arch_gradients, self._weight_gradients = False, True
+            self._probe = None
+
+    @contextlib.contextmanager
+    def in_directions(self):
+        """Inside, the columns of each layer are the singular directions of its mean mixture, the
+        largest first, and the layer is the same with gates of `scaling` (handover.py); behind it
+        A and B are what they were, bit for bit."""
+        weights = [w for layer in self.layers.values() for w in (layer.lora_A, layer.lora_B)]
+        kept = [w.detach().clone() for w in weights]
+        try:
+            for layer, gates in zip(self.layers.values(), self._gates, strict=True):
+                a, b = full(layer.lora_A.detach()), full(layer.lora_B.detach())
+                most = min(layer.used, *layer.shape[-2:])
+                new_a, new_b = cut(a, fold(b, gates / self.config.scaling), most)
+                missing = a.shape[-2] - most
+                for weight, value in (
+                    (layer.lora_A, nn.functional.pad(new_a, (0, 0, 0, missing))),
+                    (layer.lora_B, nn.functional.pad(new_b, (0, missing))),
+                ):
+                    weight.data.copy_(shard_as(weight, value.to(weight.dtype)))
+            yield
+        finally:
+            for weight, value in zip(weights, kept, strict=True):
+                weight.data.copy_(value)
 
     def weight_parameters(self) -> list[nn.Parameter]:
         """A and B of every layer, and the saved modules: what the weight step trains."""
@@ -263,19 +254,17 @@ class Supernet:
             path = os.path.join(save_directory, SUPERNET_NAME)
             write_whole(path, lambda temporary: save_file(state, temporary))
 
-    @torch.no_grad()
     def mean_gates(self) -> Tensor:
-        """Mean gates of every layer's columns, (N, R) float32, those that gates are drawn around:
-        the scaling times the probability that a column is part of the drawn rank."""
-        alpha = self.alpha if self.held is None else self.held
-        return einsum(alpha.softmax(-1), self._membership, "n k, n r k -> n r")
+        """Gates of every layer's columns, (N, R) float32: the scaling times the probability that
+        the even distribution gives a column."""
+        return self._gates
 
     def probabilities(self) -> Tensor:
-        """softmax(alpha) of every layer, (N, K) float32, differentiable."""
-        return self.alpha.softmax(-1)
+        """softmax(alpha) of every layer, (N, K) float32."""
+        return self.alpha.detach().softmax(-1)
 
     def expected_parameters(self) -> Tensor:
-        """Expected trainable parameters of a sampled architecture, scalar, differentiable."""
+        """Trainable parameters that alpha expects, scalar."""
         probabilities = self.probabilities()
         return (probabilities * self.costs.to(probabilities)).sum()
 

@@ -4,7 +4,6 @@ Not here: our own loop (search.py), nor a finetune (finetune.py)."""
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -23,7 +22,7 @@ from darts_lora.genotype import Genotype
 from darts_lora.lora.relaxation import entropies
 from darts_lora.run.beginning import plain_adapter
 from darts_lora.run.launch import check_distribution
-from darts_lora.run.schedule import Schedule, derive_genotype
+from darts_lora.run.schedule import derive_genotype, search_steps
 from darts_lora.run.stream import BatchStream
 from darts_lora.supernet import PREPARED, Supernet
 from darts_lora.views.console import show
@@ -37,7 +36,7 @@ class RankSearchCallback(TrainerCallback):
     hold other rows. After search_fraction of the steps the found ranks are handed over: plain PEFT
     layers take the supernet's place, with what it learnt, and the training goes on with them to its
     end. `trainer.model` is a PeftModel then, and trainer.save_model() saves its adapter. The
-    trainer's log also gets validation_loss, alpha_entropy and expected_parameters. What the trainer
+    trainer's log also gets gain, expected_parameters and alpha_entropy. What the trainer
     saves before is the supernet's own state (see Supernet), without the base. A search that is cut
     off starts anew: RankSearch resumes.
 
@@ -52,8 +51,7 @@ class RankSearchCallback(TrainerCallback):
 
     Raises:
         InputError: the trainer has another model, no eval_dataset or several GPUs in one process;
-            DeepSpeed, several sets of evaluation rows; on training: a warm-up that
-            leaves no architecture step, a resumption.
+            DeepSpeed, several sets of evaluation rows; on training: a resumption.
     """
 
     def __init__(
@@ -78,13 +76,6 @@ class RankSearchCallback(TrainerCallback):
                 f"({', '.join(map(str, trainer.eval_dataset))}); give the one to train alpha on"
             )
         check_distribution(trainer.accelerator)
-        packed = [n for n in ("packing", "padding_free") if getattr(trainer.args, n, False)]
-        if packed and supernet.config.sampling == "example" and supernet.relaxation != "softmax":
-            warnings.warn(
-                f"{packed[0]}=True: a row holds many conversations, which all see the same draw of "
-                "ranks; without it each has a draw of its own, and alpha learns from more of them",
-                stacklevel=2,
-            )
         self.trainer, self.supernet, self.loss_fn = trainer, supernet, loss_fn
         self.genotype: Genotype | None = None
         trainer.add_callback(self)
@@ -99,7 +90,7 @@ class RankSearchCallback(TrainerCallback):
         several = accelerator.num_processes > 1
         if several:  # a Trainer seeds them alike: all would draw the same ranks
             set_seed(args.seed, device_specific=True)
-        self.schedule = Schedule(self.supernet, state.max_steps)
+        self.steps = search_steps(self.supernet, state.max_steps)
         if self._hands_over(state) and several:
             raise InputError(
                 f"num_processes={accelerator.num_processes}: a handover inside a Trainer has one; "
@@ -111,68 +102,55 @@ class RankSearchCallback(TrainerCallback):
         self.stream = BatchStream(self.trainer.get_eval_dataloader(rows))
         self.architect = Architect(
             self.supernet,
+            self.steps,
             reduce=(lambda g: accelerator.reduce(g, "mean")) if several else None,
             scaler=accelerator.scaler,
         )
-        self.arch_scheduler = self.schedule.arch_scheduler(self.architect.optimizer)
 
     def _hands_over(self, state) -> bool:
-        return self.schedule.steps < state.max_steps
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if self.genotype is None:
-            self.schedule.enter(state.global_step)
+        return self.steps < state.max_steps
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.genotype is not None:
             return
-        self._search_on(state, control)
-        if state.global_step == self.schedule.steps and self._hands_over(state):
+        self._search_on(control)
+        if state.global_step == self.steps and self._hands_over(state):
             self._find(state)
             self._hand_over()
 
-    def _search_on(self, state, control) -> None:
-        """The architecture step behind a step of the trainer's."""
-        if not self.schedule.trains_alpha(state.global_step - 1):
-            self.architect.mean.update()
-            return
-        metrics = self._step()
-        if self.architect.allocation is None:  # else its optimizer rests
-            self.arch_scheduler.step()
-        if control.should_log:
-            with torch.no_grad():
-                entropy = float(entropies(self.supernet.probabilities()).mean())
-                expected = float(self.supernet.expected_parameters())
+    def _search_on(self, control) -> None:
+        """What is due behind a step of the trainer's."""
+        if self.loss_fn is not None:
+            metrics = self.architect.step(partial(self.loss_fn, self.supernet.model), self.stream)
+        else:
+            with _figures_kept(self.trainer):
+                metrics = self.architect.step(self._loss, self._batches())
+        if metrics is not None and control.should_log:
+            entropy = float(entropies(self.supernet.probabilities()).mean())
+            figures = {name: float(value) for name, value in metrics.items()}
             # past what trainers add to their own line; and the trainer's own line is still to come
-            Trainer.log(
-                self.trainer,
-                {
-                    "validation_loss": float(metrics["loss"]),
-                    "alpha_entropy": entropy,
-                    "expected_parameters": expected,
-                },
-            )
+            Trainer.log(self.trainer, figures | {"alpha_entropy": entropy})
             control.should_log = True
 
-    def _step(self) -> dict[str, Tensor]:
-        """An architecture step on the next batch of the evaluation data loader."""
+    def _batches(self) -> Iterator[tuple[Any, Any]]:
+        """Batches of the evaluation rows as the trainer prepares them, and its count of each."""
         model, trainer = self.supernet.model, self.trainer
-        if self.loss_fn is not None:
-            loss_fn = partial(self.loss_fn, model)
-            return self.architect.step(loss_fn, next(self.stream))
-        (batch,), count = trainer.get_batch_samples(self.stream, 1, trainer.args.device)
-
-        def loss_fn(batch: Any) -> Tensor:
-            with trainer.compute_loss_context_manager():
-                return trainer.compute_loss(model, dict(batch), num_items_in_batch=count)
-
-        with _figures_kept(trainer):
+        while True:
+            (batch,), count = trainer.get_batch_samples(self.stream, 1, trainer.args.device)
             model.eval()  # in training mode some give a batch of their own, of training rows
             try:
                 batch = trainer._prepare_inputs(batch)
             finally:
                 model.train()
-            return self.architect.step(loss_fn, batch)
+            yield batch, count
+
+    def _loss(self, prepared: tuple[Any, Any]) -> Tensor:
+        """The trainer's own loss."""
+        batch, count = prepared
+        with self.trainer.compute_loss_context_manager():
+            return self.trainer.compute_loss(
+                self.supernet.model, dict(batch), num_items_in_batch=count
+            )
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.genotype is None:
@@ -188,7 +166,7 @@ class RankSearchCallback(TrainerCallback):
         exchange_parameters(trainer.optimizer, adapted, trainer.get_decay_parameter_names(adapted))
 
     def _find(self, state) -> None:
-        self.genotype = derive_genotype(self.supernet, self.architect, self.schedule)
+        self.genotype = derive_genotype(self.supernet, self.architect, state.max_steps)
         if state.is_world_process_zero:
             show(self.genotype)
             print(verdict_text(self.genotype.found_by["verdict"]))

@@ -20,7 +20,7 @@ class RunningMean:
 
     Args:
         weights: gives them, the same tensors each time.
-        share: of the steps so far, about that over which the mean goes; 0: there is none.
+        share: of the steps so far, about that over which the mean goes.
 
     Attributes:
         values: the mean, of each weight's shape, float32 or wider; empty before `update`.
@@ -28,15 +28,13 @@ class RunningMean:
     """
 
     def __init__(self, weights: Callable[[], list[Tensor]], share: float):
-        self.weights, self.power = weights, 1 / share if share else None
+        self.weights, self.power = weights, 1 / share
         self.values: list[Tensor] = []
         self.steps = 0
 
     @torch.no_grad()
     def update(self) -> None:
         """Take in the weights as they are now."""
-        if self.power is None:
-            return
         weights = [w.to(torch.promote_types(w.dtype, torch.float32)) for w in self.weights()]
         self.steps += 1
         if not self.values:
@@ -50,14 +48,12 @@ class RunningMean:
         self.steps = steps
 
     @contextlib.contextmanager
-    def in_place(self):
-        """Inside, the weights' tensors hold the mean; behind it what they held before, bit for bit.
-        Before the first `update` they stay as they are."""
-        if not self.values:
-            yield
-            return
+    def in_place(self, values: list[Tensor] | None = None):
+        """Inside, the weights' tensors hold `values` (default: the mean); behind it what they held
+        before, bit for bit."""
         with torch.no_grad():
-            weights, values = _local(self.weights()), _local(self.values)
+            weights = _local(self.weights())
+            values = _local(self.values if values is None else values)
             kept = torch._foreach_mul(weights, 1)  # a copy in few launches
             torch._foreach_copy_(weights, values)
         try:

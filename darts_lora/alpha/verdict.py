@@ -1,85 +1,137 @@
-"""Whether a search learnt anything: entropy, and how far its ranks are from chance.
+"""Will the found ranks beat the uniform rank, by about how much, and how sure is that?
 Not here: the search, and how figures are shown."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from scipy import stats
 from torch import Tensor
 
-from darts_lora.alpha.prior import correlation
+from darts_lora.alpha.choice import choose
+from darts_lora.alpha.values import Measured, Values
 from darts_lora.lora.relaxation import entropies
 from darts_lora.supernet import Supernet
 
+FOLDS = 4  # parts of the validation batches, each judged by ranks of the others
+FEWEST = 8  # architecture steps that say anything
+CHANCE = 0.01  # the most that is believed
+LEAST = 1e-3  # of the validation loss: a smaller gain of the adapter is none
 
-def agreement(gradient_sums: Tensor) -> tuple[float, float]:
-    """How far two halves of the architecture steps wanted the same, and what chance gives.
+
+class Found(Protocol):
+    """What of an Architect a verdict needs."""
+
+    values: Values
+    measured: Measured
+
+
+def chance(steps: Tensor, draws: int = 9999, seed: int = 0) -> float:
+    """The probability that noise alone agrees as far as the steps do: a test by random signs.
+
+    Noise of mean 0 is as likely with its sign turned. So the norm of the mean over the steps,
+    each layer scaled by its own size, is compared with that under random signs of whole steps: what
+    layers have in common in a step, and how they differ in size, are in it.
 
     Args:
-        gradient_sums: (2, N, K), the loss's gradients of alpha summed over even and over odd steps:
-            two halves that saw other batches and other samples.
+        steps: (S, ...), what each of S architecture steps measured.
+        draws: random signs (count).
 
     Returns:
-        The correlation of the halves (prior.py), and the standard deviation of the same figure
-        under noise.
+        A p-value, at least 1 / (draws + 1).
     """
-    _, layers, candidates = gradient_sums.shape
-    # each layer's gradients sum to 0 over the candidates, each candidate's over the layers
-    freedom = max((layers - 1) * (candidates - 1), 1)
-    return float(correlation(gradient_sums.double().cpu())), 1 / math.sqrt(freedom)
+    flat = steps.double().flatten(1)
+    flat = flat / flat.norm(dim=0).clamp_min(1e-300)
+    gram = flat @ flat.T  # the norm of a signed sum needs no more
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(2, (draws, len(flat)), generator=generator).double() * 2 - 1
+    norms = ((signs @ gram) * signs).sum(1)
+    return float((1 + (norms >= gram.sum() * (1 - 1e-12)).sum()) / (draws + 1))
 
 
-def verdict(supernet: Supernet, gradient_sums: Tensor, chosen: int) -> dict[str, Any]:
-    """The figures that say whether another search would find these ranks again.
+def predicted_gain(supernet: Supernet, found: Found) -> tuple[float, float]:
+    """What the ranks take off the loss beyond the uniform rank, and its standard error.
 
-    Args:
-        gradient_sums: (2, N, K), as of agreement.
-        chosen: parameters of the genotype.
+    Each part of the validation batches judges ranks that the others chose: what was chosen by
+    luck is worth nothing there.
     """
-    halves_agree, by_chance = agreement(gradient_sums)
-    seen = gradient_sums.abs().sum((0, 2))  # exactly 0 where the loss never depends on it
-    choices = gradient_sums.shape[2] > 1
-    dead = [n for n, s in zip(supernet.layers, seen.tolist(), strict=True) if choices and s == 0]
-    with torch.no_grad():
-        return {
-            "learnt": halves_agree > 3 * by_chance,
-            "agreement": halves_agree,
-            "agreement_by_chance": by_chance,
-            "entropy": float(entropies(supernet.probabilities()).mean()),
-            "expected_parameters": float(supernet.expected_parameters()),
-            "chosen_parameters": chosen,
-            "budget_parameters": supernet.budget,
-            "without_gradient": dead,
-        }
+    values, measured, gains = found.values, found.measured, []
+    uniform = torch.full((len(values.unit), 1), values.uniform, dtype=torch.float64)
+    for fold in range(FOLDS):
+        others = values.table(measured.without(fold, FOLDS))
+        choice = torch.tensor(choose(others, supernet.costs, supernet.budget))
+        own = measured.only(fold, FOLDS)
+        chosen = values.at(own, values.ranks.gather(1, choice[:, None]))
+        gains.append(float(chosen.sum() - values.at(own, uniform).sum()))
+    mean = sum(gains) / FOLDS
+    return mean, math.sqrt(sum((g - mean) ** 2 for g in gains) / (FOLDS - 1) / FOLDS)
+
+
+def verdict(supernet: Supernet, found: Found, chosen_parameters: int) -> dict[str, Any]:
+    """The figures that say whether the ranks are worth having."""
+    measured = found.measured
+    steps, seen = len(measured.gains), measured.gains.abs().sum(0)
+    enough = steps >= FEWEST and len(measured.energies) >= FOLDS and len(measured.growth) >= FOLDS
+    gain, error = predicted_gain(supernet, found) if enough else (None, None)
+    total = float(measured.gains.double().mean(0).sum()) if steps else 0.0
+    probability = chance(measured.gains) if enough else None
+    learnt = bool(
+        enough
+        and probability <= CHANCE
+        and total > LEAST * abs(float(measured.loss))
+        and gain > error * stats.t.ppf(1 - CHANCE, FOLDS - 1)
+    )
+    dead = [name for name, s in zip(supernet.layers, seen.tolist(), strict=True) if s == 0]
+    return {
+        "learnt": learnt,
+        "early": not enough,
+        "architecture_steps": steps,
+        "predicted_gain": gain,
+        "predicted_gain_error": error,
+        "chance": probability,
+        "adapter_gain": total,
+        "validation_loss": float(measured.loss) if enough else None,
+        "entropy": float(entropies(supernet.probabilities()).mean()),
+        "expected_parameters": float(supernet.expected_parameters()),
+        "chosen_parameters": chosen_parameters,
+        "budget_parameters": supernet.budget,
+        "without_gradient": dead if steps else [],
+    }
 
 
 def verdict_text(figures: dict[str, Any]) -> str:
     """The verdict in plain words."""
-    halves = (
-        f"two halves of the architecture steps agree to {figures['agreement']:.2f} "
-        f"(noise: 0 +- {figures['agreement_by_chance']:.2f})"
-    )
-    if figures["learnt"]:
-        first = f"The search learnt which layers need rank: {halves}."
-    else:
+    steps = figures["architecture_steps"]
+    if figures["early"]:
         first = (
-            f"The ranks cannot be told from chance: {halves}. Search for more steps, or with "
-            "larger batches."
+            f"Too early to tell: {steps} architecture steps say nothing (at least {FEWEST}). Search "
+            "for more steps (max_steps or search_fraction)."
         )
-    size = (
-        f"Parameters: {figures['chosen_parameters']:,} chosen, "
-        f"{figures['expected_parameters']:,.0f} expected by alpha"
+    else:
+        size = f"{figures['predicted_gain']:.2g} +- {figures['predicted_gain_error']:.1g}"
+        against = f"a validation loss of {figures['validation_loss']:.3g}"
+        if figures["learnt"]:
+            first = (
+                f"These ranks are expected to beat the uniform rank by {size}, beside {against}."
+            )
+        else:
+            first = (
+                f"These ranks cannot be told from chance: an expected gain of {size} over the "
+                f"uniform rank, beside {against}. A uniform rank may do as well; or search for "
+                "more steps."
+            )
+    sizes = (
+        f"Parameters: {figures['chosen_parameters']:,} chosen, budget "
+        f"{figures['budget_parameters']:,.0f}"
     )
-    if figures["budget_parameters"]:
-        size += f", budget {figures['budget_parameters']:,.0f}"
-    text = f"{first} Entropy {figures['entropy']:.2f} of 1. {size}."
+    text = f"{first} {sizes}."
     if dead := figures.get("without_gradient"):
         names = ", ".join(dead[:3]) + (", ..." if len(dead) > 3 else "")
         text += (
-            f" The loss depended on {len(dead)} of the layers at no step ({names}): they get the "
-            "least rank because nothing was seen of them. Do the rows reach them (images for a "
-            "vision tower), and is no gate behind them 0?"
+            f" The loss depended on {len(dead)} of the layers at no step ({names}): nothing was "
+            "seen of them. Do the rows reach them (images for a vision tower), and is no gate "
+            "behind them 0?"
         )
     return text

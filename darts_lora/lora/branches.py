@@ -19,24 +19,15 @@ def branch_columns(ranks: tuple[int, ...], rank: int, branches: str) -> slice:
     return slice(start, start + rank)
 
 
-class Draw:
-    """The noise of one draw of a model's gates. `waits` says that a loss made with it still waits
-    for its backward pass, as long as the loss itself is there: the layers' nodes hold the draw."""
-
-    def __init__(self, noise: Tensor):
-        self.noise, self.waits = noise, True
-
-
 class Forward:
-    """What the layers of a model share in its forward: the draw, if there is one, whether it is a
-    forward with gradients, and of each layer whether a call of it had them."""
+    """What the layers of a model share in its forward: whether it is one with gradients, and of each
+    layer whether a call of it had them."""
 
     def __init__(self):
         self.forget()
 
     def forget(self) -> None:
-        """Before and behind a forward, however it ended; the loss's nodes keep the draw."""
-        self.draw: Draw | None = None
+        """Before and behind a forward, however it ended."""
         self.has_gradients = False
         self.learns: dict[RankBranches, bool] = {}
 

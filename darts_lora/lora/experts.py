@@ -4,7 +4,6 @@ parameters of a model are such. Not here: branches in general (branches.py), lin
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Literal
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from darts_lora.base.errors import InputError
-from darts_lora.lora.branches import Draw, RankBranches
+from darts_lora.lora.branches import RankBranches
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -124,19 +123,12 @@ class MixedRankExperts(RankBranches):
         left, right = (b * gates).to(weight.dtype), a.to(weight.dtype)
         if self.is_transposed:
             left, right = right.mT, left.mT
-        out, draw = torch.baddbmm(weight, left, right), self.shared.draw
-        if draw is not None and out.requires_grad:
-            out.register_hook(partial(_used, draw))  # which holds the draw
-        return out
+        return torch.baddbmm(weight, left, right)
 
     @property
     def weight(self) -> Tensor:
         """The base's 3-D parameter."""
         return self.base_layer.get_parameter(self._path)
-
-
-def _used(draw: Draw, gradient: Tensor) -> None:
-    draw.waits = False
 
 
 def to_peft(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

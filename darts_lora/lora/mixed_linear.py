@@ -1,5 +1,5 @@
 """MixedRankLinear: one frozen linear layer, its rank branches, its alpha; all arithmetic of the
-mixture. Not here: how gates are sampled for a whole model (supernet.py, relaxation.py)."""
+mixture. Not here: which gates a whole model has (supernet.py, relaxation.py)."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class MixedRankLinear(RankBranches):
         (image tiles: each row's gates are repeated); where it is not (packed sequences), the first
         row's gates serve all of x.
         """
-        gates, draw = self.gates, self.shared.draw
+        gates = self.gates
         self.note_call()
         if gates is None:
             gates = self.scaling * (self.membership @ self.probabilities())
@@ -104,7 +104,7 @@ class MixedRankLinear(RankBranches):
         base, dropout, dtype = modules["base_layer"], modules["dropout"], _compute_dtype(x)
         own = args or kwargs  # of a base layer whose call takes more
         if not own and type(dropout) is nn.Identity and (plain := _plain_weights(base, dtype)):
-            out = _Mixture.apply(x, a, b, gates, None, *plain, dtype, draw)
+            out = _Mixture.apply(x, a, b, gates, None, *plain, dtype)
         else:
             x, y = dropout(x), base(x, *args, **kwargs)
             if not isinstance(y, Tensor):
@@ -113,7 +113,7 @@ class MixedRankLinear(RankBranches):
                     f"gives a {type(y).__name__}, no tensor that a LoRA could be added to; name it "
                     "in exclude_modules"
                 )
-            out = _Mixture.apply(x, a, b, gates, y, None, None, dtype, draw)
+            out = _Mixture.apply(x, a, b, gates, y, None, None, dtype)
         return out.view(*x.shape[:-1], out.shape[1])
 
     @property
@@ -138,7 +138,7 @@ class _Mixture(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, a, b, gates, y, weight, bias, dtype, draw):
+    def forward(ctx, x, a, b, gates, y, weight, bias, dtype):
         flat = _cast(x.reshape(-1, x.shape[-1]), dtype)
         a_used, b_used = _cast(a, dtype), _cast(b, dtype)
         _, wants_a, wants_b, wants_gates = ctx.needs_input_grad[:4]
@@ -154,7 +154,7 @@ class _Mixture(torch.autograd.Function):
             flat if wants_a else None, a_used, b_used, gates, weight,
             h if wants_gates else None, gated if wants_b else None,
         )  # fmt: skip
-        ctx.draw, ctx.x_shape, ctx.dtypes = draw, x.shape, (x.dtype, a.dtype, b.dtype)
+        ctx.x_shape, ctx.dtypes = x.shape, (x.dtype, a.dtype, b.dtype)
         ctx.set_materialize_grads(False)
         return out  # (tokens, out): a view made in here could not be changed in place behind it
 
@@ -162,10 +162,8 @@ class _Mixture(torch.autograd.Function):
     def backward(ctx, out):
         if torch.is_grad_enabled():
             raise RuntimeError("MixedRankLinear: gradients of gradients are not implemented")
-        if ctx.draw is not None:
-            ctx.draw.waits = False
         if out is None:  # under DDP, of a layer that the loss does not depend on: no zeros
-            return (None,) * 9
+            return (None,) * 8
         flat, a, b, gates, weight, h, gated = ctx.saved_tensors
         wants_x, wants_a, wants_b, wants_gates, wants_y = ctx.needs_input_grad[:5]
         x_dtype, a_dtype, b_dtype = ctx.dtypes
@@ -184,7 +182,7 @@ class _Mixture(torch.autograd.Function):
             g_x = torch.mm(g_h, a) if weight is None else torch.mm(rows, weight).addmm_(g_h, a)
             g_x = _cast(g_x, x_dtype).view(*ctx.x_shape)
         g_y = out.view(*ctx.x_shape[:-1], out.shape[1]) if wants_y else None
-        return g_x, g_a, g_b, g_gates, g_y, None, None, None, None
+        return g_x, g_a, g_b, g_gates, g_y, None, None, None
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -1,63 +1,66 @@
-"""From alpha to branch probabilities or samples: softmax, gumbel, gumbel_hard; entropy.
-Not here: what the samples do to a layer (mixed_linear.py) and who trains alpha (architect.py)."""
+"""Distributions over candidate ranks as logits: the even one, that of values and a price; entropy.
+Not here: what candidates are worth (values.py), what gates do in a layer (mixed_linear.py)."""
 
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Relaxation = Literal["gumbel_hard", "gumbel", "softmax"]
+SPREAD = 8  # temperatures of alpha in the values' mean range
+LOWEST = -60.0  # of alpha below a layer's best: its probability is still a float32 above 0
 
 
-def gumbel_noise(alpha: Tensor, rows: int | None) -> Tensor:
-    """What `sample` draws, of alpha's dtype: (N, K), or (rows, N, K) where rows are given."""
-    shape = alpha.shape if rows is None else (rows, *alpha.shape)
-    return -torch.empty(shape, dtype=alpha.dtype, device=alpha.device).exponential_().log()
-
-
-def sample(
-    alpha: Tensor,
-    relaxation: Relaxation,
-    temperature: Tensor | float,
-    rows: int | None,
-    noise: Tensor | None = None,
-) -> Tensor:
-    """One draw of branch weights for every layer, in one stacked operation.
+def even(ranks: Tensor, costs: Tensor, budget: float) -> Tensor:
+    """Logits, (N, K) float64: as much entropy as a mean rank allows that is alike on all layers
+    and costs the budget.
 
     Args:
-        alpha: (N, K) architecture weights.
-        relaxation: "softmax" is softmax(alpha / temperature), without noise; "gumbel" adds Gumbel
-            noise first (arXiv 1611.01144, eq. 2); "gumbel_hard" is its one-hot argmax, exact in
-            the forward pass, with the gradient of the soft sample (straight-through). A hard
-            sample has the probability softmax(alpha) at any temperature.
-        temperature: above 0, a number or a scalar tensor.
-        rows: number of independent draws, one per example; None: one for the whole batch.
-        noise: of gumbel_noise, to draw the same again; None: fresh noise.
+        ranks, costs: (N, K), of each candidate on each layer.
+        budget: expected parameters.
+    """
+    places = ranks / ranks.max(-1, keepdim=True).values.clamp_min(1)
+    alpha = -_price(torch.zeros_like(costs), places, costs, budget) * places
+    return alpha - alpha.mean(-1, keepdim=True)
+
+
+def distribution(values: Tensor, costs: Tensor, budget: float) -> tuple[Tensor, float]:
+    """alpha, (N, K) float64, and the price of a parameter in it: softmax(alpha) has the most
+    entropy of all distributions of its expected value that cost the budget.
+
+    Args:
+        values, costs: (N, K), of each candidate on each layer.
+        budget: expected parameters.
 
     Returns:
-        (N, K), or (rows, N, K); each row sums to 1. Softmax gives (N, K) always.
+        value / temperature - price * cost, each layer's best at 0; and the price.
     """
-    if relaxation == "softmax":
-        return (alpha / temperature).softmax(-1)
-    noise = gumbel_noise(alpha, rows) if noise is None else noise
-    soft = ((alpha + noise) / temperature).softmax(-1)
-    if relaxation == "gumbel":
-        return soft
-    hard = torch.zeros_like(soft).scatter_(-1, soft.argmax(-1, keepdim=True), 1.0)
-    # exactly one-hot: the difference is 0.0, not a rounding error that leaks into idle branches
-    return hard + (soft - soft.detach()) if soft.requires_grad else hard
-
-
-def temperature_at(progress: float, temperature: tuple[float, float]) -> float:
-    """Geometric interpolation from start to end; `progress` of the search in [0, 1]."""
-    start, end = temperature
-    return start * (end / start) ** progress
+    spread = (values.max(-1).values - values.min(-1).values).mean()
+    scaled = values * (SPREAD / spread) if spread > 0 else torch.zeros_like(values)
+    price = _price(scaled, costs, costs, budget)
+    alpha = scaled - price * costs
+    return (alpha - alpha.max(-1, keepdim=True).values).clamp_min(LOWEST), price
 
 
 def entropies(probabilities: Tensor) -> Tensor:
     """Of each layer's (N, K) probabilities over log K: 0 (decided) to 1, (N,); 0 where K is 1."""
     most = math.log(probabilities.shape[-1]) or 1.0
     return torch.special.entr(probabilities).sum(-1) / most
+
+
+def _price(scaled: Tensor, tilt: Tensor, costs: Tensor, budget: float) -> float:
+    """The price p at which softmax(scaled - p * tilt) costs the budget, by bisection."""
+
+    def expected(price: float) -> float:
+        return float(((scaled - price * tilt).softmax(-1) * costs).sum())
+
+    low, high = -1.0, 1.0
+    while expected(high) > budget and high < 1e6:
+        high *= 2
+    while expected(low) < budget and low > -1e6:
+        low *= 2
+    for _ in range(100):
+        price = (low + high) / 2
+        low, high = (price, high) if expected(price) > budget else (low, price)
+    return (low + high) / 2

@@ -28,6 +28,7 @@ class BilevelStep:
         training: learning rate, accumulation and clipping of the weights.
         loss_fn: (model, batch) -> scalar loss.
         count: batch -> how many tokens its loss is the mean of, as of WeightStep.
+        steps: weight steps of the search (count); default: training.max_steps.
 
     Attributes:
         weights, architect: the steps, which own the optimizers.
@@ -40,12 +41,14 @@ class BilevelStep:
         training: TrainingConfig,
         loss_fn: Callable[[nn.Module, Any], Tensor],
         count: Callable[[Any], Tensor | None] | None = None,
+        steps: int | None = None,
     ):
         self.supernet, self.accelerator = supernet, accelerator
         self.weights = WeightStep(supernet, accelerator, training, loss_fn, count)
         several = accelerator.num_processes > 1
         self.architect = Architect(
             supernet,
+            training.max_steps if steps is None else steps,
             reduce=(lambda g: accelerator.reduce(g, "mean")) if several else None,
             scaler=accelerator.scaler,
             check_finite=False,  # the loop looks at the losses where it waits anyhow
@@ -58,14 +61,11 @@ class BilevelStep:
         self.val_loss_fn = val_loss_fn
 
     def step(
-        self, train_batches: Iterator[Any], val_batches: Iterator[Any], trains_alpha: bool
+        self, train_batches: Iterator[Any], val_batches: Iterator[Any]
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
         """The training loss; the metrics of Architect.step, None where it was not due."""
         loss = self.weights.step(train_batches)
-        if not trains_alpha:
-            self.architect.mean.update()
-            return loss, None
-        return loss, self.architect.step(self.val_loss_fn, next(val_batches))
+        return loss, self.architect.step(self.val_loss_fn, val_batches)
 
     def capture(self) -> None:
         """From now on gradients come from CUDA graphs; or one line says why not."""
@@ -77,9 +77,7 @@ class BilevelStep:
         if reason is not None:
             self.accelerator.print(f"no CUDA graph, steps are launched one by one: {reason}")
             return
-        # The relaxation decides what is launched. One pool: results are used up before the next.
-        graphed = partial(
-            Graphed, key=lambda: self.supernet.relaxation, pool=torch.cuda.graph_pool_handle()
-        )
+        # One pool: results are used up before the next.
+        graphed = partial(Graphed, pool=torch.cuda.graph_pool_handle())
         self.weights.graphed = graphed(self.weights.gradients)
-        self.architect.graphed = graphed(partial(self.architect.gradients, self.val_loss_fn))
+        self.architect.graphed = graphed(partial(self.architect.path, self.val_loss_fn))

@@ -28,7 +28,6 @@ def alpha_figures(supernet: Supernet) -> dict[str, Any]:
     return {
         "entropy": float(entropies(probabilities).mean()),
         "expected_parameters": expected,
-        "temperature": supernet.temperature,
         "expected_ranks": [round(rank, 3) for rank in ranks.tolist()],
     }
 

@@ -12,13 +12,11 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
-from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils._pytree import tree_map_only
 
 from darts_lora.base.errors import InputError, one_line
 from darts_lora.base.files import remove
 from darts_lora.base.interruption import lacks_memory
+from darts_lora.lora.sharded import full, shard_as
 from darts_lora.run.checkpoint import checkpoints, remove_checkpoints, steps_done
 from darts_lora.run.launch import decided
 from darts_lora.run.records import number
@@ -31,7 +29,7 @@ def course_options(search: Any, more: dict[str, Any]) -> dict[str, Any]:
     """All options that decide the course of a search, as JSON gives them back."""
     options = asdict(search.supernet.config) | asdict(search.training)
     options = {name: value for name, value in options.items() if name not in FREE} | more
-    options["search_steps"] = search.schedule.steps
+    options["search_steps"] = search.steps
     options["num_processes"] = search.accelerator.num_processes
     options["device"] = search.accelerator.device.type
     options |= decided(search.accelerator)
@@ -92,18 +90,6 @@ def remove_search(output_dir: str) -> None:
     remove_checkpoints(checkpoints(output_dir))
 
 
-def full(state: Any) -> Any:
-    """`state` with whole tensors in place of sharded ones (FSDP2); on all processes at once."""
-    return tree_map_only(DTensor, lambda value: value.full_tensor(), state)
-
-
-def shard_as(own: Tensor, whole: Tensor) -> Tensor:
-    """`whole` sharded over the processes as `own` is, if it is."""
-    if not isinstance(own, DTensor):
-        return whole
-    return distribute_tensor(whole.to(own.device), own.device_mesh, own.placements)
-
-
 def capture(search: Any) -> dict[str, Any]:
     """Tensors and plain numbers; on all processes at once."""
     return {
@@ -112,12 +98,9 @@ def capture(search: Any) -> dict[str, Any]:
         "supernet": full(search.supernet.state_dict()),
         "optimizer": full(search.weights.optimizer.state_dict()),
         "scaler": search.accelerator.scaler and search.accelerator.scaler.state_dict(),
-        "schedulers": [scheduler.state_dict() for scheduler in search.schedulers],
+        "scheduler": search.weights.scheduler.state_dict(),
         "architect": full(search.architect.state_dict()),
         "streams": [stream.position for stream in search.streams],
-        "alpha_gradient_norm": number(search.alpha_gradient_norm),
-        # of each process its own
-        "validation_loss": gather_object([float(search.validation_loss)]),
         "random": gather_object([random_state(search.accelerator.device)]),
     }
 
@@ -168,13 +151,13 @@ def _restore(search: Any, state: dict[str, Any]) -> None:
     search.weights.optimizer.load_state_dict({**state["optimizer"], "state": optimizer})
     if search.accelerator.scaler is not None:
         search.accelerator.scaler.load_state_dict(state["scaler"])
-    for scheduler, saved in zip(search.schedulers, state["schedulers"], strict=True):
-        scheduler.load_state_dict(saved)
+    search.weights.scheduler.load_state_dict(state["scheduler"])
     architect = state["architect"]
-    mean = [shard_as(*pair) for pair in zip(parameters, architect["mean"], strict=False)]
-    search.architect.load_state_dict(architect | {"mean": mean})
-    search.alpha_gradient_norm = state["alpha_gradient_norm"]
-    search.validation_loss = state["validation_loss"][search.accelerator.process_index]
+    weights = {
+        name: [shard_as(*pair) for pair in zip(parameters, architect[name], strict=False)]
+        for name in ("mean", "half")
+    }
+    search.architect.load_state_dict(architect | weights)
 
 
 def check_alpha_is_one(search: Any) -> None:

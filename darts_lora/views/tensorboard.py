@@ -19,10 +19,8 @@ from darts_lora.views.rank_images import probability_image, rank_image
 
 SCALARS = {
     "train_loss": "loss/train",
-    "validation_loss": "loss/validation",
+    "validation_gain": "alpha/validation_gain",
     "entropy": "alpha/entropy",
-    "temperature": "alpha/temperature",
-    "alpha_gradient_norm": "alpha/gradient_norm",
     "expected_parameters": "budget/expected_parameters",
     "learning_rate": "weights/learning_rate",
     "gradient_norm": "weights/gradient_norm",
@@ -31,10 +29,10 @@ SCALARS = {
 }
 LAYOUT = {
     "search": {
-        "loss": ["Multiline", ["loss/train", "loss/validation"]],
+        "loss": ["Multiline", ["loss/train", "alpha/validation_gain"]],
         "parameters": ["Multiline", ["budget/expected_parameters", "budget/budget_parameters"]],
         "entropy": ["Multiline", ["alpha/entropy"]],
-        "gradient norms": ["Multiline", ["weights/gradient_norm", "alpha/gradient_norm"]],
+        "gradient norms": ["Multiline", ["weights/gradient_norm"]],
     }
 }
 DRAWING_SHARE = 0.005  # of a run's time: images are left out while they took more than that
@@ -102,7 +100,8 @@ class SearchViews:
         figures = genotype.found_by["verdict"]
         results = {
             f"result/{name}": float(figures[name])
-            for name in ("entropy", "agreement", "chosen_parameters")
+            for name in ("entropy", "predicted_gain", "chosen_parameters")
+            if figures[name] is not None
         }
         values = {
             name: value if isinstance(value, bool | int | float | str) else str(value)
