@@ -44,8 +44,8 @@ class SearchConfig:
     adapter_dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the LoRA weights; they are used in that of the activations."""
     budget_rank: float | None = None
-    """Budget: as many trainable parameters as a uniform LoRA of this rank on the same layers. Default:
-    half of the largest candidate."""
+    """Budget: as many trainable parameters as a uniform LoRA of this rank on the same layers.
+    Default: half of the largest candidate."""
     budget_parameters: int | None = None
     """Budget: trainable parameters (count), instead of budget_rank."""
     search_fraction: float = 0.125

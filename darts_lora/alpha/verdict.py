@@ -18,6 +18,7 @@ from darts_lora.supernet import Supernet
 FOLDS = 4  # parts of the validation batches, each judged by ranks of the others
 FEWEST = 8  # architecture steps that say anything
 CHANCE = 0.01  # the most that is believed
+CONFIDENCE = 0.05  # one-sided, that the gain is above 0
 LEAST = 1e-3  # of the validation loss: a smaller gain of the adapter is none
 
 
@@ -81,7 +82,7 @@ def verdict(supernet: Supernet, found: Found, chosen_parameters: int) -> dict[st
         enough
         and probability <= CHANCE
         and total > LEAST * abs(float(measured.loss))
-        and gain > error * stats.t.ppf(1 - CHANCE, FOLDS - 1)
+        and gain > error * stats.t.ppf(1 - CONFIDENCE, FOLDS - 1)
     )
     dead = [name for name, s in zip(supernet.layers, seen.tolist(), strict=True) if s == 0]
     return {
@@ -106,8 +107,8 @@ def verdict_text(figures: dict[str, Any]) -> str:
     steps = figures["architecture_steps"]
     if figures["early"]:
         first = (
-            f"Too early to tell: {steps} architecture steps say nothing (at least {FEWEST}). Search "
-            "for more steps (max_steps or search_fraction)."
+            f"Too early to tell: {steps} architecture steps say nothing (at least {FEWEST}). "
+            "Search for more steps (max_steps or search_fraction)."
         )
     else:
         size = f"{figures['predicted_gain']:.2g} +- {figures['predicted_gain_error']:.1g}"

@@ -20,8 +20,8 @@ def branch_columns(ranks: tuple[int, ...], rank: int, branches: str) -> slice:
 
 
 class Forward:
-    """What the layers of a model share in its forward: whether it is one with gradients, and of each
-    layer whether a call of it had them."""
+    """What the layers of a model share in its forward: whether it is one with gradients, and of
+    each layer whether a call of it had them."""
 
     def __init__(self):
         self.forget()

@@ -48,8 +48,8 @@ def progress_text(record: dict[str, Any], budget: float | None) -> str:
     """The few figures of a record that stand beside the bar."""
     size = record["expected_parameters"]
     parts = [f"train {record['train_loss']:.4f}"]
-    if record["validation_loss"] is not None:
-        parts.append(f"val {record['validation_loss']:.4f}")
+    if record["validation_gain"] is not None:
+        parts.append(f"gain {record['validation_gain']:.4f}")
     parts.append(f"size {size / budget:.0%} of budget" if budget else f"size {size:,.0f}")
     return ", ".join([*parts, f"entropy {record['entropy']:.2f}"])
 

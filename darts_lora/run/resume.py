@@ -19,7 +19,6 @@ from darts_lora.base.interruption import lacks_memory
 from darts_lora.lora.sharded import full, shard_as
 from darts_lora.run.checkpoint import checkpoints, remove_checkpoints, steps_done
 from darts_lora.run.launch import decided
-from darts_lora.run.records import number
 
 # May differ in a resumed run: they don't change what is computed.
 FREE = ("logging_steps", "save_steps", "num_workers", "max_runtime")

@@ -134,11 +134,11 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_record(record: Any, layers: int) -> bool:
-    needed = {"train_loss", "validation_loss", "expected_parameters", "expected_ranks"}
+    needed = {"train_loss", "validation_gain", "expected_parameters", "expected_ranks"}
     if not isinstance(record, dict) or not needed | {"step", "seconds"} <= record.keys():
         return False
     ranks = record["expected_ranks"]
     if not isinstance(ranks, list) or len(ranks) != layers or type(record["step"]) is not int:
         return False
     numbers = [record["train_loss"], record["expected_parameters"], record["seconds"], *ranks]
-    return None not in numbers and all(map(_is_number, [*numbers, record["validation_loss"]]))
+    return None not in numbers and all(map(_is_number, [*numbers, record["validation_gain"]]))
