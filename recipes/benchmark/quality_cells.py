@@ -227,17 +227,21 @@ def _tune(options: QualityRun, method: str, budget: int, store: Store) -> Iterat
     """Tuning cells; returns the best one, None while it is not known. The rate of finding is that
     of the budget's uniform plan, or chosen by retrainings at that rate; then the rate of the
     retraining."""
-    best, trains = None, METHODS[METHODS[method].plan_of or method].trains
-    if trains:
+    best, way = None, METHODS[METHODS[method].plan_of or method]
+    whole_run = way.trains and way.goes_on  # one rate for what finds the plan and the rest
+    if way.trains == "tuned" and whole_run:
+        pairs = [(rate, rate) for rate in options.learning_rates]
+        return (yield from _try(_tries(options, method, budget, pairs), store))
+    if way.trains:
         best = uniform = store.best(_retrainings(options, "uniform", budget, None))
-        if best and trains == "tuned":
+        if best and way.trains == "tuned":
             pairs = [(rate, uniform.rate) for rate in options.learning_rates]
             best = yield from _try(_tries(options, method, budget, pairs), store)
         if best is None:
             return None
-    if METHODS[method].goes_on:
+    if whole_run:
         return replace(best, find_rate=best.rate)
-    find_rate = best and (best.rate if trains == "as uniform" else best.find_rate)
+    find_rate = best and (best.rate if way.trains == "as uniform" else best.find_rate)
     return (yield from _try(_retrainings(options, method, budget, find_rate), store))
 
 

@@ -28,6 +28,7 @@ CPU = torch.device("cpu")
 METHODS = {"uniform", "one_run", "search", "search_independent"}
 METHODS |= {"search_descent", "search_no_prior", "search_seed_0", "search_seed_1"}
 METHODS |= {"search_gumbel", "search_softmax", "search_order2"}
+METHODS |= {"adalora_run", "gora", "gora_init", "cut_heal", "cut_heal_fisher", "autolora"}
 METHODS |= {"adalora", "eva", "eva_init", "svd", "gradient", "fisher", "attention", "mlp"}
 METHODS |= {f"random_{number}" for number in range(5)}
 
@@ -451,10 +452,10 @@ def made_up(gradients, ranks=(0, 1, 2)):
 @pytest.fixture
 def own_loss(monkeypatch):
     """The loss that a made-up model returns."""
-    import quality_methods
+    import quality_rivals
 
     monkeypatch.setattr(
-        quality_methods,
+        quality_rivals,
         "supervised_loss",
         lambda model, batch: model(**batch, use_cache=False).loss,
     )
@@ -467,7 +468,7 @@ def test_gradients_spectrum_chooses_ranks(own_loss):
     spectra = {"a": [3.0, 2.9], "b": [2.0, 0.1], "c": [0.2, 0.1]}
     gradients = {n: q[:, :2] * torch.tensor(v) @ q[2:4] for n, v in spectra.items()}
     setting = made_up(gradients)
-    sums, squares = quality_methods._weight_gradients(setting)
+    sums, squares = quality_methods.weight_gradients(setting, 2)
     for name, values in spectra.items():
         size = sum(value**2 for value in values)
         assert float(squares[name]) == pytest.approx((2**2 + 1**2) * size, rel=1e-5)
