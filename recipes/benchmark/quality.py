@@ -239,13 +239,13 @@ class Task:
         """The records of cells that find plans together, or that retrain plans."""
         if cells[0].stage == "find":
             return self._find(cells)
+        jobs = {cell: self._job(cell, store.get(cell.plan)) for cell in cells}
+        steps = {cell: (job.taken, job.run_steps) for cell, job in jobs.items()}
         records: dict[Cell, dict[str, Any]] = {}
-        plans = {cell: store.get(cell.plan) for cell in cells}
-        steps = {cell: (plan.get("taken"), plan.get("run_steps")) for cell, plan in plans.items()}
         while rest := [cell for cell in cells if cell not in records]:
             same = [cell for cell in rest if steps[cell] == steps[rest[0]]]
             some = same[: 2 ** int(math.log2(len(same)))]  # a stack has as many steps each
-            found = self._retrain(some, [plans[cell] for cell in some])
+            found = self._retrain(some, [jobs[cell] for cell in some])
             records |= zip(some, found, strict=True)
         return [records[cell] for cell in cells]
 
@@ -289,8 +289,7 @@ class Task:
             records.append(record)
         return records
 
-    def _retrain(self, cells: list[Cell], plans: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        jobs = [self._job(*pair) for pair in zip(cells, plans, strict=True)]
+    def _retrain(self, cells: list[Cell], jobs: list[Retraining]) -> list[dict[str, Any]]:
         records = self.retrainer.retrain(jobs, self.rows)
         for number, (cell, job) in enumerate(zip(cells, jobs, strict=True)):
             count = parameters(job.plan, self.retrainer.shapes)
@@ -310,6 +309,8 @@ class Task:
         )
         job.taken, job.read = plan.get("taken", 0), plan.get("read", 0)
         job.run_steps = plan.get("run_steps")
+        if method.afresh:
+            job.taken, job.run_steps = 0, self.retrainer.training.max_steps - plan["passes"]
         if method.goes_on and any(plan["ranks"]):
             setting = self.setting(cell.plan)
             if setting.key not in setting.kept:  # another process found the plan

@@ -55,7 +55,7 @@ def one_run(setting: Setting) -> Found:
     """The library's default: the search is the first part of the run, which goes on from its
     weights. Its architecture steps are paid for with weight steps, so that the run has as many
     passes (rows that go forward and backward) as a finetune of the task."""
-    training, (steps, _) = setting.retrainer.training, setting.steps_with_search()
+    training, (steps, passes) = setting.retrainer.training, setting.steps_with_search()
     run = replace(training, max_steps=steps, learning_rate=setting.rate, logging_steps=steps)
     with (
         made_search(setting, run) as ready,
@@ -69,7 +69,7 @@ def one_run(setting: Setting) -> Found:
         for name, rank in genotype.ranks.items()
         if rank
     }
-    found = {"taken": ready.step, "run_steps": steps}
+    found = {"taken": ready.step, "run_steps": steps, "passes": passes}
     setting.keep(first)
     return Found(genotype.ranks, _notes(genotype) | found)
 
@@ -192,6 +192,9 @@ class Method:
     """The plan's training begins with the weights that were kept when it was found, and where
     something was trained for that it is the rest of that run, at the same rate."""
 
+    afresh: bool = False
+    """A plan of one_run, trained from scratch with the passes that its search left."""
+
     def plans(self, settings: list[Setting]) -> list[Found]:
         """What it finds in each setting."""
         return self.find(settings) if self.at_once else [self.find(s) for s in settings]
@@ -215,6 +218,7 @@ COMPARED = 2  # searches of which each plan is retrained with all seeds
 METHODS = {
     "uniform": Method(uniform),
     "one_run": Method(one_run, trains="as uniform", goes_on=True),
+    "one_run_scratch": Method(one_run, trains="as uniform", plan_of="one_run", afresh=True),
     "adalora_run": Method(adalora_run, trains="tuned", goes_on=True),
     "gora": Method(gora),
     "gora_init": Method(partial(gora, starts=True), goes_on=True),
