@@ -42,41 +42,14 @@ METHODS |= {f"random_{number}" for number in range(5)}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def modules():
-    """A recipe is a script: its folder is no package."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARK)
-        yield
+def modules(benchmark_imports):
+    """The benchmark's modules."""
 
 
 @pytest.fixture(scope="module")
-def everything(tmp_path_factory):
+def everything(quality_options):
     """Options of a run on a tiny Llama and 48 rows of text."""
-    from quality_cells import QualityRun
-
-    root = tmp_path_factory.mktemp("quality")
-    model = make_family(TEXT_FAMILIES["llama"], str(root / "model"))
-    colours = ["red", "green", "blue"]
-    for split, count in (("train", 48), ("test", 12)):
-        questions = ("which colour is it please", "is it")
-        rows = [
-            {"prompt": f"{questions[i % 2]} {colours[i % 3]}", "completion": colours[i % 3]}
-            for i in range(count)
-        ]
-        (root / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = QualityRun(
-        benchmark="tiny", output_dir=str(root / "runs"), curve=[1, 2], budgets=[2], seeds=[0],
-        learning_rates=[0.01, 0.03], search_steps=6, search_batch_size=8, adalora_steps=20,
-        gradient_batches=2, eval_batch_size=5, exact_match=True,
-    )  # fmt: skip
-    files = {split: str(root / f"{split}.jsonl") for split in ("train", "test")}
-    return (
-        options,
-        SearchConfig(ranks=(0, 1, 2, 4)),
-        ModelConfig(model),
-        DataConfig("json", files, pad_to_multiple_of=4),
-        TrainingConfig(max_steps=4, batch_size=8),
-    )
+    return quality_options
 
 
 @pytest.fixture(scope="module")
