@@ -24,8 +24,8 @@ from quality_tables import markdown, rich_table, saved_text, spread, text_of
 from rich.console import Console
 
 from darts_lora import InputError
-from darts_lora.cli import run
-from darts_lora.files import write_json, write_text
+from darts_lora.base.files import write_json, write_text
+from darts_lora.base.options import run
 
 
 @dataclass

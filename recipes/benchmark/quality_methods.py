@@ -30,9 +30,9 @@ from torch.utils.data import DataLoader
 
 from darts_lora import DivergedError, Genotype, RankSearch, Supernet
 from darts_lora.config import TrainingConfig
-from darts_lora.cost import rank_costs
+from darts_lora.data.splits import hold_back
 from darts_lora.genotype import PEFT_PREFIX
-from darts_lora.splits import hold_back
+from darts_lora.lora.cost import rank_costs
 
 
 def uniform(setting: Setting) -> Found:

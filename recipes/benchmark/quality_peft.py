@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from darts_lora import DivergedError
-from darts_lora.collator import IGNORED
 from darts_lora.config import TrainingConfig
-from darts_lora.graphs import Graphed
-from darts_lora.handover import cut
+from darts_lora.data.collator import IGNORED
+from darts_lora.lora.handover import cut
+from darts_lora.run.graphs import Graphed
 
 
 def adalora(setting: Setting) -> Found:

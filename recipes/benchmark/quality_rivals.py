@@ -14,9 +14,9 @@ from quality_setting import Found, Setting, Weights
 from quality_training import Plan, Retrainer, Retraining
 from torch import Tensor, nn
 
-from darts_lora.cost import parameters_per_rank
-from darts_lora.handover import cut
-from darts_lora.splits import hold_back
+from darts_lora.data.splits import hold_back
+from darts_lora.lora.cost import parameters_per_rank
+from darts_lora.lora.handover import cut
 
 DIVERGED = "the training loss is infinite or NaN"
 LARGE = 4  # ranks that are cut, over the budget's

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from darts_lora import InputError, SearchConfig
 from darts_lora.config import TrainingConfig
-from darts_lora.schedule import Schedule
+from darts_lora.run.schedule import Schedule
 
 Weights = dict[str, tuple[Tensor, Tensor]]
 

@@ -29,19 +29,19 @@ from speed import SHAPES, SpeedRun, make_batches, make_model
 from torch import Tensor, nn
 
 from darts_lora import Genotype, InputError, SearchConfig, Supernet
-from darts_lora.beginning import plain_adapter
-from darts_lora.bilevel import BilevelStep
-from darts_lora.bounds import check_bounds
-from darts_lora.cli import run
+from darts_lora.base.bounds import check_bounds
+from darts_lora.base.files import write_json
+from darts_lora.base.options import run
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
-from darts_lora.data import make_collator
-from darts_lora.files import write_json
-from darts_lora.graphs import Graphed
-from darts_lora.joint import halves_loss
-from darts_lora.models import load_model
-from darts_lora.schedule import Schedule, derive_genotype
-from darts_lora.targets import match_modules
-from darts_lora.tokens import model_loss
+from darts_lora.data.loaders import make_collator
+from darts_lora.lora.models import load_model
+from darts_lora.lora.targets import match_modules
+from darts_lora.run.beginning import plain_adapter
+from darts_lora.run.bilevel import BilevelStep
+from darts_lora.run.graphs import Graphed
+from darts_lora.run.joint import halves_loss
+from darts_lora.run.schedule import Schedule, derive_genotype
+from darts_lora.run.tokens import model_loss
 
 Batch = dict[str, Tensor]
 
