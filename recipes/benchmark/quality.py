@@ -179,6 +179,8 @@ def _compute(cells: list[Cell], task: Task, store: Store) -> None:
         times = {"cell_seconds": seconds, "device": task.device_name}
         for cell, record in zip(cells, records, strict=True):
             store.put(cell, {**record, **times})
+            if cell.stage != "find" and METHODS[cell.method].goes_on:
+                store.forget(cell.plan)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # the GPU's other workers may need what this cell did
     names = ", ".join(cell.name for cell in cells)
@@ -201,7 +203,6 @@ class Task:
         training: TrainingConfig,
     ):
         self.options, self.search, self.data = options, search, data
-        self.kept: dict[str, dict[tuple, Any]] = {}
         on_gpu = torch.cuda.is_available()
         device = torch.device("cuda" if on_gpu else "cpu")
         self.device_name = torch.cuda.get_device_name() if on_gpu else "cpu"
@@ -238,8 +239,8 @@ class Task:
     def compute(self, cells: list[Cell], store: Store) -> list[dict[str, Any]]:
         """The records of cells that find plans together, or that retrain plans."""
         if cells[0].stage == "find":
-            return self._find(cells)
-        jobs = {cell: self._job(cell, store.get(cell.plan)) for cell in cells}
+            return self._find(cells, store)
+        jobs = {cell: self._job(cell, store) for cell in cells}
         steps = {cell: (job.taken, job.run_steps) for cell, job in jobs.items()}
         records: dict[Cell, dict[str, Any]] = {}
         while rest := [cell for cell in cells if cell not in records]:
@@ -264,11 +265,10 @@ class Task:
             adalora_steps=self.options.adalora_steps,
             gradient_batches=self.options.gradient_batches,
             validation_fraction=self.data.validation_fraction,
-            kept=self.kept.setdefault(cell.plan.method, {}),
             judge=None if tuning else self._test_loss,
         )
 
-    def _find(self, cells: list[Cell]) -> list[dict[str, Any]]:
+    def _find(self, cells: list[Cell], store: Store) -> list[dict[str, Any]]:
         settings, started = list(map(self.setting, cells)), time.perf_counter()
         try:
             plans = METHODS[cells[0].method].plans(settings)
@@ -287,6 +287,8 @@ class Task:
             record = {"ranks": list(found.ranks.values()), "parameters": count} | found.notes
             record |= {"seconds": seconds, "stack": len(cells), "workers": self.options.workers}
             records.append(record)
+            if setting.kept:
+                store.keep(cell, setting.kept)
         return records
 
     def _retrain(self, cells: list[Cell], jobs: list[Retraining]) -> list[dict[str, Any]]:
@@ -298,7 +300,8 @@ class Task:
                 records[number] = self._judged(cell, model) | records[number]
         return records
 
-    def _job(self, cell: Cell, plan: dict[str, Any]) -> Retraining:
+    def _job(self, cell: Cell, store: Store) -> Retraining:
+        plan = store.get(cell.plan)
         method = METHODS[cell.method]
         job = Retraining(
             dict(zip(self.retrainer.shapes, plan["ranks"], strict=True)),
@@ -312,10 +315,10 @@ class Task:
         if method.afresh:
             job.taken, job.run_steps = 0, self.retrainer.training.max_steps - plan["passes"]
         if method.goes_on and any(plan["ranks"]):
-            setting = self.setting(cell.plan)
-            if setting.key not in setting.kept:  # another process found the plan
-                method.plans([setting])
-            first = setting.kept[setting.key]
+            first = store.kept(cell.plan)
+            if not first:  # it was trained before
+                method.plans([setting := self.setting(cell.plan)])
+                first = setting.kept
             job.first, job.first_b = ({n: ab[i] for n, ab in first.items()} for i in (0, 1))
             job.plan |= {name: len(a) for name, a in job.first.items()}
         return job

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from quality_methods import METHODS
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from darts_lora import InputError
-from darts_lora.base.files import write_json, write_text
+from darts_lora.base.files import write_json, write_text, write_whole
 
 TUNING_SEED = 1000  # the first seed of the tuning
 
@@ -131,7 +133,8 @@ class Store:
 
     def __init__(self, folder: Path, digest: str | None = None):
         self.folder, self.digest, self.finished = folder, digest, {}
-        (folder / ".locks").mkdir(parents=True, exist_ok=True)
+        for name in (".locks", ".kept"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
 
     def get(self, cell: Cell) -> dict[str, Any] | None:
         """A finished cell's record.
@@ -156,6 +159,29 @@ class Store:
         """Write a finished cell."""
         record = {**asdict(cell), **record} | ({"task": self.digest} if self.digest else {})
         write_json(self.folder / f"{cell.name}.json", record)
+
+    def keep(self, cell: Cell, weights: dict[str, tuple[Tensor, Tensor]]) -> None:
+        """Write what the training of a plan begins with, until `forget`."""
+        tensors = {
+            f"{name}.{part}": value.detach().float().cpu().contiguous()
+            for name, pair in weights.items()
+            for part, value in zip("AB", pair, strict=True)
+        }
+        write_whole(self._kept(cell), lambda temporary: save_file(tensors, temporary))
+
+    def kept(self, cell: Cell) -> dict[str, tuple[Tensor, Tensor]]:
+        """Layer -> A and B of a plan; nothing where none were kept."""
+        path = self._kept(cell)
+        tensors = load_file(path) if path.exists() else {}
+        names = [key.removesuffix(".A") for key in tensors if key.endswith(".A")]
+        return {name: (tensors[f"{name}.A"], tensors[f"{name}.B"]) for name in names}
+
+    def forget(self, cell: Cell) -> None:
+        """The training that began with these weights is done."""
+        self._kept(cell).unlink(missing_ok=True)
+
+    def _kept(self, cell: Cell) -> Path:
+        return self.folder / ".kept" / f"{cell.name}.safetensors"
 
     def fail(self, cell: Cell, reason: str) -> None:
         """Note that a cell could not be computed; it is left out until the next run."""

@@ -70,7 +70,7 @@ def one_run(setting: Setting) -> Found:
         if rank
     }
     found = {"taken": ready.step, "run_steps": steps, "passes": passes}
-    setting.keep(first)
+    setting.kept = first
     return Found(genotype.ranks, _notes(genotype) | found)
 
 

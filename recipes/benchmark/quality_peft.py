@@ -67,7 +67,7 @@ def adalora_run(setting: Setting) -> Found:
     for name, (a, b) in weights.items():
         if len(a) > (most := setting.retrainer.capacity[name]):
             weights[name] = cut(a, b, most)  # no less where the layer itself is as narrow
-    setting.keep(weights)
+    setting.kept = weights
     ranks = {name: len(weights[name][0]) for name in setting.retrainer.shapes}
     return Found(ranks, {"taken": training.max_steps, "run_steps": training.max_steps})
 

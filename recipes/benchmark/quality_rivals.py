@@ -101,13 +101,9 @@ def _keep_best(setting: Setting, weights: Weights, scores: dict[str, Tensor]) ->
     }
     chosen = largest_gain(gains, setting.retrainer.shapes, range(most + 1), setting.budget)
     ranks = {name: min(rank, len(scores[name])) for name, rank in chosen.items()}
-    setting.keep(
-        {
-            name: (weights[name][0][columns[: ranks[name]]],
-                   weights[name][1][:, columns[: ranks[name]]])
-            for name, columns in orders.items()
-        }
-    )  # fmt: skip
+    for name, columns in orders.items():
+        best, (a, b) = columns[: ranks[name]], weights[name]
+        setting.kept[name] = a[best].float(), b[:, best].float()
     return ranks
 
 
@@ -136,7 +132,7 @@ def gora(setting: Setting, *, starts: bool = False) -> Found:
     }  # fmt: skip
     ranks = scaled_to_budget(ranks, retrainer.shapes, retrainer.capacity, setting.budget)
     if starts:
-        setting.keep(gora_weights(setting, means, ranks))
+        setting.kept = gora_weights(setting, means, ranks)
     steps = retrainer.training.max_steps - count
     return Found(ranks, {"run_steps": steps, "read": count, "importance": list(worth.values())})
 

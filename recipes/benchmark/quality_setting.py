@@ -40,8 +40,9 @@ class Setting:
     gradient_batches: int
     validation_fraction: float
     """Share of the rows that a search keeps for alpha."""
-    kept: dict[tuple, Weights] = field(default_factory=dict)
-    """What the method's plans of this process leave for the rest of their runs (see `keep`)."""
+    kept: Weights = field(default_factory=dict)
+    """Where the training of the plan begins: A (r, in) and B (out, r) of the adapted layers. For
+    the method to fill in."""
     judge: Callable[[nn.Module], float | None] | None = None
     """Test loss of a model that a method leaves behind, to be noted; None: not a final plan."""
 
@@ -54,15 +55,6 @@ class Setting:
     @property
     def batch_size(self) -> int:
         return self.retrainer.training.batch_size
-
-    @property
-    def key(self) -> tuple[int, int, float | None]:
-        """Tells the plans of a method apart."""
-        return self.budget_rank, self.seed, self.rate
-
-    def keep(self, weights: Weights) -> None:
-        """Leave A (r, in) and B (out, r) of the adapted layers to the training of the plan."""
-        self.kept[self.key] = weights
 
     def steps_with_search(self) -> tuple[int, int]:
         """Weight steps of a run that begins with a search and has as many passes (batches that go

@@ -147,7 +147,7 @@ def test_a_cut_that_leaves_the_rank_as_it_is_changes_nothing(task, monkeypatch):
     job = Retraining(plan, setting.indices, 0, 0.03, until=14)
     setting.retrainer.retrain([job], setting.rows)
     for name, (a, b) in setting.retrainer.trained().items():
-        cut_a, cut_b = setting.kept[setting.key][name]
+        cut_a, cut_b = setting.kept[name]
         torch.testing.assert_close((cut_b @ cut_a).float(), b[:, :2] @ a[:2])
 
 
@@ -157,7 +157,7 @@ def test_the_columns_of_the_largest_score_over_cost_are_kept():
     shapes = {"wide": (10, 10), "narrow": (2, 3)}
     kept = {}
     retrainer = SimpleNamespace(shapes=shapes)
-    setting = SimpleNamespace(retrainer=retrainer, budget=25, keep=kept.update)
+    setting = SimpleNamespace(retrainer=retrainer, budget=25, kept=kept)
     weights = {name: (torch.arange(4.0)[:, None], torch.arange(4.0)[None]) for name in shapes}
     scores = {"wide": torch.tensor([1.0, 0.0, 9.0]), "narrow": torch.tensor([0.0, 3.0, 0.0])}
     assert _keep_best(setting, weights, scores) == {"wide": 1, "narrow": 1}
@@ -231,13 +231,13 @@ def test_goras_ranks_and_first_step(task):
     name = order[-1]
     mean, weight = sums[name] / 4, retrainer.originals[name].weight
     assert worth[name] == pytest.approx(float((weight * mean).abs().mean()), rel=1e-4)
-    a, b = setting.kept[setting.key][name]
+    a, b = setting.kept[name]
     step = GORA_RATE * (shapes[name][0] / len(a)) ** 0.5
     projected = mean @ torch.linalg.pinv(a) @ a
     torch.testing.assert_close(retrainer.scaling * b @ a, -step * projected, rtol=1e-3, atol=1e-6)
     losses = []
-    for first_b in ({}, {n: pair[1] for n, pair in setting.kept[setting.key].items()}):
-        first = {n: pair[0] for n, pair in setting.kept[setting.key].items()}
+    for first_b in ({}, {n: pair[1] for n, pair in setting.kept.items()}):
+        first = {n: pair[0] for n, pair in setting.kept.items()}
         job = Retraining(found.ranks, task.all, 0, 0.03, first, first_b, taken=5, run_steps=5)
         (record,) = retrainer.retrain([job], task.rows)
         assert record["train_loss"] is None, "no step was taken"
