@@ -226,14 +226,15 @@ class Store:
 
 def cells(options: QualityRun, store: Store) -> Iterator[Cell]:
     """All cells in the order in which they should be done, what depends on unfinished ones left
-    out: the uniform plans of the budgets, then the methods, the rest of the curve after the
-    search."""
+    out: the uniform plans of the budgets (unless no method but those with a rate of their own is
+    asked for), then the methods, the rest of the curve after the search."""
     rest = [rank for rank in options.curve if rank not in options.budgets]
-    pairs = [("uniform", rank) for rank in options.budgets]
+    alone = all(METHODS[method].own_rate for method in options.methods)
+    pairs = [] if alone else [("uniform", rank) for rank in options.budgets]
     for method in METHODS:
         if method in options.methods and method != "uniform":
             pairs += [(method, budget) for budget in options.budgets]
-        if method == "search":
+        if method == "search" and not alone:
             pairs += [("uniform", rank) for rank in rest]
     for method, budget in pairs:
         yield from _cells_of(options, method, budget, store)
@@ -254,8 +255,7 @@ def _tune(options: QualityRun, method: str, budget: int, store: Store) -> Iterat
     of the budget's uniform plan, or chosen by retrainings at that rate; then the rate of the
     retraining."""
     best, way = None, METHODS[METHODS[method].plan_of or method]
-    whole_run = way.trains and way.goes_on  # one rate for what finds the plan and the rest
-    if way.trains == "tuned" and whole_run:
+    if way.own_rate:
         pairs = [(rate, rate) for rate in options.learning_rates]
         return (yield from _try(_tries(options, method, budget, pairs), store))
     if way.trains:
@@ -265,7 +265,7 @@ def _tune(options: QualityRun, method: str, budget: int, store: Store) -> Iterat
             best = yield from _try(_tries(options, method, budget, pairs), store)
         if best is None:
             return None
-    if whole_run:
+    if way.trains and way.goes_on:  # one rate for what finds the plan and the rest
         return replace(best, find_rate=best.rate)
     find_rate = best and (best.rate if way.trains == "as uniform" else best.find_rate)
     return (yield from _try(_retrainings(options, method, budget, find_rate), store))

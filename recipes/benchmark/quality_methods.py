@@ -195,6 +195,11 @@ class Method:
     afresh: bool = False
     """A plan of one_run, trained from scratch with the passes that its search left."""
 
+    @property
+    def own_rate(self) -> bool:
+        """Its whole run has one learning rate, which is tuned by itself."""
+        return self.goes_on and self.trains == "tuned"
+
     def plans(self, settings: list[Setting]) -> list[Found]:
         """What it finds in each setting."""
         return self.find(settings) if self.at_once else [self.find(s) for s in settings]

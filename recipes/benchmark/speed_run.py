@@ -164,7 +164,9 @@ class Bench:
     def one_run(self) -> None:
         """The search's steps, the handover, the finetune's steps on what was handed over."""
         with self._memory("run"):
-            self._finetune("finetune", self._searched())
+            adapted = self._searched()
+            gc.collect()  # the search's graphs
+            self._finetune("finetune", adapted)
 
     def _searched(self) -> PeftModel:
         with self._once("search, built"):

@@ -267,6 +267,46 @@ def test_autolora_keeps_the_largest_shares_of_all_layers(task, monkeypatch):
     assert setting.retrainer.gates["lm_head" if "lm_head" in seen else name].shape[-1] == 4
 
 
+@pytest.mark.parametrize("rates", [[0.01], [0.01, 0.03]])
+def test_adalora_has_the_uniform_ranks_rate_or_its_own(quality_options, tmp_path, rates):
+    from quality_cells import Store, cells
+
+    options = replace(quality_options[0], methods=["adalora_run"], learning_rates=rates)
+    store, done = Store(tmp_path), []
+    while cell := next((c for c in cells(options, store) if not store.get(c)), None):
+        done.append(cell)
+        store.put(cell, {"loss": abs(0.03 - (cell.rate or 0)), "ranks": []})
+    assert {cell.method for cell in done} == {"adalora_run"}, "uniform ranks say nothing of it"
+    assert {(c.find_rate, c.rate) for c in done if c.stage == "tune"} == {
+        (rate, rate) for rate in rates if len(rates) > 1
+    }
+    assert [(c.find_rate, c.rate) for c in done if c.stage == "final"] == [(rates[-1], rates[-1])]
+
+
+def test_weights_lie_beside_the_cells_until_they_are_trained(quality_options, tmp_path):
+    import quality
+
+    options, search, *rest, training = quality_options
+    options = replace(
+        options, methods=["gora_init"], output_dir=str(tmp_path), learning_rates=[0.01], curve=[2],
+        exact_match=False, seeds=[0, 1],
+    )  # fmt: skip
+    kept, task = tmp_path / "tiny" / ".kept", quality.Task(options, search, *rest, training)
+    store = quality.Store(tmp_path / "tiny")
+    cell = cell_of("gora_init")
+    (record,) = task.compute([cell.plan], store)
+    store.put(cell.plan, record)
+    assert [path.stem for path in kept.iterdir()] == [cell.plan.name]
+    weights = store.kept(cell.plan)
+    job = task._job(cell, store)
+    assert job.first_b.keys() == weights.keys() == task.retrainer.shapes.keys()
+    quality._compute([cell], task, store)
+    assert store.get(cell)["loss"] > 0 and not list(kept.iterdir())
+    again = task._job(cell, store)  # found anew
+    for name, b in job.first_b.items():
+        torch.testing.assert_close(again.first_b[name], b)
+
+
 def test_one_threshold_for_all_layers():
     from quality_allocation import largest_values
 
