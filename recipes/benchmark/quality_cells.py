@@ -226,10 +226,11 @@ class Store:
 
 def cells(options: QualityRun, store: Store) -> Iterator[Cell]:
     """All cells in the order in which they should be done, what depends on unfinished ones left
-    out: the uniform plans of the budgets (unless no method but those with a rate of their own is
-    asked for), then the methods, the rest of the curve after the search."""
+    out: the uniform plans of the budgets (unless they are not asked for and no rate rests on them),
+    then the methods, the rest of the curve after the search."""
     rest = [rank for rank in options.curve if rank not in options.budgets]
-    alone = all(METHODS[method].own_rate for method in options.methods)
+    settled = len(options.learning_rates) == 1 or all(METHODS[m].own_rate for m in options.methods)
+    alone = settled and "uniform" not in options.methods
     pairs = [] if alone else [("uniform", rank) for rank in options.budgets]
     for method in METHODS:
         if method in options.methods and method != "uniform":

@@ -267,6 +267,22 @@ def test_autolora_keeps_the_largest_shares_of_all_layers(task, monkeypatch):
     assert setting.retrainer.gates["lm_head" if "lm_head" in seen else name].shape[-1] == 4
 
 
+@pytest.mark.parametrize(
+    ("ways", "rates", "wanted"),
+    [(["one_run"], [0.01], {"one_run"}), (["one_run"], [0.01, 0.03], {"one_run", "uniform"}),
+     (["one_run", "uniform"], [0.01], {"one_run", "uniform"})],
+)  # fmt: skip
+def test_uniform_ranks_where_they_are_wanted(quality_options, tmp_path, ways, rates, wanted):
+    from quality_cells import Store, cells
+
+    options = replace(quality_options[0], methods=ways, learning_rates=rates)
+    store, done = Store(tmp_path), set()
+    while cell := next((c for c in cells(options, store) if not store.get(c)), None):
+        done.add(cell.method)
+        store.put(cell, {"loss": 1.0, "ranks": []})
+    assert done == wanted
+
+
 @pytest.mark.parametrize("rates", [[0.01], [0.01, 0.03]])
 def test_adalora_has_the_uniform_ranks_rate_or_its_own(quality_options, tmp_path, rates):
     from quality_cells import Store, cells
