@@ -39,7 +39,6 @@ from darts_lora.lora.targets import match_modules
 from darts_lora.run.beginning import plain_adapter
 from darts_lora.run.bilevel import BilevelStep
 from darts_lora.run.graphs import Graphed
-from darts_lora.run.joint import halves_loss
 from darts_lora.run.schedule import Schedule, derive_genotype
 from darts_lora.run.tokens import model_loss
 
@@ -172,7 +171,7 @@ class Bench:
         with self._once("search, built"):
             supernet = Supernet(self.base, self.search)
             accelerator = Accelerator(cpu=not self.cuda)
-            steps = BilevelStep(supernet, accelerator, self.training, model_loss, halves_loss)
+            steps = BilevelStep(supernet, accelerator, self.training, model_loss)
             schedule = Schedule(supernet, self.training.max_steps)
             if self.graphs:
                 steps.capture()

@@ -27,16 +27,9 @@ PUBLISHED = BENCHMARK / "results" / "quality"
 CPU = torch.device("cpu")
 METHODS = {"uniform", "one_run", "search", "search_independent"}
 METHODS |= {"search_descent", "search_no_prior", "search_seed_0", "search_seed_1"}
-METHODS |= {"search_gumbel", "search_softmax", "search_order2"}
-METHODS |= {
-    "one_run_scratch",
-    "adalora_run",
-    "gora",
-    "gora_init",
-    "cut_heal",
-    "cut_heal_fisher",
-    "autolora",
-}
+METHODS |= {"search_gumbel", "search_softmax"}
+METHODS |= {"one_run_scratch", "adalora_run", "gora", "gora_init", "autolora"}
+METHODS |= {"cut_heal", "cut_heal_fisher"}
 METHODS |= {"adalora", "eva", "eva_init", "svd", "gradient", "fisher", "attention", "mlp"}
 METHODS |= {f"random_{number}" for number in range(5)}
 
