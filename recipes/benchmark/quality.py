@@ -135,25 +135,34 @@ def _to_do(options: QualityRun, store: Store, seconds: float) -> list[Cell]:
 
 def _compute_some(todo: list[Cell], task: Task, store: Store) -> bool:
     """Compute cells that no other worker has claimed, retrainings as many at once as may be or else
-    a plan to be found; whether there were any. Plans come first that others wait for: cheap ones,
-    and those before the retrainings that are to be next."""
+    a plan to be found (several where their method can); whether there were any. Plans come first
+    that others wait for: cheap ones, and those before the retrainings that are to be next."""
     finds = [cell for cell in todo if cell.stage == "find"]
     retrainings = [cell for cell in todo if cell.stage != "find"]
     full = task.options.stack
     last = todo.index(retrainings[:full][-1]) if retrainings else 0
     first = [cell for cell in finds if not cell.find_rate or cell in todo[:last]]
     for choices, least, most in (
-        (first, 1, 1), (retrainings, full, full), (finds, 1, 1), (retrainings, 1, full)
+        (first, 1, full), (retrainings, full, full), (finds, 1, full), (retrainings, 1, full)
     ):  # fmt: skip
         with contextlib.ExitStack() as claims:
             found: list[Cell] = []
             for cell in choices:
-                if len(found) < most and claims.enter_context(store.claimed(cell)):
+                fits = not found or (len(found) < most and _together(found[0], cell))
+                if fits and claims.enter_context(store.claimed(cell)):
                     found.append(cell)
             if len(found) >= least:
                 _compute(found[: 2 ** int(math.log2(len(found)))], task, store)  # few sizes
                 return True
     return False
+
+
+def _together(one: Cell, other: Cell) -> bool:
+    """Whether two cells can be computed at once: retrainings, or plans of a method that can."""
+    if "find" not in (one.stage, other.stage):
+        return True
+    same = (one.stage, one.method, one.budget) == (other.stage, other.method, other.budget)
+    return same and METHODS[one.method].at_once
 
 
 def _compute(cells: list[Cell], task: Task, store: Store) -> None:
@@ -170,6 +179,8 @@ def _compute(cells: list[Cell], task: Task, store: Store) -> None:
         times = {"cell_seconds": seconds, "device": task.device_name}
         for cell, record in zip(cells, records, strict=True):
             store.put(cell, {**record, **times})
+            if cell.stage != "find" and METHODS[cell.method].goes_on:
+                store.forget(cell.plan)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # the GPU's other workers may need what this cell did
     names = ", ".join(cell.name for cell in cells)
@@ -192,7 +203,6 @@ class Task:
         training: TrainingConfig,
     ):
         self.options, self.search, self.data = options, search, data
-        self.kept: dict[tuple, Any] = {}
         on_gpu = torch.cuda.is_available()
         device = torch.device("cuda" if on_gpu else "cpu")
         self.device_name = torch.cuda.get_device_name() if on_gpu else "cpu"
@@ -227,16 +237,16 @@ class Task:
         )  # fmt: skip
 
     def compute(self, cells: list[Cell], store: Store) -> list[dict[str, Any]]:
-        """The records of cells: one that finds a plan, or several that retrain plans."""
+        """The records of cells that find plans together, or that retrain plans."""
         if cells[0].stage == "find":
-            return [self._find(cell) for cell in cells]
+            return self._find(cells, store)
+        jobs = {cell: self._job(cell, store) for cell in cells}
+        steps = {cell: (job.taken, job.run_steps) for cell, job in jobs.items()}
         records: dict[Cell, dict[str, Any]] = {}
-        plans = {cell: store.get(cell.plan) for cell in cells}
-        steps = {cell: (plan.get("taken"), plan.get("run_steps")) for cell, plan in plans.items()}
         while rest := [cell for cell in cells if cell not in records]:
             same = [cell for cell in rest if steps[cell] == steps[rest[0]]]
             some = same[: 2 ** int(math.log2(len(same)))]  # a stack has as many steps each
-            found = self._retrain(some, [plans[cell] for cell in some])
+            found = self._retrain(some, [jobs[cell] for cell in some])
             records |= zip(some, found, strict=True)
         return [records[cell] for cell in cells]
 
@@ -255,30 +265,33 @@ class Task:
             adalora_steps=self.options.adalora_steps,
             gradient_batches=self.options.gradient_batches,
             validation_fraction=self.data.validation_fraction,
-            kept=self.kept,
             judge=None if tuning else self._test_loss,
         )
 
-    def _find(self, cell: Cell) -> dict[str, Any]:
-        setting, started = self.setting(cell), time.perf_counter()
+    def _find(self, cells: list[Cell], store: Store) -> list[dict[str, Any]]:
+        settings, started = list(map(self.setting, cells)), time.perf_counter()
         try:
-            found = METHODS[cell.method].find(setting)
+            plans = METHODS[cells[0].method].plans(settings)
         except DivergedError as error:
-            # a learning rate too high is a result: nothing is adapted
-            found = Found(dict.fromkeys(self.retrainer.shapes, 0), {"diverged": str(error)})
-        seconds = time.perf_counter() - started
+            plans = [Found.diverged(setting, str(error)) for setting in settings]
+        seconds = round(time.perf_counter() - started, 3)
         if self.retrainer.device.type == "cuda":
             gc.collect()  # graphs of a search hold memory and stand in cycles
-        count = parameters(found.ranks, self.retrainer.shapes)
-        if count > setting.budget:
-            raise RuntimeError(
-                f"{cell.name}: {count:,} parameters, the budget is {setting.budget:,}"
-            )
-        record = {"ranks": list(found.ranks.values()), "parameters": count} | found.notes
-        return record | {"seconds": round(seconds, 3), "workers": self.options.workers}
+        records = []
+        for cell, setting, found in zip(cells, settings, plans, strict=True):
+            count = parameters(found.ranks, self.retrainer.shapes)
+            if count > setting.budget:
+                raise RuntimeError(
+                    f"{cell.name}: {count:,} parameters, the budget is {setting.budget:,}"
+                )
+            record = {"ranks": list(found.ranks.values()), "parameters": count} | found.notes
+            record |= {"seconds": seconds, "stack": len(cells), "workers": self.options.workers}
+            records.append(record)
+            if setting.kept:
+                store.keep(cell, setting.kept)
+        return records
 
-    def _retrain(self, cells: list[Cell], plans: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        jobs = [self._job(*pair) for pair in zip(cells, plans, strict=True)]
+    def _retrain(self, cells: list[Cell], jobs: list[Retraining]) -> list[dict[str, Any]]:
         records = self.retrainer.retrain(jobs, self.rows)
         for number, (cell, job) in enumerate(zip(cells, jobs, strict=True)):
             count = parameters(job.plan, self.retrainer.shapes)
@@ -287,7 +300,8 @@ class Task:
                 records[number] = self._judged(cell, model) | records[number]
         return records
 
-    def _job(self, cell: Cell, plan: dict[str, Any]) -> Retraining:
+    def _job(self, cell: Cell, store: Store) -> Retraining:
+        plan = store.get(cell.plan)
         method = METHODS[cell.method]
         job = Retraining(
             dict(zip(self.retrainer.shapes, plan["ranks"], strict=True)),
@@ -296,14 +310,17 @@ class Task:
             cell.rate,
             method.first(self.setting(cell)) if method.first else {},
         )
+        job.taken, job.read = plan.get("taken", 0), plan.get("read", 0)
+        job.run_steps = plan.get("run_steps")
+        if method.afresh:
+            job.taken, job.run_steps = 0, self.retrainer.training.max_steps - plan["passes"]
         if method.goes_on and any(plan["ranks"]):
-            key = cell.budget, cell.seed, cell.find_rate
-            if key not in self.kept:  # another process found the plan
-                method.find(self.setting(cell))
-            first = self.kept[key]
+            first = store.kept(cell.plan)
+            if not first:  # it was trained before
+                method.plans([setting := self.setting(cell.plan)])
+                first = setting.kept
             job.first, job.first_b = ({n: ab[i] for n, ab in first.items()} for i in (0, 1))
             job.plan |= {name: len(a) for name, a in job.first.items()}
-            job.taken, job.run_steps = plan["taken"], plan["run_steps"]
         return job
 
     def _judged(self, cell: Cell, model: torch.nn.Module) -> dict[str, Any]:

@@ -41,6 +41,26 @@ def largest_gain(
     return {name: candidates[k] for name, k in zip(names, choice, strict=True)}
 
 
+def largest_values(values: dict[str, Tensor], shapes: Shapes, budget: float) -> dict[str, Tensor]:
+    """One threshold for the units of rank of all layers: from the largest value down, each that
+    still fits into the budget.
+
+    Args:
+        values: layer -> (R,), of each unit of rank.
+
+    Returns:
+        Layer -> (R,) of bool: which are kept.
+    """
+    kept = {name: torch.zeros(len(v), dtype=torch.bool) for name, v in values.items()}
+    costs = {name: parameters_per_rank(*shapes[name]) for name in values}
+    units = [(v, name, i) for name, row in values.items() for i, v in enumerate(row.tolist())]
+    for _, name, i in sorted(units, key=lambda unit: -unit[0]):
+        if costs[name] <= budget:
+            kept[name][i] = True
+            budget -= costs[name]
+    return kept
+
+
 def energy_spectrum(matrix: Tensor, rank: int) -> Tensor:
     """Squares of the first `rank` singular values, (rank,) float64: the energy that each further
     unit of rank keeps (Eckart-Young). By the smaller Gram matrix: much faster than the SVD."""

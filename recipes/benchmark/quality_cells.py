@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from quality_methods import METHODS
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from darts_lora import InputError
-from darts_lora.base.files import write_json, write_text
+from darts_lora.base.files import write_json, write_text, write_whole
 
 TUNING_SEED = 1000  # the first seed of the tuning
 
@@ -131,7 +133,8 @@ class Store:
 
     def __init__(self, folder: Path, digest: str | None = None):
         self.folder, self.digest, self.finished = folder, digest, {}
-        (folder / ".locks").mkdir(parents=True, exist_ok=True)
+        for name in (".locks", ".kept"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
 
     def get(self, cell: Cell) -> dict[str, Any] | None:
         """A finished cell's record.
@@ -156,6 +159,29 @@ class Store:
         """Write a finished cell."""
         record = {**asdict(cell), **record} | ({"task": self.digest} if self.digest else {})
         write_json(self.folder / f"{cell.name}.json", record)
+
+    def keep(self, cell: Cell, weights: dict[str, tuple[Tensor, Tensor]]) -> None:
+        """Write what the training of a plan begins with, until `forget`."""
+        tensors = {
+            f"{name}.{part}": value.detach().float().cpu().contiguous()
+            for name, pair in weights.items()
+            for part, value in zip("AB", pair, strict=True)
+        }
+        write_whole(self._kept(cell), lambda temporary: save_file(tensors, temporary))
+
+    def kept(self, cell: Cell) -> dict[str, tuple[Tensor, Tensor]]:
+        """Layer -> A and B of a plan; nothing where none were kept."""
+        path = self._kept(cell)
+        tensors = load_file(path) if path.exists() else {}
+        names = [key.removesuffix(".A") for key in tensors if key.endswith(".A")]
+        return {name: (tensors[f"{name}.A"], tensors[f"{name}.B"]) for name in names}
+
+    def forget(self, cell: Cell) -> None:
+        """The training that began with these weights is done."""
+        self._kept(cell).unlink(missing_ok=True)
+
+    def _kept(self, cell: Cell) -> Path:
+        return self.folder / ".kept" / f"{cell.name}.safetensors"
 
     def fail(self, cell: Cell, reason: str) -> None:
         """Note that a cell could not be computed; it is left out until the next run."""
@@ -200,14 +226,16 @@ class Store:
 
 def cells(options: QualityRun, store: Store) -> Iterator[Cell]:
     """All cells in the order in which they should be done, what depends on unfinished ones left
-    out: the uniform plans of the budgets, then the methods, the rest of the curve after the
-    search."""
+    out: the uniform plans of the budgets (unless they are not asked for and no rate rests on them),
+    then the methods, the rest of the curve after the search."""
     rest = [rank for rank in options.curve if rank not in options.budgets]
-    pairs = [("uniform", rank) for rank in options.budgets]
+    settled = len(options.learning_rates) == 1 or all(METHODS[m].own_rate for m in options.methods)
+    alone = settled and "uniform" not in options.methods
+    pairs = [] if alone else [("uniform", rank) for rank in options.budgets]
     for method in METHODS:
         if method in options.methods and method != "uniform":
             pairs += [(method, budget) for budget in options.budgets]
-        if method == "search":
+        if method == "search" and not alone:
             pairs += [("uniform", rank) for rank in rest]
     for method, budget in pairs:
         yield from _cells_of(options, method, budget, store)
@@ -227,17 +255,20 @@ def _tune(options: QualityRun, method: str, budget: int, store: Store) -> Iterat
     """Tuning cells; returns the best one, None while it is not known. The rate of finding is that
     of the budget's uniform plan, or chosen by retrainings at that rate; then the rate of the
     retraining."""
-    best, trains = None, METHODS[METHODS[method].plan_of or method].trains
-    if trains:
+    best, way = None, METHODS[METHODS[method].plan_of or method]
+    if way.own_rate:
+        pairs = [(rate, rate) for rate in options.learning_rates]
+        return (yield from _try(_tries(options, method, budget, pairs), store))
+    if way.trains:
         best = uniform = store.best(_retrainings(options, "uniform", budget, None))
-        if best and trains == "tuned":
+        if best and way.trains == "tuned":
             pairs = [(rate, uniform.rate) for rate in options.learning_rates]
             best = yield from _try(_tries(options, method, budget, pairs), store)
         if best is None:
             return None
-    if METHODS[method].goes_on:
+    if way.trains and way.goes_on:  # one rate for what finds the plan and the rest
         return replace(best, find_rate=best.rate)
-    find_rate = best and (best.rate if trains == "as uniform" else best.find_rate)
+    find_rate = best and (best.rate if way.trains == "as uniform" else best.find_rate)
     return (yield from _try(_retrainings(options, method, budget, find_rate), store))
 
 

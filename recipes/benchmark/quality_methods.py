@@ -20,7 +20,8 @@ from quality_allocation import (
     random_choice,
     uniform_on,
 )
-from quality_peft import adalora, eva, eva_components
+from quality_peft import adalora, adalora_run, eva, eva_components
+from quality_rivals import autolora, cut_heal, gora, weight_gradients
 from quality_rows import supervised_loss
 from quality_setting import Found, Setting
 from quality_training import Retraining
@@ -32,7 +33,6 @@ from darts_lora.config import TrainingConfig
 from darts_lora.data.splits import hold_back
 from darts_lora.genotype import PEFT_PREFIX
 from darts_lora.lora.cost import rank_costs
-from darts_lora.run.schedule import SEARCH_FRACTION
 
 
 def uniform(setting: Setting) -> Found:
@@ -55,11 +55,7 @@ def one_run(setting: Setting) -> Found:
     """The library's default: the search is the first part of the run, which goes on from its
     weights. Its architecture steps are paid for with weight steps, so that the run has as many
     passes (rows that go forward and backward) as a finetune of the task."""
-    training, every = setting.retrainer.training, setting.search.arch_every
-    steps = next(
-        n for n in range(training.max_steps, 0, -1)
-        if n + -(-round(SEARCH_FRACTION * n) // every) <= training.max_steps
-    )  # fmt: skip
+    training, (steps, passes) = setting.retrainer.training, setting.steps_with_search()
     run = replace(training, max_steps=steps, learning_rate=setting.rate, logging_steps=steps)
     with (
         made_search(setting, run) as ready,
@@ -73,8 +69,8 @@ def one_run(setting: Setting) -> Found:
         for name, rank in genotype.ranks.items()
         if rank
     }
-    found = {"taken": ready.step, "run_steps": steps}
-    setting.kept[setting.budget_rank, setting.seed, setting.rate] = first
+    found = {"taken": ready.step, "run_steps": steps, "passes": passes}
+    setting.kept = first
     return Found(genotype.ranks, _notes(genotype) | found)
 
 
@@ -158,7 +154,7 @@ def _filled(values: Tensor, length: int) -> Tensor:
 def gradient(setting: Setting) -> Found:
     """The spectrum of each layer's weight gradient, summed over batches of the untrained model."""
     largest = max(setting.search.ranks)
-    sums, _ = _weight_gradients(setting)
+    sums, _ = weight_gradients(setting, setting.gradient_batches)
     gains = {name: energy_spectrum(matrix, largest) for name, matrix in sums.items()}
     ranks = largest_gain(gains, setting.retrainer.shapes, setting.search.ranks, setting.budget)
     return Found(ranks)
@@ -168,36 +164,19 @@ def fisher(setting: Setting) -> Found:
     """Ranks in proportion to the empirical Fisher information of each layer's weight (squared
     gradients of batches, summed) over its cost."""
     largest = max(setting.search.ranks)
-    _, squares = _weight_gradients(setting)
+    _, squares = weight_gradients(setting, setting.gradient_batches)
     gains = {name: proportional_gains(score, largest) for name, score in squares.items()}
     ranks = largest_gain(gains, setting.retrainer.shapes, setting.search.ranks, setting.budget)
     return Found(ranks, {"fisher": [float(score) for score in squares.values()]})
-
-
-def _weight_gradients(setting: Setting) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Layer -> sum over batches of the gradient of its weight (float32), and of its square."""
-    model, names = setting.retrainer.model, list(setting.retrainer.shapes)
-    weights = [setting.retrainer.originals[name].weight for name in names]
-    sums = [torch.zeros_like(w, dtype=torch.float32) for w in weights]
-    squares = [torch.zeros((), device=setting.retrainer.device) for _ in weights]
-    model.eval()
-    for weight in weights:
-        weight.requires_grad_(True)
-    for batch in setting.batches(setting.gradient_batches):
-        found = torch.autograd.grad(supervised_loss(model, batch), weights, materialize_grads=True)
-        for total, square, gradient in zip(sums, squares, found, strict=True):
-            total += gradient
-            square += gradient.float().square().sum()
-    for weight in weights:
-        weight.requires_grad_(False)
-    return dict(zip(names, sums, strict=True)), dict(zip(names, squares, strict=True))
 
 
 @dataclass(frozen=True)
 class Method:
     """How ranks are chosen, and what of it is tuned."""
 
-    find: Callable[[Setting], Found]
+    find: Callable[[Setting], Found] | Callable[[list[Setting]], list[Found]]
+    at_once: bool = False
+    """It finds the plans of several seeds together."""
     trains: Literal["", "tuned", "as uniform"] = ""
     """It trains something to find ranks: at a rate that is tuned as well, or at that which is best
     for the budget's uniform plan."""
@@ -210,7 +189,20 @@ class Method:
     first: Callable[[Setting], dict[str, Tensor]] | None = None
     """First values of A; default: PEFT's."""
     goes_on: bool = False
-    """The plan's training is the rest of the run that found it, at the same rate."""
+    """The plan's training begins with the weights that were kept when it was found, and where
+    something was trained for that it is the rest of that run, at the same rate."""
+
+    afresh: bool = False
+    """A plan of one_run, trained from scratch with the passes that its search left."""
+
+    @property
+    def own_rate(self) -> bool:
+        """Its whole run has one learning rate, which is tuned by itself."""
+        return self.goes_on and self.trains == "tuned"
+
+    def plans(self, settings: list[Setting]) -> list[Found]:
+        """What it finds in each setting."""
+        return self.find(settings) if self.at_once else [self.find(s) for s in settings]
 
 
 def _searches(**options) -> Method:
@@ -231,6 +223,15 @@ COMPARED = 2  # searches of which each plan is retrained with all seeds
 METHODS = {
     "uniform": Method(uniform),
     "one_run": Method(one_run, trains="as uniform", goes_on=True),
+    "one_run_scratch": Method(one_run, trains="as uniform", plan_of="one_run", afresh=True),
+    "adalora_run": Method(adalora_run, trains="tuned", goes_on=True),
+    "gora": Method(gora),
+    "gora_init": Method(partial(gora, starts=True), goes_on=True),
+    "cut_heal": Method(cut_heal, at_once=True, trains="as uniform", goes_on=True),
+    "cut_heal_fisher": Method(
+        partial(cut_heal, fisher=True), at_once=True, trains="as uniform", goes_on=True
+    ),
+    "autolora": Method(autolora, at_once=True, trains="as uniform"),
     "search": _searches(),
     "search_descent": _searches(**DESCENT),
     "search_no_prior": _without_prior(),

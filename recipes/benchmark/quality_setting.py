@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 from quality_allocation import parameters
@@ -13,8 +14,11 @@ from quality_rows import EncodedRows
 from quality_training import Plan, Retrainer
 from torch import Tensor, nn
 
-from darts_lora import SearchConfig
+from darts_lora import InputError, SearchConfig
 from darts_lora.config import TrainingConfig
+from darts_lora.run.schedule import Schedule
+
+Weights = dict[str, tuple[Tensor, Tensor]]
 
 
 @dataclass
@@ -36,8 +40,9 @@ class Setting:
     gradient_batches: int
     validation_fraction: float
     """Share of the rows that a search keeps for alpha."""
-    kept: dict[tuple, Any] = field(default_factory=dict)
-    """What one-run searches of this process leave for the rest of their runs."""
+    kept: Weights = field(default_factory=dict)
+    """Where the training of the plan begins: A (r, in) and B (out, r) of the adapted layers. For
+    the method to fill in."""
     judge: Callable[[nn.Module], float | None] | None = None
     """Test loss of a model that a method leaves behind, to be noted; None: not a final plan."""
 
@@ -51,6 +56,19 @@ class Setting:
     def batch_size(self) -> int:
         return self.retrainer.training.batch_size
 
+    def steps_with_search(self) -> tuple[int, int]:
+        """Weight steps of a run that begins with a search and has as many passes (batches that go
+        forward and backward) as a finetune of the task; and how many of these the search takes: a
+        weight step is one pass, an architecture step one more."""
+        passes = self.retrainer.training.max_steps
+        stand_in = SimpleNamespace(config=self.search, arch_update="proportional")
+        for steps in range(passes, 0, -1):
+            schedule = Schedule(stand_in, steps)
+            more = sum(map(schedule.trains_alpha, range(schedule.steps)))
+            if steps + more <= passes:
+                return steps, schedule.steps + more
+        raise InputError(f"max_steps={passes}: too few for a search and a step behind it")
+
     def batches(self, count: int) -> Iterator[dict[str, Tensor]]:
         """The first training batches of this seed."""
         order = self.rows.batches(self.indices, self.batch_size, self.seed).endless()
@@ -63,4 +81,10 @@ class Found:
 
     ranks: Plan
     notes: dict[str, Any] = field(default_factory=dict)
-    """For the cell's file."""
+    """For the cell's file. Of a plan that is not trained from scratch with all steps of the task
+    taken, run_steps and read, as of a Retraining."""
+
+    @classmethod
+    def diverged(cls, setting: Setting, reason: str) -> Found:
+        """A learning rate too high is a result: nothing is adapted."""
+        return cls(dict.fromkeys(setting.retrainer.shapes, 0), {"diverged": reason})

@@ -138,7 +138,7 @@ def _row(records: list[Record], method: str, budget: int) -> Record:
     behind = [losses[seed] - searched[seed] for seed in losses if seed in searched]
     row["behind"], row["behind_interval"] = interval(behind) if behind else (None, None)
     if method != "uniform":
-        row |= _saved(runs, finals(records, "uniform"))
+        row |= saved_parameters(runs, finals(records, "uniform"))
     for key, stage in (("find_seconds", "find"), ("seconds", "final")):
         times = [r["seconds"] for r in alone if (r["method"], r["budget"]) == (method, budget)
                  and r["stage"] == stage and r["seed"] in losses]  # fmt: skip
@@ -146,7 +146,7 @@ def _row(records: list[Record], method: str, budget: int) -> Record:
     return row
 
 
-def _saved(runs: list[Record], curve: list[Record]) -> Record:
+def saved_parameters(runs: list[Record], curve: list[Record]) -> Record:
     """What a plan saves on the uniform curve, both as means over the seeds that they share.
 
     The ratio of a single seed jumps where its curve is flat or not monotone, and a mean of such
@@ -209,14 +209,14 @@ def headlines(records: list[Record]) -> list[Record]:
     return found
 
 
-def agreement(records: list[Record], budget: int) -> float | None:
+def agreement(records: list[Record], budget: int, method: str = "search") -> float | None:
     """Mean Spearman correlation of the expected ranks of searches of different seeds; None with
     fewer than two. Tuning's search, on fewer rows, is none of them."""
-    judged = {r["seed"] for r in finals(records, "search", budget)}
+    judged = {r["seed"] for r in finals(records, method, budget)}
     ranks = {
         r["seed"]: r["expected_ranks"]
         for r in records
-        if (r["stage"], r["method"], r["budget"]) == ("find", "search", budget)
+        if (r["stage"], r["method"], r["budget"]) == ("find", method, budget)
         and r["seed"] in judged
         and "expected_ranks" in r
     }

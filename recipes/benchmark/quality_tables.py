@@ -46,8 +46,8 @@ def main(options: TablesRun) -> None:
             (f"{task}: test loss per token", *_method_rows(summarise(records))),
             (f"{task}: the search", *_headline_rows(headlines(records))),
         ):
-            Console(width=140).print(_table(title, columns, rows))
-            text += _markdown(title, columns, rows)
+            Console(width=140).print(rich_table(title, columns, rows))
+            text += markdown(title, columns, rows)
         draw(records, folder / f"{task}.png", task)
         text += f"![{task}]({task}.png)\n\n"
     write_text(folder / "tables.md", text)
@@ -61,12 +61,12 @@ def _method_rows(summary: list[Record]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for row in summary:
         runs = f"{row['runs']}" + (f" ({row['diverged']} diverged)" if row["diverged"] else "")
-        cells = [str(row["budget"]), row["method"], runs, _text(row["parameters"], ",.0f")]
-        cells.append(_range(row["loss"], row.get("loss_interval"), ".4f"))
-        cells.append(_range(row.get("behind"), row.get("behind_interval"), "+.4f"))
-        cells.append(_saved(row))
-        cells += [_text(row.get("exact_match"), ".1%")] * matched
-        cells += [_text(row.get(key), ".1f") for key in ("find_seconds", "seconds")]
+        cells = [str(row["budget"]), row["method"], runs, text_of(row["parameters"], ",.0f")]
+        cells.append(spread(row["loss"], row.get("loss_interval"), ".4f"))
+        cells.append(spread(row.get("behind"), row.get("behind_interval"), "+.4f"))
+        cells.append(saved_text(row))
+        cells += [text_of(row.get("exact_match"), ".1%")] * matched
+        cells += [text_of(row.get(key), ".1f") for key in ("find_seconds", "seconds")]
         rows.append(cells)
     return columns, rows
 
@@ -76,32 +76,32 @@ def _headline_rows(found: list[Record]) -> tuple[list[str], list[list[str]]]:
     columns += ["time / finetune", "time / sweep"]
     rows = []
     for row in found:
-        cells = [str(row["budget"]), _saved(row), row["best_other"] or "-"]
-        cells += [_text(row["saved_over_best"], ".0%"), _text(row["spearman"], ".2f")]
-        cells += [_text(row[key], ".2f") for key in ("time_of_finetune", "time_of_sweep")]
+        cells = [str(row["budget"]), saved_text(row), row["best_other"] or "-"]
+        cells += [text_of(row["saved_over_best"], ".0%"), text_of(row["spearman"], ".2f")]
+        cells += [text_of(row[key], ".2f") for key in ("time_of_finetune", "time_of_sweep")]
         rows.append(cells)
     return columns, rows
 
 
-def _saved(row: Record) -> str:
+def saved_text(row: Record) -> str:
     """* : the loss lies beyond the uniform curve, whose nearest end stands for it."""
-    text = _text(row.get("saved"), ".0%")
+    text = text_of(row.get("saved"), ".0%")
     if row.get("saved_interval"):
         text += " ({:.0%} to {:.0%})".format(*row["saved_interval"])
     return text + "*" * bool(row.get("saved_bound"))
 
 
-def _text(value: Any, form: str) -> str:
+def text_of(value: Any, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _range(value: float | None, half: float | None, form: str) -> str:
-    text = _text(value, form)
+def spread(value: float | None, half: float | None, form: str) -> str:
+    text = text_of(value, form)
     known = half is not None and half == half
     return f"{text} ± {format(half, form.removeprefix('+'))}" if known else text
 
 
-def _table(title: str, columns: Sequence[str], rows: list[list[str]]) -> Table:
+def rich_table(title: str, columns: Sequence[str], rows: list[list[str]]) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
@@ -110,7 +110,7 @@ def _table(title: str, columns: Sequence[str], rows: list[list[str]]) -> Table:
     return table
 
 
-def _markdown(title: str, columns: Sequence[str], rows: list[list[str]]) -> str:
+def markdown(title: str, columns: Sequence[str], rows: list[list[str]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
     body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"## {title}\n\n{body}\n\n"

@@ -8,12 +8,13 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from quality_rows import EncodedRows, supervised_losses
+from quality_stacked import StackedLora
 from torch import Tensor, nn
 from transformers import get_scheduler
 
@@ -45,36 +46,10 @@ class Retraining:
     """Steps of the run that a search took: of its learning rate too."""
     run_steps: int | None = None
     """Steps of the run; default: the task's."""
-
-
-class StackedLora(nn.Module):
-    """A frozen linear layer and S LoRAs on it: of S equal parts of the rows each has its own.
-
-    Attributes:
-        a, b: (S, R, in) and (S, out, R), of the dtype of the activations.
-        gates: (S, 1, R), the scaling in the columns that a LoRA has, 0 in all others.
-    """
-
-    def __init__(self, base_layer: nn.Module):
-        super().__init__()
-        self.base_layer = base_layer
-        self.a = self.b = self.gates = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out)."""
-        y, parts = self.base_layer(x), len(self.a)
-        h = torch.bmm(x.reshape(parts, -1, x.shape[-1]), self.a.mT) * self.gates
-        return torch.baddbmm(y.view(parts, -1, y.shape[-1]), h, self.b.mT).view(y.shape)
-
-    @property
-    def weight(self) -> Tensor:
-        """The base layer's: some models ask for its dtype or device."""
-        return self.base_layer.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base layer's."""
-        return self.base_layer.bias
+    until: int | None = None
+    """Step of the run that ends this part of it; default: its last."""
+    read: int = 0
+    """Batches of the order that were read before: it goes on behind them."""
 
 
 class Retrainer:
@@ -136,6 +111,9 @@ class Retrainer:
         )
         pool = torch.cuda.graph_pool_handle() if on_gpu else None
         self.step = Graphed(self._step, pool=pool, limit=64) if on_gpu else self._step
+        # its results are used up before the next step's
+        graphed = Graphed(self._gate_gradients, pool=pool, limit=64) if on_gpu else None
+        self._gate_step = graphed or self._gate_gradients
 
     @property
     def graphed(self) -> bool:
@@ -182,20 +160,28 @@ class Retrainer:
             layer = self.layers[name]
             layer.a, layer.b, layer.gates = a, b, self.gates[name][numbers]
 
-    def retrain(self, jobs: Sequence[Retraining], rows: EncodedRows) -> list[dict[str, Any]]:
+    def retrain(
+        self,
+        jobs: Sequence[Retraining],
+        rows: EncodedRows,
+        between: Callable[[int], None] = lambda step: None,
+    ) -> list[dict[str, Any]]:
         """Train plans, all at once, and leave them in `trained` and `adapters`. They have as many
         steps each.
 
+        Args:
+            between: called before the first step and behind each one, with the number of steps; it
+                may change `gates` in place.
+
         Returns:
-            For each: train_loss (mean of the last tenth of the steps; None if it is not finite),
-            and of all together seconds (with those of making graphs, once a process and number of
-            plans), stack (plans), graphed.
+            For each: train_loss (mean of the last tenth of the steps; None if it is not finite, or
+            there is no step), and of all together seconds (with those of making graphs, once a
+            process and number of plans), stack (plans), graphed.
         """
-        ((taken, run_steps),) = {(job.taken, job.run_steps) for job in jobs}
+        ((taken, run_steps, until),) = {(job.taken, job.run_steps, job.until) for job in jobs}
         training = replace(self.training, max_steps=run_steps or self.training.max_steps)
-        steps, size = training.max_steps - taken, training.batch_size
-        orders = [rows.batches(job.indices, size, job.seed).endless() for job in jobs]
-        chosen = list(itertools.islice(zip(*orders, strict=True), steps))
+        steps = (until or training.max_steps) - taken
+        chosen = self.order(jobs, rows, steps)
         started = self._clock()
         with self._inserted():
             self.model.train()
@@ -204,16 +190,80 @@ class Retrainer:
             for state in self.optimizer.state.values():
                 for value in state.values():
                     value.zero_()
-            courses = [_rates(training, job.rate)[taken:] for job in jobs]
+            courses = [learning_rates(training, job.rate)[taken : taken + steps] for job in jobs]
             rates, losses = list(zip(*courses, strict=True)), []
+            between(0)
             for parts, now in zip(chosen, rates, strict=True):
                 for rate, value in zip(self.rates, now, strict=False):
                     rate.fill_(value)
                 losses.append(self.step(rows.batch(*parts))[0])
+                between(len(losses))
             seconds = self._clock() - started
-        means = torch.stack(losses[-max(1, steps // 10) :]).mean(0).tolist()
+        last = losses[-max(1, steps // 10) :] or [torch.full((len(jobs),), math.nan)]
+        means = torch.stack(last).mean(0).tolist()
         shared = {"seconds": round(seconds, 3), "stack": len(jobs), "graphed": self.graphed}
         return [{"train_loss": m if math.isfinite(m) else None} | shared for m in means]
+
+    def order(
+        self, jobs: Sequence[Retraining], rows: EncodedRows, steps: int
+    ) -> list[tuple[list[int], ...]]:
+        """The rows of each plan's batches in the next steps."""
+        size = self.training.batch_size
+        orders = [
+            itertools.islice(rows.batches(job.indices, size, job.seed).endless(), job.read, None)
+            for job in jobs
+        ]
+        return list(itertools.islice(zip(*orders, strict=True), steps))
+
+    def gate_gradients(self, batch: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The losses of all plans of the batch, and their gradients of each layer's gates (S, 1,
+        R). Only while a `retrain` is under way: in its `between`."""
+        return self._gate_step(batch)
+
+    def _gate_gradients(self, batch: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+        count = batch["input_ids"].shape[0] // self.training.batch_size
+        self._use(torch.stack(self.weights[:count]).detach(), slice(count))
+        gates = []
+        for layer in self.layers.values():
+            layer.gates = layer.gates.detach().clone().requires_grad_()
+            gates.append(layer.gates)
+        losses = supervised_losses(self.model, batch)
+        found = torch.autograd.grad(losses.sum(), gates, materialize_grads=True)
+        return losses.detach(), list(found)
+
+    def column_scores(self, batches: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Layer -> (S, R) float32: of each column of the plans' LoRAs the square of what it adds to
+        the loss to first order, s (a x) (b g) for input x and gradient g of the output, summed
+        over the tokens of the batches."""
+        scores = {name: 0.0 for name in self.layers}
+        with self._inserted():
+            self.model.train()
+            for batch in batches:
+                count = batch["input_ids"].shape[0] // self.training.batch_size
+                self._use(torch.stack(self.weights[:count]).detach(), slice(count))
+                for layer in self.layers.values():
+                    layer.each_token = []
+                losses = supervised_losses(self.model, batch)
+                gates = [gate for layer in self.layers.values() for gate in layer.each_token]
+                found = iter(torch.autograd.grad(losses.sum(), gates, materialize_grads=True))
+                for name, layer in self.layers.items():
+                    for gate in layer.each_token:
+                        terms = next(found).float() * gate.detach().float()
+                        scores[name] = scores[name] + terms.square().sum(1)
+                    layer.each_token = None
+        return scores
+
+    @torch.no_grad()
+    def load(self, weights: dict[str, tuple[Tensor, Tensor]]) -> None:
+        """Put A (S, R, in) and B (S, out, R) of each layer in the place of what was trained; R at
+        most the layer's largest rank."""
+        values = torch.stack(self.weights).zero_()
+        for name, a, b in self._split(values):
+            new_a, new_b = weights[name]
+            a[: len(new_a), : new_a.shape[1]] = new_a.to(a)
+            b[: len(new_b), :, : new_b.shape[2]] = new_b.to(b)
+        for weight, value in zip(self.weights, values, strict=True):
+            weight.copy_(value)
 
     def _step(self, batch: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Forward, backward, clipping and AdamW of all plans of the batch: all of it is in the
@@ -260,7 +310,7 @@ class Retrainer:
         return time.perf_counter()
 
 
-def _rates(training: TrainingConfig, peak: float) -> list[float]:
+def learning_rates(training: TrainingConfig, peak: float) -> list[float]:
     """The learning rate of each step, as transformers' Trainer takes it."""
     stand_in = torch.optim.SGD([torch.zeros(1)], lr=peak)
     scheduler = get_scheduler(

@@ -1,6 +1,7 @@
 """What the recipe tests share: recipes in processes of their own, one finetuned adapter.
 Not here: the small model and its data (../conftest.py)."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from families import TEXT_FAMILIES, make_family
 from torch import nn
 
-from darts_lora import Genotype
-from darts_lora.config import ModelConfig
+from darts_lora import Genotype, SearchConfig
+from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
 from darts_lora.lora.models import load_model
 
 ROOT = Path(__file__).parents[2]
@@ -24,6 +26,44 @@ def recipe_imports():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "recipes")
         yield
+
+
+@pytest.fixture(scope="module")
+def benchmark_imports():
+    """The same for those of recipes/benchmark."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "recipes" / "benchmark")
+        yield
+
+
+@pytest.fixture(scope="module")
+def quality_options(benchmark_imports, tmp_path_factory):
+    """Options of a run of quality.py on a tiny Llama and 48 rows of text."""
+    from quality_cells import QualityRun
+
+    root = tmp_path_factory.mktemp("quality")
+    model = make_family(TEXT_FAMILIES["llama"], str(root / "model"))
+    colours = ["red", "green", "blue"]
+    for split, count in (("train", 48), ("test", 12)):
+        questions = ("which colour is it please", "is it")
+        rows = [
+            {"prompt": f"{questions[i % 2]} {colours[i % 3]}", "completion": colours[i % 3]}
+            for i in range(count)
+        ]
+        (root / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = QualityRun(
+        benchmark="tiny", output_dir=str(root / "runs"), curve=[1, 2], budgets=[2], seeds=[0],
+        learning_rates=[0.01, 0.03], search_steps=6, search_batch_size=8, adalora_steps=20,
+        gradient_batches=2, eval_batch_size=5, exact_match=True,
+    )  # fmt: skip
+    files = {split: str(root / f"{split}.jsonl") for split in ("train", "test")}
+    return (
+        options,
+        SearchConfig(ranks=(0, 1, 2, 4)),
+        ModelConfig(model),
+        DataConfig("json", files, pad_to_multiple_of=4),
+        TrainingConfig(max_steps=4, batch_size=8),
+    )
 
 
 @pytest.fixture(scope="session")

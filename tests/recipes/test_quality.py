@@ -28,46 +28,21 @@ CPU = torch.device("cpu")
 METHODS = {"uniform", "one_run", "search", "search_independent"}
 METHODS |= {"search_descent", "search_no_prior", "search_seed_0", "search_seed_1"}
 METHODS |= {"search_gumbel", "search_softmax"}
+METHODS |= {"one_run_scratch", "adalora_run", "gora", "gora_init", "autolora"}
+METHODS |= {"cut_heal", "cut_heal_fisher"}
 METHODS |= {"adalora", "eva", "eva_init", "svd", "gradient", "fisher", "attention", "mlp"}
 METHODS |= {f"random_{number}" for number in range(5)}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def modules():
-    """A recipe is a script: its folder is no package."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARK)
-        yield
+def modules(benchmark_imports):
+    """The benchmark's modules."""
 
 
 @pytest.fixture(scope="module")
-def everything(tmp_path_factory):
+def everything(quality_options):
     """Options of a run on a tiny Llama and 48 rows of text."""
-    from quality_cells import QualityRun
-
-    root = tmp_path_factory.mktemp("quality")
-    model = make_family(TEXT_FAMILIES["llama"], str(root / "model"))
-    colours = ["red", "green", "blue"]
-    for split, count in (("train", 48), ("test", 12)):
-        questions = ("which colour is it please", "is it")
-        rows = [
-            {"prompt": f"{questions[i % 2]} {colours[i % 3]}", "completion": colours[i % 3]}
-            for i in range(count)
-        ]
-        (root / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = QualityRun(
-        benchmark="tiny", output_dir=str(root / "runs"), curve=[1, 2], budgets=[2], seeds=[0],
-        learning_rates=[0.01, 0.03], search_steps=6, search_batch_size=8, adalora_steps=20,
-        gradient_batches=2, eval_batch_size=5, exact_match=True,
-    )  # fmt: skip
-    files = {split: str(root / f"{split}.jsonl") for split in ("train", "test")}
-    return (
-        options,
-        SearchConfig(ranks=(0, 1, 2, 4)),
-        ModelConfig(model),
-        DataConfig("json", files, pad_to_multiple_of=4),
-        TrainingConfig(max_steps=4, batch_size=8),
-    )
+    return quality_options
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +68,7 @@ def test_every_method_has_a_plan_within_the_budget(records):
         assert 0.7 * budget < record["parameters"] <= budget, method
         assert 0 < record["loss"] < 10 and 0 <= record["exact_match"] <= 1
     plans = {r["method"]: r["ranks"] for r in records if r["stage"] == "find" and r["seed"] == 0}
-    for method in METHODS - {"eva_init", "search_seed_0", "search_seed_1"}:  # plans of others
+    for method in METHODS & plans.keys():  # the rest have plans of others
         if method.startswith(("search_", "random", "svd", "gradient", "fisher")):
             assert set(plans[method]) <= {0, 1, 2, 4}, method
     assert set(plans["search"]) <= {0, 1, 2, 3, 4}
@@ -451,10 +426,10 @@ def made_up(gradients, ranks=(0, 1, 2)):
 @pytest.fixture
 def own_loss(monkeypatch):
     """The loss that a made-up model returns."""
-    import quality_methods
+    import quality_rivals
 
     monkeypatch.setattr(
-        quality_methods,
+        quality_rivals,
         "supervised_loss",
         lambda model, batch: model(**batch, use_cache=False).loss,
     )
@@ -467,7 +442,7 @@ def test_gradients_spectrum_chooses_ranks(own_loss):
     spectra = {"a": [3.0, 2.9], "b": [2.0, 0.1], "c": [0.2, 0.1]}
     gradients = {n: q[:, :2] * torch.tensor(v) @ q[2:4] for n, v in spectra.items()}
     setting = made_up(gradients)
-    sums, squares = quality_methods._weight_gradients(setting)
+    sums, squares = quality_methods.weight_gradients(setting, 2)
     for name, values in spectra.items():
         size = sum(value**2 for value in values)
         assert float(squares[name]) == pytest.approx((2**2 + 1**2) * size, rel=1e-5)
