@@ -3,6 +3,7 @@ Not here: what the measurements come to (values.py), the weight step, the loop, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +18,17 @@ from darts_lora.supernet import Supernet
 
 AVERAGE = 0.125  # share of the steps so far that the weights are averaged over
 LAST = 4  # validation batches of the last measurement
+
+
+def search_passes(steps: int, every: int) -> float:
+    """Validation batches that a search of so many weight steps takes, forward and backward; a
+    forward alone counts a third.
+
+    Args:
+        steps: weight steps of the search.
+        every: SearchConfig.arch_every.
+    """
+    return math.ceil((steps - steps // 2) / every) + LAST * (1 + 2 / 3)
 
 
 class Architect:
@@ -165,32 +177,29 @@ class Architect:
     def _finish(self, loss_fn: Callable[[Any], Tensor], val_batches: Iterator[Any]) -> None:
         """The last measurement, on rows that are the same for all of its parts."""
         batches = [next(val_batches) for _ in range(LAST)]
-        after = self._losses(loss_fn, batches, self.mean.values)
-        before = self._losses(loss_fn, batches, self.half) if self.half else after[:0]
+        before = []
+        if self.half:
+            with self.mean.in_place(self.half):
+                gates = self.supernet.mean_gates()
+                before = [self._loss(loss_fn, batch, gates) for batch in batches]
+        whole, rank = self._whole_gates(), round(self.values.uniform)
+        uniform = whole * (torch.arange(whole.shape[1], device=whole.device) < rank)
         with self.supernet.in_directions():
             found = [self.directions(loss_fn, batch) for batch in batches]
-            energies = torch.stack([self._reduced(e, loss) for loss, e in found])
-            whole = self._whole_gates()
-            rank = round(self.values.uniform)
-            uniform = whole * (torch.arange(whole.shape[1], device=whole.device) < rank)
-            cut = [
-                self._loss(loss_fn, batch, uniform) - self._loss(loss_fn, batch, whole)
-                for batch in batches
-            ]
-        per_doubling = torch.tensor(self.steps / max(self.steps // 2, 1)).log2()
-        self.measured.energies = energies.cpu()
-        self.measured.growth = (before - after[: len(before)]) / per_doubling
-        self.measured.losses = after
-        self.measured.cut = self._reduced(torch.stack(cut), torch.zeros(())).cpu()
+            losses = [loss.float() for loss, _ in found]
+            cut = [self._loss(loss_fn, batch, uniform) for batch in batches]
+        energies = torch.stack([energies for _, energies in found])
+        scalars = torch.stack([torch.stack(part) for part in (losses, cut, before or losses)])
+        energies, scalars = (self._reduced(m, scalars.sum()).cpu() for m in (energies, scalars))
+        losses, cut, before = scalars
+        per_doubling = math.log2(self.steps / max(self.steps // 2, 1))
+        self.measured.energies, self.measured.losses = energies, losses
+        self.measured.cut = cut - losses
+        if self.half:
+            self.measured.growth = (before - losses) / per_doubling
 
     def _whole_gates(self) -> Tensor:
         return torch.full_like(self.supernet.mean_gates(), self.supernet.config.scaling)
-
-    def _losses(self, loss_fn: Callable, batches: list[Any], weights: list[Tensor]) -> Tensor:
-        """The loss on each batch with these weights, on the CPU."""
-        with self.mean.in_place(weights):
-            losses = [self._loss(loss_fn, batch, self.supernet.mean_gates()) for batch in batches]
-        return self._reduced(torch.stack(losses), torch.zeros(())).cpu()
 
     @torch.no_grad()
     def _loss(self, loss_fn: Callable[[Any], Tensor], batch: Any, gates: Tensor) -> Tensor:

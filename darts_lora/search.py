@@ -215,8 +215,7 @@ class RankSearch:
         self._view("close")
         if self.accelerator.is_main_process:
             print(
-                f"{reason}: stopped after step {self.step} of {self.steps}; "
-                f"{self._kept()}",
+                f"{reason}: stopped after step {self.step} of {self.steps}; {self._kept()}",
                 file=sys.stderr,
                 flush=True,
             )

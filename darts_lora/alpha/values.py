@@ -48,9 +48,7 @@ class Measured:
 
     def _select(self, fold: int, folds: int, own: bool) -> Measured:
         parts = (self.gains, self.energies, self.growth, self.cut, self.losses)
-        return Measured(
-            *(p[[(i % folds == fold) is own for i in range(len(p))]] for p in parts)
-        )
+        return Measured(*(p[[(i % folds == fold) is own for i in range(len(p))]] for p in parts))
 
 
 class Values:

@@ -23,8 +23,8 @@ from darts_lora import InputError
 from darts_lora.base.files import check_writable, write_json
 from darts_lora.base.options import run, save_config
 
-QUICK_METHODS = ["gumbel_hard, independent", "gumbel_hard, nested", "uniform", "random"]
-QUICK_STEPS = {"search_steps": 1200, "adalora_steps": 500, "retrain_steps": 300}
+QUICK_METHODS = ["search", "SVD of rank 16", "uniform", "random"]
+QUICK_STEPS = {"run_steps": 4000, "adalora_steps": 500, "retrain_steps": 300}
 
 
 @dataclass

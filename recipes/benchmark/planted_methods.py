@@ -10,7 +10,6 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -20,21 +19,20 @@ from planted_problems import DIFFICULTIES, RANKS, Problem, Samples, make_problem
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from darts_lora import Genotype, InputError, RankSearch, SearchConfig, Supernet, discretize
+from darts_lora import Genotype, InputError, RankSearch, SearchConfig, Supernet
 from darts_lora.config import TrainingConfig
 from darts_lora.lora.adapter import add_lora
 
 Plan = dict[str, int]
 RANDOM_PLANS = 3
-TEMPERATURES = {"gumbel_hard": (1.0, 1.0), "gumbel": (2.0, 0.2), "softmax": (1.0, 1.0)}
 
 
 @dataclass
 class Training:
     """How weights are trained, the same for every method."""
 
-    search_steps: int = 2000
-    """Weight steps of a search; three quarters of them are followed by a step of alpha."""
+    run_steps: int = 8000
+    """Weight steps of the run that a search is the first part of (search_fraction)."""
     adalora_steps: int = 1000
     """Weight steps of each AdaLoRA run."""
     retrain_steps: int = 500
@@ -58,38 +56,21 @@ def mse(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return F.mse_loss(model(x), y)
 
 
-def search(
-    problem: Problem,
-    seed: int,
-    training: Training,
-    relaxation: str,
-    choice: str | None = None,
-    **options,
-) -> list[Plan]:
-    """The library's search under the budget, with `options` of SearchConfig and discretize's
-    `choice`, all else but arch_update at its defaults."""
-    config = SearchConfig(
-        ranks=RANKS,
-        relaxation=relaxation,
-        temperature=TEMPERATURES[relaxation],
-        budget_parameters=problem.budget,
-        seed=seed,
-        # a planted rank is an edge: beyond it nothing is gained, in no proportion to the parameters
-        **{"arch_update": "gradient", "arch_every": 1, "search_fraction": 1.0} | options,
-    )
+def search(problem: Problem, seed: int, training: Training) -> list[Plan]:
+    """The library's search under the budget, all at its defaults."""
+    config = SearchConfig(ranks=RANKS, budget_parameters=problem.budget, seed=seed)
     supernet = Supernet(copy.deepcopy(problem.model), config)
     loaders = (
         DataLoader(rows, training.batch_size, shuffle=True, collate_fn=_as_it_is)
         for rows in (problem.train, problem.validation)
     )
     steps = TrainingConfig(
-        max_steps=training.search_steps,
-        learning_rate=training.learning_rate / 3,  # descent follows its batches at the whole rate
-        logging_steps=training.search_steps,
+        max_steps=training.run_steps,
+        learning_rate=training.learning_rate,
+        logging_steps=training.run_steps,
     )
     with open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet):  # one bar is enough
-        genotype = RankSearch(supernet, *loaders, training=steps, loss_fn=mse).run()
-    return [discretize(genotype, choice).ranks]
+        return [RankSearch(supernet, *loaders, training=steps, loss_fn=mse).run().ranks]
 
 
 def _as_it_is(batch):
@@ -211,28 +192,9 @@ def retrained_loss(problem: Problem, plan: Plan, seed: int, training: Training) 
         return float(mse(model, (problem.test.x, problem.test.y)))
 
 
-SEARCHES = {
-    f"{relaxation}, {branches}": partial(search, relaxation=relaxation, branches=branches)
-    for relaxation in TEMPERATURES
-    for branches in ("independent", "nested")
-}
-SEARCHES["gumbel_hard, nested, proportional"] = partial(
-    search, relaxation="gumbel_hard", branches="nested", arch_update="proportional"
-)
-CHEAPER = {
-    f"gumbel_hard, {branches}, {name}": partial(
-        search, relaxation="gumbel_hard", branches=branches, **options
-    )
-    for name, options in (
-        ("alpha every 2nd step", {"arch_every": 2}),
-        ("alpha every 4th step", {"arch_every": 4}),
-    )
-    for branches in ("independent", "nested")
-}
 METHODS: dict[str, Callable[[Problem, int, Training], list[Plan]]] = {
     "oracle": oracle,
-    **SEARCHES,
-    **CHEAPER,
+    "search": search,
     "AdaLoRA": adalora,
     "SVD of rank 16": svd,
     "uniform": uniform,

@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from planted_methods import TEMPERATURES
 from quality_allocation import (
     energy_spectrum,
     largest_gain,
@@ -209,14 +208,6 @@ def _searches(**options) -> Method:
     return Method(partial(search, **options), trains="as uniform")
 
 
-# as the search was while these variants of it were compared
-DESCENT = {"arch_update": "gradient", "arch_noise": 4.0, "arch_average": 0.0}
-
-
-def _without_prior(**options) -> Method:
-    return _searches(**DESCENT | {"arch_noise": 0.0}, **options)
-
-
 RANDOM_PLANS = 5
 COMPARED = 2  # searches of which each plan is retrained with all seeds
 # What matters most first: a run that is cut off has compared the search with the first ones.
@@ -233,9 +224,6 @@ METHODS = {
     ),
     "autolora": Method(autolora, at_once=True, trains="as uniform"),
     "search": _searches(),
-    "search_descent": _searches(**DESCENT),
-    "search_no_prior": _without_prior(),
-    "search_independent": _without_prior(branches="independent"),
     "random_0": Method(partial(random_ranks, number=0)),
     "adalora": Method(adalora, trains="tuned"),
     "svd": Method(svd, trains="tuned"),
@@ -253,6 +241,4 @@ METHODS = {
         f"search_seed_{i}": replace(_searches(), plan_of="search", plan_seed=i, rates_of="search")
         for i in range(COMPARED)
     },
-    "search_gumbel": _without_prior(relaxation="gumbel", temperature=TEMPERATURES["gumbel"]),
-    "search_softmax": _without_prior(relaxation="softmax", temperature=TEMPERATURES["softmax"]),
 }

@@ -4,9 +4,9 @@ Not here: the ways themselves (quality_methods.py, quality_peft.py)."""
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 from quality_allocation import parameters
@@ -15,8 +15,8 @@ from quality_training import Plan, Retrainer
 from torch import Tensor, nn
 
 from darts_lora import InputError, SearchConfig
+from darts_lora.architect import search_passes
 from darts_lora.config import TrainingConfig
-from darts_lora.run.schedule import Schedule
 
 Weights = dict[str, tuple[Tensor, Tensor]]
 
@@ -58,15 +58,13 @@ class Setting:
 
     def steps_with_search(self) -> tuple[int, int]:
         """Weight steps of a run that begins with a search and has as many passes (batches that go
-        forward and backward) as a finetune of the task; and how many of these the search takes: a
-        weight step is one pass, an architecture step one more."""
+        forward and backward) as a finetune of the task; and how many of these the search takes."""
         passes = self.retrainer.training.max_steps
-        stand_in = SimpleNamespace(config=self.search, arch_update="proportional")
         for steps in range(passes, 0, -1):
-            schedule = Schedule(stand_in, steps)
-            more = sum(map(schedule.trains_alpha, range(schedule.steps)))
+            searched = max(1, round(self.search.search_fraction * steps))
+            more = math.ceil(search_passes(searched, self.search.arch_every))
             if steps + more <= passes:
-                return steps, schedule.steps + more
+                return steps, searched + more
         raise InputError(f"max_steps={passes}: too few for a search and a step behind it")
 
     def batches(self, count: int) -> Iterator[dict[str, Tensor]]:
