@@ -4,6 +4,7 @@ Not here: warnings that say what to change, which stay."""
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 # logger -> how the line begins. Both come of imports by transformers and PEFT, wanted or not.
 LINES = {
@@ -15,4 +16,8 @@ LINES = {
 def hush() -> None:
     """Leave out these lines from now on."""
     for name, start in LINES.items():
-        logging.getLogger(name).addFilter(lambda record, s=start: not record.msg.startswith(s))
+        logging.getLogger(name).addFilter(partial(_is_told, start))
+
+
+def _is_told(start: str, record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(start)

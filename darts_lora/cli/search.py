@@ -136,7 +136,12 @@ def _course(
     model: ModelConfig, data: DataConfig, rows: dict[str, Any], training: TrainingConfig
 ) -> dict[str, Any]:
     """What a resumed search must share of model and data, and a name of the split into rows."""
-    free = ("gradient_checkpointing", "trust_remote_code", "max_test_samples", "max_image_pixels")
+    free: tuple[str, ...] = (
+        "gradient_checkpointing",
+        "trust_remote_code",
+        "max_test_samples",
+        "max_image_pixels",
+    )
     if data.on_long_row != "truncate":  # a longer row is an error, or left out: no shorter batch
         free += ("max_length",)
     options = {n: v for n, v in {**asdict(model), **asdict(data)}.items() if n not in free}
