@@ -10,8 +10,9 @@ from itertools import islice
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset, IterableDataset
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Sampler, Subset
 
 from darts_lora.checks import usable_rows
 from darts_lora.collator import Collator
@@ -35,6 +36,7 @@ from darts_lora.splits import (
     shuffled,
     stream_parts,
 )
+from darts_lora.stream import RunOrder
 
 SHUFFLE_BUFFER = 1000  # rows of a stream that are shuffled among each other
 
@@ -135,14 +137,13 @@ def how_tested(source: Source, config: DataConfig) -> str:
     )
 
 
-def training_rows(config: DataConfig, seed: int = 0) -> Rows:
-    """Training and validation rows together, for a finetune; a stream comes shuffled by `seed`."""
+def training_rows(config: DataConfig) -> Rows:
+    """Training and validation rows together, for a finetune."""
     train = source_split(load_source(config), config, "train_split")
     if not config.streaming:
         return drawn_training_rows(train, config)
     train = train if config.max_train_samples is None else train.take(config.max_train_samples)
-    rows = train.filter(StreamPart(config, ("train", "validation")))
-    return rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+    return train.filter(StreamPart(config, ("train", "validation")))
 
 
 def split_record(splits: dict[str, Rows], config: DataConfig) -> dict[str, Any]:
@@ -193,8 +194,9 @@ def make_dataloader(
     seed: int = 0,
     num_workers: int = 0,
     drop_last: bool = False,
+    order: Sampler | None = None,
 ) -> DataLoader:
-    """Batches of `batch_size` rows through `collate`; `seed` fixes the order of all epochs.
+    """Batches of `batch_size` rows through `collate`; `seed`, or an `order`, fixes that of rows.
 
     `drop_last` leaves an incomplete batch out, but never the only one (of a stream: of all
     processes together). A stream is shuffled within a buffer of rows (anew after its `set_epoch`),
@@ -214,6 +216,7 @@ def make_dataloader(
         dataset,
         batch_size=batch_size,
         shuffle=shuffle and not stream,
+        sampler=order,
         generator=generator(seed),
         collate_fn=collate,
         num_workers=num_workers,
@@ -222,6 +225,29 @@ def make_dataloader(
         drop_last=drop_last,
         pin_memory=torch.cuda.is_available(),
     )
+
+
+def run_dataloader(
+    rows: Rows,
+    collate: Callable[[list[dict]], Any],
+    training: TrainingConfig,
+    steps: int,
+    seed: int,
+    first: Sequence[int] | None = None,
+) -> DataLoader:
+    """Shuffled batches of so many weight steps, of all processes together, epoch after epoch.
+
+    Args:
+        first: numbers of the rows that come before all others; not of a stream.
+    """
+    batch, options = training.batch_size, {"num_workers": training.num_workers}
+    if isinstance(rows, IterableDataset):
+        return make_dataloader(
+            rows.repeat(None), collate, batch, shuffle=True, seed=seed, **options
+        )
+    length = steps * training.gradient_accumulation_steps * batch * PartialState().num_processes
+    order = RunOrder(len(rows), length, seed, first)
+    return make_dataloader(rows, collate, batch, order=order, **options)
 
 
 def search_dataloaders(

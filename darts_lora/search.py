@@ -22,8 +22,9 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from darts_lora.bilevel import BilevelStep
-from darts_lora.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from darts_lora.checkpoint import kept, load_checkpoint, save_checkpoint
 from darts_lora.config import TrainingConfig
+from darts_lora.course import check_same_course
 from darts_lora.errors import DivergedError, InputError
 from darts_lora.files import check_writable, locked, write_whole
 from darts_lora.genotype import Genotype
@@ -41,7 +42,6 @@ from darts_lora.records import Metrics, alpha_figures, number, peak_memory, prog
 from darts_lora.resume import (
     capture,
     check_alpha_is_one,
-    check_same_course,
     check_start,
     course_options,
     full,
@@ -233,10 +233,7 @@ class RankSearch:
 
     def _kept(self) -> str:
         """What is left to go on from, in words."""
-        kept = checkpoints(self.output_dir)
-        if not kept:
-            return "no checkpoint was written"
-        return f"the last checkpoint is {kept[-1]}, --resume goes on from it"
+        return kept(self.output_dir)
 
     def _one_step(self, step: int) -> Tensor:
         """A weight step and, after the warm-up, an architecture step; the training loss."""

@@ -1,14 +1,16 @@
-"""BatchStream: a data loader's batches without end, from any position; whether it has any.
-Not here: what is in a batch (collator.py) and how rows are split (data.py)."""
+"""The order in which a run takes rows: BatchStream, a data loader's batches without end, from any
+position; RunOrder, the rows of a run. Not here: what is in a batch (collator.py), how rows are
+split (data.py)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import chain, islice
+from collections.abc import Iterator, Sequence
+from itertools import chain, count, islice
 from typing import Any
 
+import torch
 from accelerate import PartialState, skip_first_batches
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from darts_lora.errors import InputError
 
@@ -56,6 +58,46 @@ class BatchStream:
         rest = skip_first_batches(self.dataloader, taken)
         rest.set_epoch(epoch)
         return iter(rest)
+
+
+class RunOrder(Sampler):
+    """Numbers of the rows that a run takes, one epoch behind the other, each in its own order.
+
+    Args:
+        rows: of the data set (count, at least 1).
+        length: rows that the run takes (count).
+        seed: decides the orders.
+        first: numbers of the rows of the first epoch; None: all.
+    """
+
+    def __init__(self, rows: int, length: int, seed: int, first: Sequence[int] | None = None):
+        self.rows, self.length, self.seed = range(rows), length, seed
+        self.first = self.rows if first is None else first
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        return islice(chain.from_iterable(map(self._epoch, count())), self.length)
+
+    def _epoch(self, epoch: int) -> Iterator[int]:
+        rows = self.rows if epoch else self.first
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        return (rows[i] for i in torch.randperm(len(rows), generator=generator).tolist())
+
+
+def taken_rows(dataloader: DataLoader, batches: int) -> list[int]:
+    """Numbers of the rows that all processes have taken of an epoch.
+
+    Args:
+        dataloader: one with a length that accelerate prepared.
+        batches: that each process has taken in all, at least 1; the epoch is that of the last one.
+    """
+    epoch, taken = divmod(batches - 1, len(dataloader))
+    dataloader.set_epoch(epoch)
+    shared = dataloader.batch_sampler
+    whole = getattr(shared, "batch_sampler", shared)  # shared out to processes
+    return [*chain.from_iterable(islice(whole, (taken + 1) * PartialState().num_processes))]
 
 
 def check_batches(split: str, given: DataLoader, prepared: DataLoader, joint: bool) -> None:

@@ -12,7 +12,7 @@ from accelerate.utils import DataLoaderConfiguration
 from torch.utils.data import DataLoader, IterableDataset
 
 from darts_lora import InputError
-from darts_lora.stream import BatchStream, check_batches
+from darts_lora.stream import BatchStream, RunOrder, check_batches, taken_rows
 
 ROWS, BATCH = 10, 4  # two whole batches and a rest of two rows
 
@@ -52,6 +52,25 @@ def test_move_to_goes_on_exactly_where_another_stopped(taken, drop_last):
     assert moved.position == position
     assert take(moved, 6) == take(whole, 6)
     assert moved.position == whole.position
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("batches", [1, 2, 3, 4, 5, 7])
+def test_which_rows_an_epoch_has_given_is_known_before(batches, drop_last):
+    known = taken_rows(stream(drop_last=drop_last).dataloader, batches)
+    given = take(stream(drop_last=drop_last), batches)
+    length = 2 if drop_last else 3
+    begun = (batches - 1) // length * length
+    assert known == [row for batch in given[begun:] for row in batch]
+
+
+def test_the_rows_that_are_left_come_first_and_then_all():
+    order = list(RunOrder(6, 16, seed=0, first=[5, 2, 0]))
+    assert sorted(order[:3]) == [0, 2, 5]
+    assert sorted(order[3:9]) == list(range(6)) and len(order) == 16
+    assert order == list(RunOrder(6, 16, seed=0, first=[5, 2, 0]))
+    assert order[3:9] != list(RunOrder(6, 16, seed=1, first=[5, 2, 0]))[3:9]
+    assert list(RunOrder(6, 9, seed=0, first=[]))[:6] == order[3:9], "none may be left"
 
 
 def test_the_position_counts_epochs_and_batches():
