@@ -17,10 +17,10 @@ from torch import nn
 
 from darts_lora import Genotype, InputError
 from darts_lora import finetune as finetune_module
-from darts_lora.beginning import first_rows
-from darts_lora.checkpoint import FINETUNE, checkpoints, seal
 from darts_lora.finetune import FinetuneConfig, finetune
-from darts_lora.models import load_model
+from darts_lora.lora.models import load_model
+from darts_lora.run.beginning import first_rows
+from darts_lora.run.checkpoint import FINETUNE, checkpoints, seal
 
 TRAINING = replace(SHORT, max_steps=6, save_steps=2, logging_steps=4)
 
