@@ -25,10 +25,11 @@ FOLDER, STATE_NAME, RECORD_NAME = "checkpoints", "state.pt", "checkpoint.json"
 SEARCH, FINETUNE = "step", "checkpoint"
 # The option that says how many steps there are in all.
 LENGTHS = {SEARCH: "search_steps", FINETUNE: "finetune_steps"}
-# All that stands in them.
+# All that stands in them, and what a killed process leaves there half written.
 FILES = re.compile(
-    r"state\.pt|checkpoint\.json|README\.md|adapter_config\.json|adapter_model\.safetensors"
-    r"|(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth|trainer_state\.json"
+    r"state\.pt|checkpoint\.json(\.darts_lora-tmp-\d+)?|trainer_state\.json"
+    r"|README\.md|adapter_config\.json|adapter_model\.safetensors|\.tmp\w{6}"
+    r"|(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth"
 )
 
 
