@@ -44,8 +44,12 @@ class BatchStream:
 
     def move_to(self, position: tuple[int, int]) -> None:
         """Go on behind `position`. Opening a data loader draws a random number: it is drawn here,
-        and not at the next batch, so that the caller can restore the generators afterwards."""
+        and not at the next batch, so that the caller can restore the generators afterwards. One
+        that has given no batch was not open."""
         self.position = tuple(position)
+        if self.position == (0, 0):
+            self._batches = None
+            return
         opened = self._open(*self.position)
         self._batches = chain(list(islice(opened, 1)), opened)
 

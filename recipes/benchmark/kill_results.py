@@ -79,7 +79,7 @@ def kill_results(
         left = _files(place)
         saved = (folder / "saved").exists()
         record["problem"] = _mixed(recipe, left, a, b) or _lost(left, a, saved)
-        going_on = recipe == "finetune" and _checkpoints(left) and WEIGHTS not in left
+        going_on = recipe == "finetune" and bool(_checkpoints(left)) and WEIGHTS not in left
         again = whole([*commands[1], *["--resume"] * going_on])
         same = all(again.get(name) == b[name] for name in b if _is_exact(name))
         record["right"] = record["problem"] is None and same
