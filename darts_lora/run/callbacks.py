@@ -220,6 +220,7 @@ class Checkpoints(TrainerCallback):
             seal(path, record)
             remove_checkpoints(sealed(self.output_dir)[:-KEPT])
         if self.status:
+            self.trainer.accelerator.wait_for_everyone()  # a launcher ends all with the first
             if state.is_world_process_zero:
                 print(
                     f"\n{self.stop.reason(self.status)}: stopped after step {state.global_step} of "

@@ -58,9 +58,15 @@ def test_bad_input_is_one_line_and_status_2(launch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_two_processes_train_on_a_stream(launch, search_dir, tmp_path):
+def test_two_processes_train_on_a_stream_and_go_on(launch, search_dir, tmp_path):
     """Their batches are of different lengths, each padded for itself."""
     options = ("--genotype", search_dir / "genotype.json", "--output_dir", tmp_path)
-    launch("finetune", *options, "--streaming", "true", "--batch_size", 2, processes=2)
-    assert json.loads((tmp_path / "finetune.json").read_text())["steps"] == 4
+    options += ("--streaming", "true", "--batch_size", 2, "--logging_steps", 1)
+    done = launch("finetune", *options, "--max_runtime", 0.0001, processes=2, status=1)
+    kept = tmp_path / "checkpoints" / "checkpoint-1"
+    assert f"stopped after step 1 of 4; the last checkpoint is {kept}, --resume" in done.stderr
+    assert {"rng_state_0.pth", "rng_state_1.pth"} < {path.name for path in kept.iterdir()}
+    launch("finetune", *options, "--resume", processes=2)
+    record = json.loads((tmp_path / "finetune.json").read_text())
+    assert record["steps"] == 4 and [step for step, _ in record["losses"]] == [1, 2, 3, 4]
     assert (tmp_path / "adapter_model.safetensors").exists()
