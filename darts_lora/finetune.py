@@ -1,17 +1,18 @@
 """Retrains a genotype, or one rank for all of its layers, as a plain PEFT adapter.
-Not here: the search itself (search.py), nor how good the adapter is (evaluate.py)."""
+Not here: the search itself (search.py), the weights that it begins with (beginning.py), nor how
+good the adapter is (evaluate.py)."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
-import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
@@ -28,28 +29,49 @@ from darts_lora.base.options import save_config
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
 from darts_lora.data.collator import Collator
 from darts_lora.data.label_collator import LabelCollator
-from darts_lora.data.loaders import Rows, checked_rows, make_collator, rows_read, training_rows
+from darts_lora.data.loaders import (
+    Rows,
+    checked_rows,
+    make_collator,
+    rows_digest,
+    rows_read,
+    split_record,
+    training_rows,
+)
+from darts_lora.data.places import ROW
 from darts_lora.genotype import Genotype
 from darts_lora.lora.frozen import hold_statistics
-from darts_lora.lora.models import load_model
+from darts_lora.lora.models import frozen_digest, load_model
 from darts_lora.lora.padded import save_padded
-from darts_lora.run.beginning import FinetuneConfig, add_adapter, first_step, resolve_init
+from darts_lora.run.beginning import (
+    RECORD_NAME,
+    FinetuneConfig,
+    add_adapter,
+    check_finetune_start,
+    finished,
+    first_rows,
+    first_step,
+    load_adapter,
+    resolve_init,
+)
 from darts_lora.run.callbacks import (
+    Checkpoints,
     FinetuneTrainer,
     Progress,
-    SaveAdapter,
     Views,
-    kept,
+    remove_unfinished,
     training_arguments,
     training_record,
 )
-from darts_lora.run.launch import check_launch, explained
+from darts_lora.run.checkpoint import FINETUNE, LENGTHS, find_checkpoint, kept
+from darts_lora.run.course import check_same_course, digest, task_options, training_options
+from darts_lora.run.launch import check_launch, explained, launched
 from darts_lora.run.together import check_not_anothers
 from darts_lora.supernet import Supernet
 
 # all that a finetune leaves, removed before another one trains
-RESULTS = ("finetune.json", "evaluation.json", SAFETENSORS_WEIGHTS_NAME, "adapter_config.json")
-RESULTS += ("checkpoint", "padded")
+RESULTS = (RECORD_NAME, "evaluation.json", SAFETENSORS_WEIGHTS_NAME, "adapter_config.json")
+RESULTS += ("padded",)
 
 
 def finetune(
@@ -63,21 +85,24 @@ def finetune(
 
     Writes config.yaml when training starts, in place of all that an earlier finetune left there;
     then adapter_model.safetensors and adapter_config.json (PEFT's own format) and finetune.json at
-    once, the weights last: no file lies beside those of another run. A `supernet`, searched in this
-    process, gives its model and what it learnt, so that neither is loaded again.
+    once, the weights last: no file lies beside those of another run. Until then there are
+    checkpoints, from which config.resume goes on, bit for bit on a CPU; one that has ended is not
+    trained again. A `supernet`, searched in this process, gives its model and what it learnt, so
+    that neither is loaded again.
 
     Returns:
         The trained model, and the record that stands in finetune.json.
 
     Raises:
-        InputError: bad input of any kind, before training starts; a live run in output_dir, or an
-            adapter of another model or other data; no memory is left; a data worker died.
+        InputError: bad input of any kind, before training starts; a live run in output_dir, an
+            unfinished one or one of other options, or an adapter of another model or other data; no
+            memory is left; a data worker died.
         DivergedError: a loss that is not finite.
-        Stopped: SIGTERM, SIGINT or max_runtime, as of RankSearch.run; the adapter so far is in
-            output_dir/checkpoint.
+        Stopped: SIGTERM, SIGINT or max_runtime, as of RankSearch.run; a checkpoint was written.
     """
     check_finetune(config.output_dir, model, data)
     with locked(config.output_dir):
+        check_finetune_start(config.output_dir, config.resume)
         return _finetune(config, model, data, training, supernet)
 
 
@@ -105,7 +130,7 @@ def _finetune(
     config = replace(config, init=resolve_init(config, genotype))
     first = first_step(config, genotype, training)
     collator = make_collator(model, data)
-    rows = training_rows(data, config.seed)
+    rows = training_rows(data)
     rows, share = checked_rows(rows, collator, data, rows_read(training))
     set_seed(config.seed)  # the initialisation of a new head, and of the LoRA weights
     if supernet is None:
@@ -119,34 +144,56 @@ def _finetune(
     record = {"genotype": config.genotype, "rank": config.rank, "init": config.init}
     record["supernet_digest"] = genotype and genotype.found_by.get("supernet_digest")
     record |= {"rows": None if data.streaming else len(rows), "supervised_share": share}
+    begins_with = first_rows(config, rows, model, data)
+
+    def begin() -> None:
+        for name in RESULTS:
+            remove(os.path.join(config.output_dir, name))
+        save_config(config.output_dir, replace(config, resume=False), model, data, training)
 
     def describe(folder: str, figures: dict[str, Any]) -> None:
         record.update(figures)
         if config.pad_to_max:
             save_padded(folder, os.path.join(folder, "padded"))
-        write_json(os.path.join(folder, "finetune.json"), record)
+        write_json(os.path.join(folder, RECORD_NAME), record)
 
-    if PartialState().is_main_process:
-        for name in RESULTS:
-            remove(os.path.join(config.output_dir, name))
-        save_config(config.output_dir, config, model, data, training)
     figures = train(
         adapted, rows, collator, training, config.output_dir,
-        seed=config.seed, first_step=first, describe=describe,
+        seed=config.seed, first_step=first, first_rows=begins_with, resume=config.resume,
+        course=_course(config, genotype, model, data, training, rows, begins_with),
+        begin=begin, describe=describe,
     )  # fmt: skip
     return adapted, record | figures
 
 
+def _course(
+    config: FinetuneConfig,
+    genotype: Genotype | None,
+    model: ModelConfig,
+    data: DataConfig,
+    training: TrainingConfig,
+    rows: Rows,
+    begins_with: Sequence[int] | None,
+) -> dict[str, Any]:
+    """What one that goes on must share; what else the machine decides comes in `train`."""
+    if data.streaming:
+        which = split_record({}, data)
+    else:
+        which = {"rows": list(rows[ROW]), "first": begins_with, "digest": rows_digest([rows])}
+    own = {n: v for n, v in asdict(config).items() if n not in ("output_dir", "resume")}
+    own["genotype"] = genotype and digest(asdict(genotype))
+    return own | task_options(model, data, which, training) | training_options(training)
+
+
 def _check_folders(output_dir: str) -> None:
     """InputError where a folder that a finetune replaces is none that a finetune left."""
-    for name in ("checkpoint", "padded"):
-        folder = os.path.join(output_dir, name)
-        names = os.listdir(folder) if os.path.isdir(folder) else []
-        if names and "adapter_config.json" not in names:
-            raise InputError(
-                f"output_dir={output_dir!r}: has a folder {name!r} that holds no adapter, and that "
-                "a finetune would replace; name another output_dir, or rename that folder"
-            )
+    folder = os.path.join(output_dir, "padded")
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    if names and "adapter_config.json" not in names:
+        raise InputError(
+            f"output_dir={output_dir!r}: has a folder 'padded' that holds no adapter, and that "
+            "a finetune would replace; name another output_dir, or rename that folder"
+        )
 
 
 def _load_genotype(path: str | None) -> Genotype | None:
@@ -167,30 +214,40 @@ def train(
     *,
     seed: int = 0,
     first_step: int = 0,
+    first_rows: Sequence[int] | None = None,
+    resume: bool = False,
+    course: dict[str, Any] | None = None,
+    begin: Callable[[], None] = lambda: None,
     describe: Callable[[str, dict[str, Any]], None] = lambda folder, figures: None,
 ) -> dict[str, Any]:
     """Train the adapter in place with transformers' Trainer and save it to output_dir.
 
     Args:
         first_step: steps of training.max_steps, and of its learning rate, that a search took.
+        first_rows: numbers of the rows that come before all others; None: none do.
+        resume: go on from the newest checkpoint; where the training has ended, take what it left.
+        course: options that decide what is computed, name to value, which one to resume must share.
+        begin: called on the first process when nothing can be wrong any more.
         describe: (folder, what this returns) -> writes what else belongs to the adapter, which is
             in that folder, there; on the first process.
 
     Returns:
         trainable_parameters (count), losses ([step, mean since the entry before] pairs), loss (mean
-        of their last tenth), steps, seconds, versions.
+        of their last tenth), steps, seconds, versions, course; of one that has ended its record.
 
     Raises:
-        DivergedError: a loss that is not finite; the adapter of output_dir/checkpoint stays.
+        InputError: nothing to resume from, or a training of another course.
+        DivergedError: a loss that is not finite; the last checkpoint stays.
     """
     hold_statistics(model, [m for m in model.modules() if isinstance(m, ModulesToSaveWrapper)])
     trainable = [p for p in model.parameters() if p.requires_grad]
+    course = {**(course or training_options(training)), "base_weights": frozen_digest(model)}
     # Float32 adapters on a base in 16 bits: without autocast, PEFT copies activations to float32.
     half = model.dtype in (torch.bfloat16, torch.float16)
     if half and training.mixed_precision == "no" and trainable[0].dtype == torch.float32:
         precision = "bf16" if model.dtype == torch.bfloat16 else "fp16"
         training = replace(training, mixed_precision=precision)
-    stop, folder = StopRequest(training.max_runtime), os.path.join(output_dir, "checkpoint")
+    stop = StopRequest(training.max_runtime)
     with explained():
         trainer = FinetuneTrainer(
             model=model,
@@ -198,21 +255,39 @@ def train(
             train_dataset=dataset,
             data_collator=collator,
         )
-    trainer.first_step = first_step
-    trainer.add_callback(SaveAdapter(trainer, training.save_steps, folder, stop))
+    with contextlib.suppress(OSError):
+        os.rmdir(trainer.args.output_dir)  # which the Trainer makes; an empty one
+    trainer.training, trainer.first_step, trainer.first_rows = training, first_step, first_rows
+    course |= {LENGTHS[FINETUNE]: trainer.args.max_steps} | launched(trainer.accelerator)
+    course = json.loads(json.dumps(course))
+    path, seconds = None, 0.0
+    if resume and (done := finished(output_dir)):
+        check_same_course(course, done["course"], "finetune")
+        load_adapter(model, os.path.join(output_dir, SAFETENSORS_WEIGHTS_NAME))
+        if trainer.is_world_process_zero():
+            remove_unfinished(output_dir)  # of a process killed just behind its end
+        return done
+    if resume:
+        path, found = find_checkpoint(output_dir)
+        check_same_course(course, found["options"], "finetune")
+        seconds = found["seconds"]
+    if trainer.is_world_process_zero():
+        begin()
+        remove_unfinished(output_dir, but=path)
+    saved = Checkpoints(trainer, training.save_steps, output_dir, stop, course, seconds)
+    trainer.add_callback(saved)
     trainer.remove_callback(ProgressCallback)  # prints whole dictionaries
     trainer.add_callback(Progress)
     if find_spec("tensorboard"):
-        trainer.add_callback(Views())
-    start = time.perf_counter()
+        trainer.add_callback(Views(output_dir))
     with (
         stop,
-        told_as_input_errors(lambda: kept(folder)),
+        told_as_input_errors(lambda: kept(output_dir, FINETUNE)),
         disable_input_dtype_casting(model, active=half),
     ):
-        trainer.train()
+        trainer.go_on(path)
         # within: a request to stop behind the last step waits until all is written
-        figures = training_record(trainer, time.perf_counter() - start)
+        figures = training_record(trainer, saved.seconds) | {"course": course}
 
         def write(folder: str) -> None:
             model.save_pretrained(folder)
@@ -220,4 +295,5 @@ def train(
 
         if trainer.is_world_process_zero():
             write_into(output_dir, write, SAFETENSORS_WEIGHTS_NAME)
+            remove_unfinished(output_dir)
     return figures

@@ -248,7 +248,11 @@ class Genotype:
             InputError: the file cannot be read, is of another search, or a module or rank is not in
                 the supernet.
         """
-        searched = _read_tensors(source) if isinstance(source, str | os.PathLike) else None
+        searched = (
+            read_tensors(source, "searched weights")
+            if isinstance(source, str | os.PathLike)
+            else None
+        )
         if searched is not None:
             self._check_search_of(searched, os.fspath(source))
         searched = source.state_dict() if searched is None else searched
@@ -316,11 +320,12 @@ class Genotype:
         return cls(**{"ranks": None, **content})
 
 
-def _read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
+def read_tensors(path: str | os.PathLike, name: str) -> dict[str, Tensor]:
+    """Tensors of a safetensors file; raises InputError, which calls it by `name`."""
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"searched weights {os.fspath(path)!r}: {one_line(error)}") from error
+        raise InputError(f"{name} {os.fspath(path)!r}: {one_line(error)}") from error
 
 
 def _require(ok: bool, option: str, value: Any, rule: str) -> None:

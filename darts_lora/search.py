@@ -30,7 +30,8 @@ from darts_lora.genotype import Genotype
 from darts_lora.lora.models import weights_digest
 from darts_lora.lora.parts import task_type
 from darts_lora.run.bilevel import BilevelStep
-from darts_lora.run.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from darts_lora.run.checkpoint import kept, load_checkpoint, save_checkpoint
+from darts_lora.run.course import check_same_course
 from darts_lora.run.launch import check_replays, search_accelerator
 from darts_lora.run.records import (
     Metrics,
@@ -43,7 +44,6 @@ from darts_lora.run.records import (
 from darts_lora.run.resume import (
     capture,
     check_alpha_is_one,
-    check_same_course,
     check_start,
     course_options,
     full,
@@ -208,10 +208,7 @@ class RankSearch:
 
     def _kept(self) -> str:
         """What is left to go on from, in words."""
-        kept = checkpoints(self.output_dir)
-        if not kept:
-            return "no checkpoint was written"
-        return f"the last checkpoint is {kept[-1]}, --resume goes on from it"
+        return kept(self.output_dir)
 
     def _one_step(self, step: int) -> Tensor:
         """A weight step and, where it is due, an architecture step; the training loss."""

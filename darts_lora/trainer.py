@@ -4,62 +4,82 @@ Not here: our own loop (search.py), nor a finetune (finetune.py)."""
 from __future__ import annotations
 
 import copy
+import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import torch
 from accelerate.utils import set_seed
+from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from darts_lora.alpha.verdict import verdict_text
 from darts_lora.architect import Architect
-from darts_lora.base.errors import InputError
+from darts_lora.base.errors import InputError, one_line
+from darts_lora.base.files import write_whole
+from darts_lora.config import SearchConfig
 from darts_lora.genotype import Genotype
+from darts_lora.lora.models import frozen_digest
 from darts_lora.lora.relaxation import entropies
-from darts_lora.run.beginning import plain_adapter
+from darts_lora.run.beginning import load_adapter, plain_adapter
+from darts_lora.run.course import check_same_course
 from darts_lora.run.launch import check_distribution
 from darts_lora.run.schedule import derive_genotype, search_steps
 from darts_lora.run.stream import BatchStream
 from darts_lora.supernet import PREPARED, Supernet
 from darts_lora.views.console import show
 
+# Beside what a Trainer saves: the state of the search, and from the handover on its result.
+STATE_NAME, GENOTYPE_NAME = "rank_search.pt", "genotype.json"
+
 
 class RankSearchCallback(TrainerCallback):
-    """Turns a training of a supernet's model by a Trainer into a search; it adds itself.
+    """Turns a training by a Trainer into a search of ranks; it adds itself to the trainer.
 
     The trainer trains the LoRA weights on train_dataset, with its optimizer, schedule, precision
     and learning rate as they are; behind its steps this trains alpha on eval_dataset, which must
     hold other rows. After search_fraction of the steps the found ranks are handed over: plain PEFT
     layers take the supernet's place, with what it learnt, and the training goes on with them to its
     end. `trainer.model` is a PeftModel then, and trainer.save_model() saves its adapter. The
-    trainer's log also gets gain, expected_parameters and alpha_entropy. What the trainer
-    saves before is the supernet's own state (see Supernet), without the base. A search that is cut
-    off starts anew: RankSearch resumes.
+    trainer's log also gets gain, expected_parameters and alpha_entropy.
+
+    The trainer's checkpoints hold the search's state too, and trainer.train with
+    resume_from_checkpoint goes on from each of them, bit for bit on a CPU. What the trainer saves
+    as a model before the handover is the supernet's own state (see Supernet), without the base.
 
     Args:
-        trainer: a Trainer whose model is `supernet.model`, with an eval_dataset.
-        supernet: the model with its rank branches.
+        trainer: a Trainer with an eval_dataset.
+        supernet: what is searched in the trainer's model and how; or the supernet that was made of
+            it, as a Trainer takes a quantized model only then.
         loss_fn: (model, batch) -> scalar loss on a batch of the trainer's evaluation data loader;
             default: the trainer's own loss, with all that its arguments add to it.
 
     Attributes:
         genotype: the result, from the handover on.
+        supernet: the model with its rank branches.
 
     Raises:
         InputError: the trainer has another model, no eval_dataset or several GPUs in one process;
-            DeepSpeed, several sets of evaluation rows; on training: a resumption.
+            DeepSpeed, several sets of evaluation rows; on training: a handover in several
+            processes, a checkpoint that is of another search or not whole, one of FSDP.
     """
 
     def __init__(
         self,
         trainer: Trainer,
-        supernet: Supernet,
+        supernet: Supernet | SearchConfig,
         loss_fn: Callable[[torch.nn.Module, Any], Tensor] | None = None,
     ):
+        if isinstance(supernet, SearchConfig):
+            supernet = Supernet(trainer.model, supernet)
         if trainer.model is not supernet.model:
             raise InputError("trainer: its model is not the supernet's; give it supernet.model")
         if trainer.args.n_gpu > 1:
@@ -78,14 +98,19 @@ class RankSearchCallback(TrainerCallback):
         check_distribution(trainer.accelerator)
         self.trainer, self.supernet, self.loss_fn = trainer, supernet, loss_fn
         self.genotype: Genotype | None = None
+        self.adapted: PeftModel | None = None
+        self._base_weights = frozen_digest(supernet.model)
+        self._saved: dict[str, Any] | None = None  # of the checkpoint that is gone on from
+        trainer._load_from_checkpoint = self._open  # no event of a Trainer's is before its weights
         trainer.add_callback(self)
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if state.global_step > 0:
-            raise InputError(
-                f"resume_from_checkpoint: begins at step {state.global_step}, but a trainer's "
-                "checkpoints hold no alpha; train anew without it, or use RankSearch, which resumes"
-            )
+        saved, self._saved = self._saved, None
+        if saved is not None:
+            check_same_course(self._course(state), saved["course"])
+        if self.adapted is not None:
+            self.trainer.model = self.adapted
+            return
         accelerator = self.trainer.accelerator
         several = accelerator.num_processes > 1
         if several:  # a Trainer seeds them alike: all would draw the same ranks
@@ -106,6 +131,52 @@ class RankSearchCallback(TrainerCallback):
             reduce=(lambda g: accelerator.reduce(g, "mean")) if several else None,
             scaler=accelerator.scaler,
         )
+        if saved is not None:
+            self.supernet.load_state_dict(saved["supernet"])
+            self.architect.load_state_dict(saved["architect"])
+            self.stream.move_to(saved["stream"])  # the Trainer's random state comes later
+
+    def _course(self, state) -> dict[str, Any]:
+        """What a training that goes on must share, as JSON gives it back."""
+        options = asdict(self.supernet.config) | {"max_steps": state.max_steps}
+        options |= {"num_processes": self.trainer.accelerator.num_processes}
+        return json.loads(json.dumps(options | {"base_weights": self._base_weights}))
+
+    def on_save(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero or self.trainer.is_fsdp_enabled:
+            return
+        folder = os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        saved = {"course": self._course(state)}
+        if self.genotype is None:
+            saved["supernet"] = self.supernet.state_dict()
+            saved["architect"] = self.architect.state_dict()
+            saved["stream"] = self.stream.position
+        else:
+            self.genotype.save(os.path.join(folder, GENOTYPE_NAME))
+        path = os.path.join(folder, STATE_NAME)
+        write_whole(path, lambda temporary: torch.save(saved, temporary))
+
+    def _open(self, checkpoint: str, model: nn.Module | None = None) -> None:
+        """In the place of the Trainer's own: read the search's state; behind the handover put the
+        adapter in, before an optimizer is made."""
+        option, trainer = f"resume_from_checkpoint={checkpoint!r}", self.trainer
+        if trainer.is_fsdp_enabled:
+            raise InputError(
+                f"{option}: a search inside a Trainer does not resume under FSDP; use RankSearch"
+            )
+        path = os.path.join(checkpoint, STATE_NAME)
+        try:
+            self._saved = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # any kind: what is no archive, or holds code
+            raise InputError(
+                f"{option}: is no whole checkpoint of a search ({one_line(error, 200)}); name "
+                "another, or train anew"
+            ) from error
+        if "supernet" in self._saved:
+            return
+        self.genotype = Genotype.load(os.path.join(checkpoint, GENOTYPE_NAME))
+        self.adapted = plain_adapter(self.supernet.remove(), self.genotype, None).train()
+        load_adapter(self.adapted, os.path.join(checkpoint, SAFETENSORS_WEIGHTS_NAME))
 
     def _hands_over(self, state) -> bool:
         return self.steps < state.max_steps
@@ -162,7 +233,7 @@ class RankSearchCallback(TrainerCallback):
         prepared = {name: vars(model)[name] for name in PREPARED if name in vars(model)}
         adapted = plain_adapter(self.supernet.remove(), self.genotype, self.supernet)
         vars(model).update(prepared)  # the autocast of the training that goes on
-        trainer.model = adapted.train()
+        trainer.model = self.adapted = adapted.train()
         exchange_parameters(trainer.optimizer, adapted, trainer.get_decay_parameter_names(adapted))
 
     def _find(self, state) -> None:

@@ -10,7 +10,6 @@ import resource
 import shutil
 import signal
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -65,6 +64,10 @@ def run(genotype, base_config, data, tmp_path_factory):
 def batch(base_config, data):
     rows = load_splits(data)["validation"]
     return Collator(load_processor(base_config))([rows[i] for i in range(8)])
+
+
+def last_checkpoint(folder):
+    return max((folder / "checkpoints").iterdir(), key=lambda path: int(path.name.split("-")[1]))
 
 
 def weights(folder):
@@ -270,7 +273,7 @@ def test_a_run_shorter_than_the_log_interval_has_a_loss_all_the_same(
     config = FinetuneConfig(genotype, output_dir=str(tmp_path))
     _, record = finetune(config, base_config, data, training)
     assert [step for step, _ in record["losses"]] == [3] and record["loss"] > 0
-    assert not (tmp_path / "checkpoint").exists()
+    assert not (tmp_path / "checkpoints").exists()
     out, err = capsys.readouterr()
     assert "{'" not in out + err, "no dictionaries on the screen"
     assert "3/3" in err and f"loss={record['loss']:.4f}" in err
@@ -296,8 +299,6 @@ def test_training_and_validation_rows_are_all_used_and_test_rows_never(
 def test_one_process_uses_one_of_several_gpus(monkeypatch, genotype, base_config, data, tmp_path):
     """The machine is pretended; what runs is on the CPU."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    gpu = SimpleNamespace(device=SimpleNamespace(type="cuda"), is_main_process=True)
-    monkeypatch.setattr(finetune_module, "PartialState", lambda: gpu)
     batches, call = [], Collator.__call__
 
     def count(collator, rows):
@@ -368,7 +369,7 @@ def half_run(searched, tmp_path):
 def test_a_finetune_takes_what_the_search_left_of_the_run(half_run, base_config, data, monkeypatch):
     rates = []
     monkeypatch.setattr(
-        "darts_lora.run.callbacks.SaveAdapter.on_step_begin",
+        "darts_lora.run.callbacks.Checkpoints.on_step_begin",
         lambda self, *args, **kwargs: rates.append(kwargs["lr_scheduler"].get_last_lr()[0]),
     )
     training = replace(TRAINING, max_steps=5, learning_rate=0.1, lr_warmup_steps=3)
@@ -420,9 +421,8 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_checkpoint(
     config = FinetuneConfig(genotype, output_dir=str(tmp_path))
     with pytest.raises(DivergedError, match=r"the loss is (nan|inf) at step [2-9]: stopped; lower"):
         finetune(config, base_config, data, training)
-    assert weights(tmp_path / "checkpoint")
+    assert weights(last_checkpoint(tmp_path))
     assert not (tmp_path / "adapter_model.safetensors").exists()
-    assert not list(tmp_path.glob("checkpoint.*"))
 
 
 def faulty(monkeypatch, act, step):
@@ -451,9 +451,10 @@ def test_a_finetune_that_is_asked_to_stop_saves_its_adapter(
     with pytest.raises(Stopped) as stopped:
         finetune(config, base_config, data, replace(TRAINING, save_steps=0))
     assert stopped.value.code == 143
-    told = f"SIGTERM: stopped after step 2 of 3; {tmp_path}/checkpoint has the last adapter"
+    kept = tmp_path / "checkpoints" / "checkpoint-2"
+    told = f"SIGTERM: stopped after step 2 of 3; the last checkpoint is {kept}, --resume goes on"
     assert told in capsys.readouterr().err
-    assert weights(tmp_path / "checkpoint")
+    assert weights(kept)
     assert not (tmp_path / "adapter_model.safetensors").exists()
     assert held == [True] and not (tmp_path / "run.lock").exists()
 
@@ -470,7 +471,7 @@ def test_what_is_asked_for_behind_the_last_step_waits_until_all_is_written(
     monkeypatch.setattr(finetune_module, "write_into", signalled)
     config = FinetuneConfig(genotype, output_dir=str(tmp_path), pad_to_max=True)
     finetune(config, base_config, data, replace(TRAINING, save_steps=0))
-    whole = {*finetune_module.RESULTS} - {"evaluation.json", "checkpoint"}
+    whole = {*finetune_module.RESULTS} - {"evaluation.json"}
     assert whole <= {*os.listdir(tmp_path)}
 
 
@@ -486,7 +487,7 @@ def test_a_finetune_killed_while_it_is_written_leaves_nothing_of_the_one_before(
     replace_file, calls = os.replace, itertools.count()
 
     def killed(source, target):
-        last = os.path.dirname(target) == str(tmp_path) and "checkpoint" not in target
+        last = os.path.dirname(target) == str(tmp_path)
         if last and next(calls) == renamed:
             raise KeyboardInterrupt
         return replace_file(source, target)
@@ -494,7 +495,7 @@ def test_a_finetune_killed_while_it_is_written_leaves_nothing_of_the_one_before(
     monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         finetune(replace(config, seed=1), base_config, data, TRAINING)
-    left = {*os.listdir(tmp_path)} & {*finetune_module.RESULTS} - {"checkpoint"}
+    left = {*os.listdir(tmp_path)} & {*finetune_module.RESULTS}
     assert adapter not in left
     if "config.yaml" in left:
         assert load_config(str(tmp_path / "config.yaml"))["seed"] == 1
@@ -531,18 +532,19 @@ def test_a_finetune_without_memory_says_what_to_reduce(
 
     faulty(monkeypatch, run_out, step=3)
     config = FinetuneConfig(genotype, output_dir=str(tmp_path))
-    with pytest.raises(InputError, match=r"^out of memory .*checkpoint has the last adapter"):
+    with pytest.raises(
+        InputError, match=r"^out of memory .*the last checkpoint is .*checkpoint-2, --"
+    ):
         finetune(config, base_config, data, TRAINING)
 
 
-@pytest.mark.parametrize("name", ["checkpoint", "padded"])
-def test_a_folder_of_the_users_own_is_not_replaced(genotype, base_config, data, tmp_path, name):
-    (tmp_path / name).mkdir()
-    (tmp_path / name / "notes.txt").write_text("mine")
+def test_a_folder_of_the_users_own_is_not_replaced(genotype, base_config, data, tmp_path):
+    (tmp_path / "padded").mkdir()
+    (tmp_path / "padded" / "notes.txt").write_text("mine")
     config = FinetuneConfig(genotype, output_dir=str(tmp_path), pad_to_max=True)
-    with pytest.raises(InputError, match=rf"output_dir=.*has a folder '{name}' that holds no"):
+    with pytest.raises(InputError, match=r"output_dir=.*has a folder 'padded' that holds no"):
         finetune(config, base_config, data, TRAINING)
-    assert (tmp_path / name / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "padded" / "notes.txt").read_text() == "mine"
 
 
 def test_what_an_earlier_finetune_left_is_gone_when_another_trains(
@@ -561,7 +563,7 @@ def test_what_an_earlier_finetune_left_is_gone_when_another_trains(
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     faulty(monkeypatch, run_out, step=1)
-    with pytest.raises(InputError, match=r"^out of memory .*; no adapter was written$"):
+    with pytest.raises(InputError, match=r"^out of memory .*; no checkpoint was written$"):
         finetune(replace(config, rank=3), base_config, data, TRAINING)
     assert before - {*os.listdir(tmp_path)} == {*finetune_module.RESULTS}
 
@@ -572,8 +574,8 @@ def test_a_full_disk_at_the_end_is_told_and_leaves_no_half_adapter(
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     train = finetune_module.FinetuneTrainer.train
 
-    def fill(self):
-        train(self)
+    def fill(self, **options):
+        train(self, **options)
         resource.setrlimit(resource.RLIMIT_FSIZE, (6000, limits[1]))
 
     monkeypatch.setattr(finetune_module.FinetuneTrainer, "train", fill)
@@ -583,7 +585,7 @@ def test_a_full_disk_at_the_end_is_told_and_leaves_no_half_adapter(
             finetune(config, base_config, data, TRAINING)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert {*os.listdir(tmp_path)} - {"runs"} == {"checkpoint", "config.yaml"}
+    assert {*os.listdir(tmp_path)} - {"runs"} == {"checkpoints", "config.yaml"}
 
 
 class Signalled:
@@ -612,7 +614,7 @@ def test_a_signal_to_the_whole_job_leaves_the_data_worker_alive(
     with pytest.raises(Stopped) as stopped:
         finetune_module.train(model, rows, collator, training, str(tmp_path))
     assert stopped.value.code == 143 and "SIGTERM: stopped after step" in capsys.readouterr().err
-    assert weights(tmp_path / "checkpoint")
+    assert weights(last_checkpoint(tmp_path))
 
 
 @pytest.mark.parametrize(

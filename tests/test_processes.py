@@ -99,6 +99,25 @@ def test_sharded_weights_train_as_whole_ones(seen):
             assert one[name] == pytest.approx(other[name], abs=1e-5)
 
 
+def test_sharded_weights_are_handed_over_as_whole_ones(seen):
+    """The same ranks and the same adapter, in each process."""
+    for kind in ("ddp", "fsdp2"):
+        first, second = (process[kind] for process in seen)
+        assert all(first.get(part) == second.get(part) for part in ("ranks", "file", "own"))
+    ddp, fsdp2 = seen[0]["ddp"], seen[0]["fsdp2"]
+    assert ddp["ranks"] == fsdp2["ranks"] and any(ddp["ranks"].values())
+    assert ddp["own"] == ddp["file"], "what one process hands over is what files hand over"
+    for name, product in ddp["file"].items():
+        one, other = torch.tensor(product), torch.tensor(fsdp2["file"][name])
+        assert one.abs().max() > 1e-3
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+def test_a_handover_in_a_trainer_of_several_processes_is_refused(seen):
+    text = "num_processes=2: a handover inside a Trainer has one; set search_fraction=1"
+    assert all(process["handover in a trainer"].startswith(text) for process in seen)
+
+
 def test_all_stop_at_the_same_step_when_one_is_asked_to(seen):
     assert [process["stop"] for process in seen] == 2 * [{"status": 143, "step": 2}]
 

@@ -225,10 +225,15 @@ def whole_and_resumed(folder: Path) -> dict:
     options = {**OPTIONS, "max_grad_norm": 0.05, "arch_average": 0.5}
     search = make(folder, **options)
     sharded = sum(isinstance(w, DTensor) for w in search.supernet.weight_parameters())
-    search.run()
+    genotype = search.run()
     units = [module for module in search.model.modules() if isinstance(module, FSDPModule)]
     ahead = [len(unit._get_fsdp_state()._states_to_forward_prefetch) for unit in units]
     found = {"whole": result(search), "sharded": sharded, "gathered_ahead": ahead}
+    sources = {"file": str(folder / "supernet.safetensors")}
+    if not sharded:
+        sources["own"] = search.supernet  # as a search and its finetune in one process do
+    found |= {"ranks": genotype.ranks}
+    found |= {name: products(genotype, source) for name, source in sources.items()}
     if search.accelerator.is_main_process:
         found["metrics"] = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
         shutil.rmtree(folder / "checkpoints" / "step-0000006")
@@ -236,6 +241,24 @@ def whole_and_resumed(folder: Path) -> dict:
     resumed = make(folder, **options)
     resumed.run(resume=True)
     return {**found, "resumed": result(resumed)}
+
+
+def products(genotype, source) -> dict:
+    """B A of each layer that is handed over."""
+    state = genotype.inherited_state(source)
+    names = [name for name, rank in genotype.ranks.items() if rank]
+    pairs = ([state[f"base_model.model.{n}.lora_{x}.weight"] for x in "BA"] for n in names)
+    return {n: (b @ a).tolist() for n, (b, a) in zip(names, pairs, strict=True)}
+
+
+def handover_in_a_trainer(folder: Path) -> str:
+    model, train, validation = problem()
+    trainer = make_trainer(model, train, validation, folder / "handover", steps=8)
+    RankSearchCallback(trainer, SearchConfig(ranks=(0, 1, 2), budget_rank=1), trainer_loss)
+    try:
+        trainer.train()
+    except InputError as error:
+        return str(error)
 
 
 def stop(process: int) -> dict:
@@ -274,6 +297,7 @@ def main(folder: Path) -> None:
         seen["joined"] = gradients_of_the_joined_batch(process)
         seen["tokens"] = gradients_by_tokens(process)
         seen["trainer"] = ranks_drawn_in_a_trainer(folder)
+        seen["handover in a trainer"] = handover_in_a_trainer(folder)
         seen["resting"] = gradients_of_layers_that_rest(process)
         seen["ddp"] = whole_and_resumed(folder / "ddp")
         seen["stop"] = stop(process)

@@ -68,17 +68,24 @@ def _written(path: str, write: Callable[[str], Any]) -> Iterator[str]:
     """Where what is to become `path` was written, and is on the disk; nothing stays there."""
     temporary, folder = f"{path}.darts_lora-tmp-{os.getpid()}", os.path.dirname(path) or "."
     check_lock(path)
-    try:
+    with told_as_unwritten(path):
         os.makedirs(folder, exist_ok=True)
         _tidy(folder, path)
         remove(temporary)  # of a killed writer with this number
         try:
             write(temporary)
-            _flush(temporary)
+            flush(temporary)
             yield temporary
             _flush_one(folder)
         finally:
             remove(temporary)
+
+
+@contextlib.contextmanager
+def told_as_unwritten(path: str) -> Iterator[None]:
+    """What the system refuses while `path` is written, as an InputError."""
+    try:
+        yield
     except (OSError, ValueError, SafetensorError) as error:  # ValueError: a null in a path
         reason = getattr(error, "strerror", None) or one_line(error)
         raise InputError(f"{path}: cannot be written ({reason})") from error
@@ -307,7 +314,7 @@ def _is_at(path: str, file: TextIO) -> bool:
         return False
 
 
-def _flush(path: str) -> None:
+def flush(path: str) -> None:
     """Wait until a file, or a folder with all that is in it, is on the disk."""
     for folder, _, names in os.walk(path):
         for name in names:

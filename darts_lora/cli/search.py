@@ -1,11 +1,8 @@
 """darts-lora search: arguments, data, model, RankSearch, and what the user sees at the end.
 Not here: any step of the search (darts_lora/search.py)."""
 
-import hashlib
-import json
 import os
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from accelerate import Accelerator
 from transformers import set_seed
@@ -23,11 +20,15 @@ from darts_lora.data.loaders import (
     search_dataloaders,
     split_record,
 )
-from darts_lora.data.sources import load_source
+from darts_lora.data.places import ROW
+from darts_lora.data.sources import Rows, load_source
 from darts_lora.finetune import FinetuneConfig, check_finetune, finetune
 from darts_lora.lora.models import load_model
+from darts_lora.run.beginning import SPLIT_NAME, check_finetune_start, goes_on
+from darts_lora.run.course import task_options
 from darts_lora.run.launch import check_launch
-from darts_lora.run.resume import check_start, placeless, remove_search
+from darts_lora.run.resume import check_start, is_finished, remove_search
+from darts_lora.run.stream import taken_rows
 from darts_lora.search import RankSearch
 from darts_lora.supernet import Supernet
 from darts_lora.views.console import show, show_batch, show_supernet
@@ -42,7 +43,7 @@ class SearchRun:
     output_dir: str = "runs/search"
     """Folder for the genotype, checkpoints, TensorBoard files and the resolved configuration."""
     resume: bool = False
-    """Go on from the newest checkpoint in output_dir."""
+    """Go on from the newest checkpoint in output_dir, or in finetune_dir where the search ended."""
     finetune_dir: str | None = None
     """Go on to the end of the run with the found ranks, and save the adapter in this folder;
     default: stop at the genotype, and recipes/finetune.py goes on."""
@@ -70,8 +71,10 @@ def main(
         check_finetune(options.finetune_dir, model, data)
     if options.dry_run:
         return _search(options, search, model, data, training)
-    with locked(options.output_dir):
+    with locked(options.output_dir), locked(options.finetune_dir):
         check_start(options.output_dir, options.resume)
+        if options.finetune_dir is not None and not is_finished(options.output_dir):
+            check_finetune_start(options.finetune_dir, resume=False)  # no finetune of this search
         _search(options, search, model, data, training)
 
 
@@ -103,7 +106,7 @@ def _search(
         *loaders,
         training=training,
         output_dir=options.output_dir,
-        course=_course(model, data, rows, training),
+        course=task_options(model, data, rows, training),
         cuda_graphs=options.cuda_graphs,
     )
     accelerator = rank_search.accelerator
@@ -113,7 +116,9 @@ def _search(
         if not options.resume:
             remove_search(options.output_dir)
         save_config(options.output_dir, search, model, data, training)
-        write_json(os.path.join(options.output_dir, "split.json"), rows)
+        if not data.streaming:
+            rows["taken"] = _taken(rank_search, splits["train"])
+        write_json(os.path.join(options.output_dir, SPLIT_NAME), rows)
     _describe(accelerator, supernet, splits, supervised)
     accelerator.print(how_tested(source, data))
     genotype = rank_search.run()
@@ -126,32 +131,20 @@ def _search(
         del rank_search
         accelerator.free_memory()
         config = FinetuneConfig(path, output_dir=options.finetune_dir, seed=search.seed)
+        config.resume = options.resume and goes_on(options.finetune_dir, genotype)
         finetune(config, model, data, training, supernet)
         following = command("evaluate", model, adapter=options.finetune_dir)
     if accelerator.is_main_process:
         print(f"Genotype: {path}. Next: {following}")
 
 
-def _course(
-    model: ModelConfig, data: DataConfig, rows: dict[str, Any], training: TrainingConfig
-) -> dict[str, Any]:
-    """What a resumed search must share of model and data, and a name of the split into rows."""
-    free: tuple[str, ...] = (
-        "gradient_checkpointing",
-        "trust_remote_code",
-        "max_test_samples",
-        "max_image_pixels",
-    )
-    if data.on_long_row != "truncate":  # a longer row is an error, or left out: no shorter batch
-        free += ("max_length",)
-    options = {n: v for n, v in {**asdict(model), **asdict(data)}.items() if n not in free}
-    # the weights are compared as they were loaded
-    options["model_name_or_path"] = placeless(model.model_name_or_path)
-    if not data.streaming:  # else nothing tells the rows but where they are
-        options |= {name: placeless(options[name]) for name in ("dataset", "data_files")}
-    if data.streaming:  # workers share a stream's files: their number decides the order
-        options["num_workers"] = training.num_workers
-    return options | {"split": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:12]}
+def _taken(rank_search: RankSearch, rows: Rows) -> list[int]:
+    """Rows (numbers in their source) of the epoch that the search ends in, which it will have taken
+    then: the finetune begins with the others."""
+    batches = rank_search.steps * rank_search.training.gradient_accumulation_steps
+    numbers = rows[ROW]
+    taken = taken_rows(rank_search.train_stream.dataloader, batches)
+    return sorted(numbers[i] for i in taken)
 
 
 def _describe(accelerator: Accelerator, supernet: Supernet, splits, supervised) -> None:

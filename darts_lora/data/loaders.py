@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, count, islice
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset, IterableDataset
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Sampler, Subset
 
 from darts_lora.base.interruption import worker_context
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
@@ -135,14 +136,13 @@ def how_tested(source: Source, config: DataConfig) -> str:
     )
 
 
-def training_rows(config: DataConfig, seed: int = 0) -> Rows:
-    """Training and validation rows together, for a finetune; a stream comes shuffled by `seed`."""
+def training_rows(config: DataConfig) -> Rows:
+    """Training and validation rows together, for a finetune."""
     train = source_split(load_source(config), config, "train_split")
     if not config.streaming:
         return drawn_training_rows(train, config)
     train = train if config.max_train_samples is None else train.take(config.max_train_samples)
-    rows = train.filter(StreamPart(config, ("train", "validation")))
-    return rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+    return train.filter(StreamPart(config, ("train", "validation")))
 
 
 def split_record(splits: dict[str, Rows], config: DataConfig) -> dict[str, Any]:
@@ -193,8 +193,9 @@ def make_dataloader(
     seed: int = 0,
     num_workers: int = 0,
     drop_last: bool = False,
+    order: Sampler | None = None,
 ) -> DataLoader:
-    """Batches of `batch_size` rows through `collate`; `seed` fixes the order of all epochs.
+    """Batches of `batch_size` rows through `collate`; `seed`, or an `order`, fixes that of rows.
 
     `drop_last` leaves an incomplete batch out, but never the only one (of a stream: of all
     processes together). A stream is shuffled within a buffer of rows (anew after its `set_epoch`),
@@ -214,6 +215,7 @@ def make_dataloader(
         dataset,
         batch_size=batch_size,
         shuffle=shuffle and not stream,
+        sampler=order,
         generator=generator(seed),
         collate_fn=collate,
         num_workers=num_workers,
@@ -222,6 +224,55 @@ def make_dataloader(
         drop_last=drop_last,
         pin_memory=torch.cuda.is_available(),
     )
+
+
+class RunOrder(Sampler):
+    """Numbers of the rows that a run takes, one epoch behind the other, each in its own order.
+
+    Args:
+        rows: of the data set (count, at least 1).
+        length: rows that the run takes (count).
+        seed: decides the orders.
+        first: numbers of the rows of the first epoch; None: all.
+    """
+
+    def __init__(self, rows: int, length: int, seed: int, first: Sequence[int] | None = None):
+        self.rows, self.length, self.seed = range(rows), length, seed
+        self.first = self.rows if first is None else first
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        return islice(chain.from_iterable(map(self._epoch, count())), self.length)
+
+    def _epoch(self, epoch: int) -> Iterator[int]:
+        rows = self.rows if epoch else self.first
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        return (rows[i] for i in torch.randperm(len(rows), generator=generator).tolist())
+
+
+def run_dataloader(
+    rows: Rows,
+    collate: Callable[[list[dict]], Any],
+    training: TrainingConfig,
+    steps: int,
+    seed: int,
+    first: Sequence[int] | None = None,
+) -> DataLoader:
+    """Shuffled batches of so many weight steps, of all processes together, epoch after epoch.
+
+    Args:
+        first: numbers of the rows that come before all others; not of a stream.
+    """
+    batch, options = training.batch_size, {"num_workers": training.num_workers}
+    if isinstance(rows, IterableDataset):
+        return make_dataloader(
+            rows.repeat(None), collate, batch, shuffle=True, seed=seed, **options
+        )
+    length = steps * training.gradient_accumulation_steps * batch * PartialState().num_processes
+    order = RunOrder(len(rows), length, seed, first)
+    return make_dataloader(rows, collate, batch, order=order, **options)
 
 
 def search_dataloaders(

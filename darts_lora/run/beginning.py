@@ -4,16 +4,20 @@ Not here: the training (finetune.py), how the weights of a search are cut (hando
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 from peft import PeftModel, set_peft_model_state_dict
-from torch import nn
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from torch import Tensor, nn
 
 from darts_lora.base.bounds import check_bounds
-from darts_lora.base.errors import InputError
-from darts_lora.config import TrainingConfig
-from darts_lora.genotype import Genotype
+from darts_lora.base.errors import InputError, one_line
+from darts_lora.base.files import read_json
+from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
+from darts_lora.data.places import ROW
+from darts_lora.data.sources import Rows
+from darts_lora.genotype import Genotype, read_tensors
 from darts_lora.lora.adapter import add_lora
 from darts_lora.lora.parts import task_type
 from darts_lora.lora.targets import (
@@ -24,7 +28,13 @@ from darts_lora.lora.targets import (
     match_saved_modules,
     outside,
 )
+from darts_lora.run.checkpoint import FINETUNE, LENGTHS, sealed, steps_done
+from darts_lora.run.course import digest
+from darts_lora.run.together import other_task, task_of
 from darts_lora.supernet import SUPERNET_NAME, Supernet
+
+RECORD_NAME = "finetune.json"
+SPLIT_NAME = "split.json"
 
 
 @dataclass
@@ -51,7 +61,9 @@ class FinetuneConfig:
     """Save the adapter a second time, with zeros up to the largest rank for all layers, in
     output_dir/padded: for engines that ignore rank_pattern."""
     output_dir: str = "runs/finetune"
-    """Folder for the adapter, finetune.json and config.yaml."""
+    """Folder for the adapter, finetune.json, config.yaml and checkpoints."""
+    resume: bool = False
+    """Go on from the newest checkpoint in output_dir."""
     seed: int = 0
     """Seed of the LoRA weights and of the data order."""
 
@@ -120,16 +132,25 @@ def plain_adapter(
 
 def inherit(model: PeftModel, genotype: Genotype, source: Supernet | str) -> None:
     """Copy what the supernet learnt (itself, or its file) into the adapter: all, or InputError."""
-    path = source if isinstance(source, str) else "the supernet"
-    state = genotype.inherited_state(source)
+    name = source if isinstance(source, str) else "the supernet"
+    _fill(model, genotype.inherited_state(source), f"init='inherit': {name}")
+
+
+def load_adapter(model: PeftModel, path: str) -> None:
+    """Copy an adapter's weights (safetensors) into a model that has one of the same shape: all, or
+    InputError."""
+    _fill(model, read_tensors(path, "adapter"), path)
+
+
+def _fill(model: PeftModel, state: dict[str, Tensor], name: str) -> None:
     try:
         result = set_peft_model_state_dict(model, state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
-        raise InputError(f"init='inherit': {path} is of another model ({reason})") from error
+        raise InputError(f"{name} is of another model ({reason})") from error
     missing = [key for key in result.missing_keys if "lora_" in key]
     if missing or result.unexpected_keys:
-        raise InputError(f"init='inherit': {path} does not fill {missing + result.unexpected_keys}")
+        raise InputError(f"{name} does not fill {missing + result.unexpected_keys}")
 
 
 def _searched_part(genotype: Genotype | None) -> int:
@@ -167,6 +188,66 @@ def first_step(config: FinetuneConfig, genotype: Genotype | None, training: Trai
             "already; give more, or --init scratch"
         )
     return first
+
+
+def first_rows(
+    config: FinetuneConfig, rows: Rows, model: ModelConfig, data: DataConfig
+) -> list[int] | None:
+    """Numbers of the rows that the search has not taken in its last epoch, validation rows among
+    them: they come first. None: all alike, since no search went before, or none of these rows.
+
+    Raises:
+        InputError: the search's split.json cannot be read.
+    """
+    folder = os.path.dirname(config.genotype or "")
+    path = os.path.join(folder, SPLIT_NAME)
+    if config.init != "inherit" or data.streaming or not os.path.isfile(path):
+        return None
+    theirs = task_of(folder)
+    if other_task(asdict(model) | asdict(data), theirs) is not None:
+        return None
+    try:
+        taken = set(read_json(path).get("taken", ()))
+    except (InputError, AttributeError, TypeError) as error:
+        raise InputError(f"{path}: is not what a search leaves ({one_line(error)})") from error
+    return [i for i, number in enumerate(rows[ROW]) if number not in taken]
+
+
+def finished(output_dir: str) -> dict[str, Any] | None:
+    """The record of the finetune that ended there; None: none did."""
+    if not os.path.isfile(os.path.join(output_dir, SAFETENSORS_WEIGHTS_NAME)):
+        return None
+    try:
+        record = read_json(os.path.join(output_dir, RECORD_NAME))
+    except InputError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("course"), dict) else None
+
+
+def check_finetune_start(output_dir: str, resume: bool) -> None:
+    """Whether a finetune may start, or go on, in this folder.
+
+    Raises:
+        InputError: nothing to go on from, or a new one would overwrite an unfinished one.
+    """
+    if finished(output_dir):
+        return
+    if resume and not sealed(output_dir):
+        raise InputError(f"resume: there is no checkpoint in {output_dir!r}; start without it")
+    done = steps_done(output_dir, FINETUNE)
+    if not resume and done is not None:
+        raise InputError(
+            f"output_dir={output_dir!r}: an unfinished finetune is there (step {done[0]} of "
+            f"{done[1][LENGTHS[FINETUNE]]}); go on with --resume, name another folder, or remove "
+            "its checkpoints"
+        )
+
+
+def goes_on(output_dir: str, genotype: Genotype) -> bool:
+    """Whether a finetune of that search is in the folder, finished or not."""
+    done, unfinished = finished(output_dir), steps_done(output_dir, FINETUNE)
+    course = done["course"] if done else unfinished[1] if unfinished else {}
+    return course.get("genotype") == digest(asdict(genotype))
 
 
 def _weights_path(config: FinetuneConfig) -> str:

@@ -1,19 +1,24 @@
-"""transformers' Trainer in a finetune: its arguments, its loss, what it leaves; between its steps
-the bar, the adapter so far, TensorBoard, requests to stop. Not here: what is trained (finetune.py),
-what asks for a stop (interruption.py)."""
+"""transformers' Trainer in a finetune: its arguments, its loss, its checkpoints; between its steps
+the bar, TensorBoard, requests to stop. Not here: what is trained (finetune.py), which checkpoint is
+whole (checkpoint.py), what asks for a stop (interruption.py)."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pickle
 import sys
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import peft
 import torch
 import transformers
 from accelerate import PartialState
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     ProgressCallback,
@@ -23,11 +28,25 @@ from transformers import (
     get_scheduler,
 )
 from transformers.integrations import TensorBoardCallback
+from transformers.integrations.integration_utils import default_logdir
 
-from darts_lora.base.errors import DivergedError
-from darts_lora.base.files import write_whole
-from darts_lora.base.interruption import Stopped, StopRequest, worker_context
+from darts_lora.base.errors import DivergedError, InputError, one_line
+from darts_lora.base.files import told_as_unwritten
+from darts_lora.base.interruption import Stopped, StopRequest
 from darts_lora.config import TrainingConfig
+from darts_lora.data.loaders import run_dataloader
+from darts_lora.run.beginning import load_adapter
+from darts_lora.run.checkpoint import (
+    FINETUNE,
+    FOLDER,
+    KEPT,
+    checkpoints,
+    kept,
+    remove_checkpoints,
+    seal,
+    sealed,
+    told_as_os_error,
+)
 
 
 def training_arguments(
@@ -36,7 +55,7 @@ def training_arguments(
     """What the Trainer is to do behind the first steps of a run, for the first GPU alone."""
     steps = training.max_steps - first_step
     args = TrainingArguments(
-        output_dir=output_dir,
+        output_dir=os.path.join(output_dir, FOLDER),
         max_steps=steps,
         per_device_train_batch_size=training.batch_size,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
@@ -49,9 +68,7 @@ def training_arguments(
         fp16=training.mixed_precision == "fp16",
         logging_steps=min(training.logging_steps, steps),
         logging_nan_inf_filter=False,  # our own check names the step
-        save_strategy="no",  # its checkpoints are pickles; SaveAdapter writes safetensors
-        dataloader_num_workers=training.num_workers,
-        dataloader_pin_memory=torch.cuda.is_available(),
+        save_strategy="no",  # Checkpoints says when
         accelerator_config={"dispatch_batches": False},  # of a stream: batches are of all lengths
         remove_unused_columns=False,  # the collator reads the columns
         label_names=["labels"],
@@ -66,10 +83,18 @@ def training_arguments(
 
 
 class FinetuneTrainer(Trainer):
-    """Begins within its learning rate's course, and stops at a loss that is not finite, on any
-    process, before it enters the weights."""
+    """Begins within its learning rate's course and with the rows that the search left, and stops at
+    a loss that is not finite, on any process, before it enters the weights.
 
+    Attributes:
+        training: the options of the whole run.
+        first_step: steps of the run that the search took.
+        first_rows: numbers of the rows that come first; None: all alike.
+    """
+
+    training: TrainingConfig
     first_step = 0
+    first_rows: Sequence[int] | None = None
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         stand_in, args = torch.optim.SGD([torch.zeros(1)], lr=1.0), self.args
@@ -86,10 +111,40 @@ class FinetuneTrainer(Trainer):
         return self.lr_scheduler
 
     def get_train_dataloader(self):
-        loader = super().get_train_dataloader()
-        inner = getattr(loader, "base_dataloader", loader)  # what accelerate's own iterates
-        inner.multiprocessing_context = worker_context(inner.num_workers)
-        return loader
+        """One epoch to the Trainer, which then goes on at any step exactly."""
+        loader = run_dataloader(
+            self.train_dataset,
+            self.data_collator,
+            self.training,
+            self.args.max_steps,
+            self.args.seed,
+            self.first_rows,
+        )
+        return self.accelerator.prepare(loader)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None):
+        """The adapter's weights as they were: PEFT's own loading changes their data type."""
+        load_adapter(self.model, os.path.join(resume_from_checkpoint, SAFETENSORS_WEIGHTS_NAME))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        """The adapter alone: no tokenizer, and no arguments as a pickle."""
+        if self.args.should_save:
+            self.model.save_pretrained(output_dir)
+
+    def _save_checkpoint(self, *args):
+        with told_as_unwritten(self.args.output_dir), told_as_os_error():
+            super()._save_checkpoint(*args)
+
+    def go_on(self, path: str | None) -> None:
+        """Train to the end, from that checkpoint on.
+
+        Raises:
+            InputError: the checkpoint is of another release, or holds code.
+        """
+        try:
+            self.train(resume_from_checkpoint=path)
+        except pickle.UnpicklingError as error:
+            raise InputError(f"resume: {path} cannot be read ({one_line(error, 200)})") from error
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -110,40 +165,87 @@ class Progress(ProgressCallback):
             self.training_bar.set_postfix(loss=f"{logs['loss']:.4f}")
 
 
-class SaveAdapter(TrainerCallback):
-    """The adapter to `folder` every `save_steps` steps (0: never) and where a stop is asked for."""
+class Checkpoints(TrainerCallback):
+    """Has the Trainer save every `save_steps` steps (0: never) and where a stop is asked for; keeps
+    the newest few; stops.
 
-    def __init__(self, trainer: Trainer, save_steps: int, folder: str, stop: StopRequest):
-        self.trainer, self.save_steps, self.folder, self.stop = trainer, save_steps, folder, stop
+    Args:
+        trainer: of the training.
+        save_steps: steps between two checkpoints.
+        output_dir: of the run.
+        stop: what asks for a stop.
+        options: the run's, name to value, by which one that goes on is compared with it.
+        seconds: that the training took before this process.
+    """
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        status = 0
+    def __init__(
+        self,
+        trainer: Trainer,
+        save_steps: int,
+        output_dir: str,
+        stop: StopRequest,
+        options: dict[str, Any],
+        seconds: float = 0.0,
+    ):
+        self.trainer, self.save_steps, self.output_dir, self.stop = (
+            trainer,
+            save_steps,
+            output_dir,
+            stop,
+        )
+        self.options, self.begun, self.status = options, time.perf_counter() - seconds, 0
+
+    @property
+    def seconds(self) -> float:
+        """That the training took so far."""
+        return round(time.perf_counter() - self.begun, 3)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.compute_steps(args, state.max_steps)  # not those of the process before
+
+    def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == state.max_steps:
             self.stop.finish()
-        else:
-            status = self.stop.agreed(self.trainer.accelerator)
+            return
+        self.status = self.stop.agreed(self.trainer.accelerator)
         due = self.save_steps > 0 and state.global_step % self.save_steps == 0
-        if (due or status) and state.is_world_process_zero:
-            write_whole(self.folder, model.save_pretrained)
-        if status:
+        if due or self.status:
+            control.should_save = control.should_log = True
+
+    def on_save(self, args, state, control, **kwargs):
+        self.trainer.accelerator.wait_for_everyone()  # each wrote its random state
+        if state.is_world_process_zero:
+            path = os.path.join(args.output_dir, f"{FINETUNE}-{state.global_step}")
+            record = {"step": state.global_step, "options": self.options, "seconds": self.seconds}
+            seal(path, record)
+            remove_checkpoints(sealed(self.output_dir)[:-KEPT])
+        if self.status:
+            self.trainer.accelerator.wait_for_everyone()  # a launcher ends all with the first
             if state.is_world_process_zero:
                 print(
-                    f"\n{self.stop.reason(status)}: stopped after step {state.global_step} of "
-                    f"{state.max_steps}; {kept(self.folder)}",
+                    f"\n{self.stop.reason(self.status)}: stopped after step {state.global_step} of "
+                    f"{state.max_steps}; {kept(self.output_dir, FINETUNE)}",
                     file=sys.stderr,
                     flush=True,
                 )
-            raise Stopped(status)
+            raise Stopped(self.status)
 
 
-def kept(folder: str) -> str:
-    if not os.path.isdir(folder):
-        return "no adapter was written"
-    return f"{folder} has the last adapter that was saved; a finetune starts anew"
+def remove_unfinished(output_dir: str, but: str | None = None) -> None:
+    """Remove a finetune's checkpoints, but that one and those before it that are whole."""
+    whole = sealed(output_dir)
+    left = whole[: whole.index(but) + 1] if but else []
+    remove_checkpoints([path for path in checkpoints(output_dir, FINETUNE) if path not in left])
+    with contextlib.suppress(OSError):  # where it is empty
+        os.rmdir(os.path.join(output_dir, FOLDER))
 
 
 class Views(TensorBoardCallback):
     """TensorBoard as transformers writes it; where it fails, the training goes on without it."""
+
+    def __init__(self, output_dir: str):
+        super().__init__()
+        self.logging_dir = self.logging_dir or os.path.join(output_dir, default_logdir())
 
     def on_train_begin(self, *args, **kwargs):
         self._guarded(super().on_train_begin, *args, **kwargs)

@@ -120,9 +120,11 @@ def _accelerator(model: nn.Module, precision: str) -> Accelerator:
         )
 
 
-def decided(accelerator: Accelerator) -> dict[str, Any]:
-    """What the environment decided of how a model is computed, by name."""
+def launched(accelerator: Accelerator) -> dict[str, Any]:
+    """What launch and environment decided of how a model is computed, by name."""
     return {
+        "num_processes": accelerator.num_processes,
+        "device": accelerator.device.type,
         "accelerate_mixed_precision": accelerator.mixed_precision,
         "accelerate_dynamo_backend": accelerator.state.dynamo_plugin.backend.value,
     }

@@ -19,47 +19,19 @@ from darts_lora.base.interruption import lacks_memory
 from darts_lora.lora.models import frozen_digest
 from darts_lora.lora.sharded import full, shard_as
 from darts_lora.run.checkpoint import checkpoints, remove_checkpoints, steps_done
-from darts_lora.run.launch import decided
-
-# May differ in a resumed run: they don't change what is computed.
-FREE = ("logging_steps", "save_steps", "num_workers", "max_runtime")
+from darts_lora.run.course import training_options
+from darts_lora.run.launch import launched
 
 
 def course_options(search: Any, more: dict[str, Any]) -> dict[str, Any]:
     """All options that decide the course of a search, as JSON gives them back; to be called before
     anything shards the model."""
-    options = asdict(search.supernet.config) | asdict(search.training)
-    options = {name: value for name, value in options.items() if name not in FREE} | more
+    options = asdict(search.supernet.config) | training_options(search.training) | more
     options["search_steps"] = search.steps
-    options["num_processes"] = search.accelerator.num_processes
-    options["device"] = search.accelerator.device.type
-    options |= decided(search.accelerator)
+    options |= launched(search.accelerator)
     # of the first process: with FSDP2 the others may have no weights yet
     options["base_weights"] = broadcast_object_list([frozen_digest(search.supernet.model)])[0]
     return json.loads(json.dumps(options))
-
-
-def placeless(value: Any) -> Any:
-    """An option with paths (texts in lists and mappings) that stays the same where they move: local
-    ones all alike, for rows that a digest tells apart; names of the hub as they are."""
-    if isinstance(value, dict):
-        return {name: placeless(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [placeless(part) for part in value]
-    folder = os.path.dirname(value) if isinstance(value, str) else ""
-    local = isinstance(value, str) and (os.path.exists(value) or os.path.isdir(folder))
-    return "a local path" if local else value
-
-
-def check_same_course(options: dict[str, Any], saved: dict[str, Any]) -> None:
-    """Raises InputError where a search with `options` would not go on as the `saved` one."""
-    for name in {**options, **saved}:
-        ours, theirs = options.get(name), saved.get(name)
-        if ours != theirs:
-            raise InputError(
-                f"{name}={ours!r}: the search to resume has {name}={theirs!r}; go on with that, or "
-                "start anew in another output_dir"
-            )
 
 
 def check_start(output_dir: str | None, resume: bool) -> None:
@@ -71,16 +43,19 @@ def check_start(output_dir: str | None, resume: bool) -> None:
     if resume and not checkpoints(output_dir):
         raise InputError(f"resume: there is no checkpoint in {output_dir!r}; start without it")
     done = steps_done(output_dir)
-    if resume or done is None:
-        return
-    if done[0] < done[1]["search_steps"] or not os.path.exists(
-        os.path.join(output_dir, "genotype.json")
-    ):
+    if not resume and done is not None and not is_finished(output_dir):
         raise InputError(
             f"output_dir={output_dir!r}: an unfinished search is there (step {done[0]} of "
             f"{done[1]['search_steps']}); go on with --resume, name another folder, or remove its "
             "checkpoints"
         )
+
+
+def is_finished(output_dir: str) -> bool:
+    """Whether a search ended there."""
+    done = steps_done(output_dir)
+    ended = done is not None and done[0] >= done[1]["search_steps"]
+    return ended and os.path.exists(os.path.join(output_dir, "genotype.json"))
 
 
 def remove_search(output_dir: str) -> None:

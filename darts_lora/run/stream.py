@@ -1,5 +1,5 @@
-"""BatchStream: a data loader's batches without end, from any position; whether it has any.
-Not here: what is in a batch (collator.py) and how rows are split (loaders.py)."""
+"""BatchStream: a data loader's batches without end, from any position; whether it has any, which
+rows it gives. Not here: what is in a batch (collator.py) and how rows are split (loaders.py)."""
 
 from __future__ import annotations
 
@@ -46,8 +46,12 @@ class BatchStream:
 
     def move_to(self, position: tuple[int, int]) -> None:
         """Go on behind `position`. Opening a data loader draws a random number: it is drawn here,
-        and not at the next batch, so that the caller can restore the generators afterwards."""
+        and not at the next batch, so that the caller can restore the generators afterwards. One
+        that has given no batch was not open."""
         self.position = tuple(position)
+        if self.position == (0, 0):
+            self._batches = None
+            return
         opened = self._open(*self.position)
         self._batches = chain(list(islice(opened, 1)), opened)
 
@@ -89,6 +93,20 @@ def open_streams(
         check_batches(split, *pair)
     train_stream, val_stream = map(BatchStream, prepared)
     return train_stream, val_stream
+
+
+def taken_rows(dataloader: DataLoader, batches: int) -> list[int]:
+    """Numbers of the rows that all processes have taken of an epoch.
+
+    Args:
+        dataloader: one with a length that accelerate prepared.
+        batches: that each process has taken in all, at least 1; the epoch is that of the last one.
+    """
+    epoch, taken = divmod(batches - 1, len(dataloader))
+    dataloader.set_epoch(epoch)
+    shared = dataloader.batch_sampler
+    whole = getattr(shared, "batch_sampler", shared)  # shared out to processes
+    return [*chain.from_iterable(islice(whole, (taken + 1) * PartialState().num_processes))]
 
 
 def check_batches(split: str, given: DataLoader, prepared: DataLoader) -> None:

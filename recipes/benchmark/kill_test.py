@@ -1,8 +1,9 @@
 """Kills recipes by SIGKILL at random moments, and compares what comes out with one that was not.
+A run is a search and its finetune in one process (search.py --finetune_dir).
 Not here: what a killed finetune, derive or report may leave (kill_results.py); the recipes, which
 run whole in processes that are killed.
 
-python recipes/benchmark/kill_test.py                # 20 kills of each recipe, half inside a write
+python recipes/benchmark/kill_test.py     # 20 kills of each, some inside a write or the handover
 """
 
 import json
@@ -26,11 +27,14 @@ from tqdm import tqdm
 from darts_lora import InputError
 from darts_lora.base.files import check_writable, write_json
 from darts_lora.base.options import run
-from darts_lora.run.checkpoint import checkpoints
+from darts_lora.run.checkpoint import checkpoints, sealed
 from darts_lora.views.tensorboard import SearchViews  # noqa: F401 - not in each process
 
 RECIPES = Path(__file__).parents[1]
-RESULTS = ("genotype.json", "supernet.safetensors")  # ranks; weights and alpha
+FINETUNE = "finetune"  # its folder, in that of the search
+# Ranks; weights and alpha; the adapter.
+RESULTS = ("genotype.json", "supernet.safetensors", f"{FINETUNE}/adapter_model.safetensors")
+PLACES = ("anywhere", "within a write", "at the handover")
 PATIENCE = 1800  # seconds until a search counts as hung
 
 
@@ -41,32 +45,39 @@ class KillTest:
     output_dir: str = "runs/kill_test"
     """Folder of the runs and of kill_test.json."""
     kills: int = 20
-    """Runs of each recipe that are killed once each; every second one inside a write."""
+    """Runs of each recipe that are killed once each; of three, one inside the write of a checkpoint
+    and one between the search and the first checkpoint of its finetune."""
     seed: int = 0
     """Seed of the moments."""
-    search: str = "--max_steps 24 --batch_size 8 --save_steps 1 --logging_steps 4"
-    """Options of recipes/search.py."""
+    search: str = (
+        "--max_steps 24 --search_fraction 0.5 --batch_size 8 --save_steps 1 --logging_steps 4"
+    )
+    """Options of recipes/search.py, of the whole run."""
     finetune: str = "--max_steps 8 --save_steps 1 --pad_to_max"
     """Options of recipes/finetune.py."""
 
 
 def main(options: KillTest) -> None:
-    """Is a search that was killed and resumed bit for bit the one that was not? Does a finetune,
-    derive or report that was killed leave files of one run alone, and end as one that was not?"""
+    """Is a run that was killed and resumed bit for bit the one that was not? Does a killed
+    finetune, derive or report leave files of one run alone, and end as one that was not?"""
     folder, moments = Path(check_writable(options.output_dir)), random.Random(options.seed)
     whole = folder / "whole"
     first = _start(whole, options.search)
-    began = _first_write(first, whole)
+    began = _when(first, (whole / "checkpoints").is_dir)
+    found = _when(first, (whole / RESULTS[0]).exists)
+    handed_over = _when(first, lambda: bool(sealed(str(whole / FINETUNE))))
     _finish(first)
-    seconds = time.monotonic() - began
+    spans = {place: time.monotonic() - began for place in PLACES}
+    spans["at the handover"] = handed_over - found
     records = []
     for kill in range(options.kills):
-        cut, at = folder / f"kill-{kill}", moments.uniform(0, 0.9) * seconds
-        record = {"kill": kill, "in_write": kill % 2 == 1}
-        while not (killed := _kill(_start(cut, options.search), cut, record["in_write"], at)):
+        cut, place = folder / f"kill-{kill}", PLACES[kill % len(PLACES)]
+        at = moments.uniform(0, 0.9) * spans[place]
+        record = {"kill": kill, "place": place}
+        while not (killed := _kill(_start(cut, options.search), cut, place, at)):
             at /= 2  # it had ended: this one was quicker
         record |= killed
-        left = checkpoints(str(cut))
+        left = [*checkpoints(str(cut)), *sealed(str(cut / FINETUNE))]
         _finish(_start(cut, options.search, resume=bool(left)))
         record |= {"resumed_from": os.path.basename(left[-1]) if left else None}
         record["equal"] = all(_same(whole / name, cut / name) for name in RESULTS)
@@ -80,17 +91,18 @@ def main(options: KillTest) -> None:
         found = kill_results(recipe, folder, whole, another, options, moments, (run_recipe, _end))
         print(f"{recipe}: {sum(r['right'] for r in found)} of {len(found)} right", flush=True)
         records += found
-    write_json(folder / "kill_test.json", {"seconds": round(seconds, 1), "kills": records})
+    write_json(folder / "kill_test.json", {"seconds": spans, "kills": records})
     wrong = [record for record in records if not record.get("equal", record.get("right"))]
     if wrong:
         raise InputError(f"output_dir={options.output_dir!r}: {len(wrong)} wrong, first {wrong[0]}")
 
 
 def _start(folder: Path, search: str, resume: bool = False) -> int:
-    """The search in a process of its own; its number."""
+    """The run in a process of its own; its number."""
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)
     options = [*shlex.split(search), "--output_dir", str(folder), *["--resume"] * resume]
+    options += ["--finetune_dir", str(folder / FINETUNE)]
     return run_recipe("search", options, folder.parent / "log.txt")
 
 
@@ -153,30 +165,38 @@ def _finish(child: int) -> None:
         raise InputError(f"search: ended with status {status}; see log.txt in output_dir")
 
 
-def _first_write(child: int, folder: Path) -> float:
-    """When (monotonic seconds) the search began to write checkpoints."""
-    if _status(child, until=(folder / "checkpoints").is_dir) is not None:
-        raise InputError("search: ended before a checkpoint; see log.txt in output_dir")
+def _when(child: int, happens: Callable[[], bool]) -> float:
+    """When (monotonic seconds) that is so first."""
+    if _status(child, until=happens) is not None:
+        raise InputError("search: ended too early; see log.txt in output_dir")
     return time.monotonic()
 
 
-def _kill(child: int, folder: Path, in_write: bool, at: float) -> dict | None:
-    """Kill it `at` seconds behind its first write, or inside the write that comes next then; what
-    it left. None: it had ended before."""
-    began, place = _first_write(child, folder), folder / "checkpoints"
+def _kill(child: int, folder: Path, place: str, at: float) -> dict | None:
+    """Kill it `at` seconds behind its first write, or behind the genotype, or inside the write that
+    comes next then; what it left. None: it had ended before."""
+    handover = place == "at the handover"
+    start = (folder / RESULTS[0]).exists if handover else (folder / "checkpoints").is_dir
+    began = _when(child, start)
 
     def due() -> bool:
-        return time.monotonic() - began >= at and (not in_write or _half_written(place))
+        within = place != "within a write" or _half_written(folder)
+        return time.monotonic() - began >= at and within
 
     if _status(child, until=due) is not None:
         return None
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    return {"seconds": round(time.monotonic() - began, 2), "half_written": _half_written(place)}
+    return {"seconds": round(time.monotonic() - began, 2), "half_written": _half_written(folder)}
 
 
 def _half_written(folder: Path) -> bool:
-    return folder.is_dir() and any(".darts_lora-tmp-" in name for name in os.listdir(folder))
+    """Whether a checkpoint of the search or of the finetune is."""
+    own, finetunes = folder / "checkpoints", folder / FINETUNE / "checkpoints"
+    searches = own.is_dir() and any(".darts_lora-tmp-" in name for name in os.listdir(own))
+    return searches or any(
+        not (path / "checkpoint.json").exists() for path in finetunes.glob("checkpoint-*")
+    )
 
 
 def _same(one: Path, other: Path) -> bool:

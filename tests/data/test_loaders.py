@@ -20,11 +20,13 @@ from darts_lora.base.errors import InputError
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
 from darts_lora.data.collator import Collator
 from darts_lora.data.loaders import (
+    RunOrder,
     how_tested,
     load_splits,
     make_collator,
     make_dataloader,
     process_share,
+    run_dataloader,
     search_dataloaders,
     split_record,
     training_rows,
@@ -402,13 +404,10 @@ def test_sample_limits_of_a_stream(stream, tmp_path):
 def test_training_rows_are_those_of_training_and_validation(stream, streaming, test_split):
     config = stream(test_split=test_split, max_train_samples=300)
     config.streaming = streaming
-    rows = numbers(training_rows(config, seed=1))
+    rows = numbers(training_rows(config))
     parts = load_splits(config)
     assert sorted(rows) == sorted(chain(*map(numbers, parts.values())))
     assert len(set(rows)) == len(rows)
-    if streaming:
-        assert rows != sorted(rows), "shuffled"
-        assert rows != numbers(training_rows(config, seed=2))
 
 
 def loaded(dataset, seed=0, epochs=1, **options):
@@ -464,6 +463,38 @@ def test_the_shares_of_processes_have_each_row_once(stream, streaming):
         shares = [numbers(process_share(rows, i, processes)) for i in range(processes)]
         assert [len(share) for share in shares] == sizes
         assert sorted(chain(*shares)) == numbers(rows)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["", "stream"])
+def test_a_run_has_one_epoch_behind_the_other(stream, streaming):
+    config = stream(max_train_samples=30)
+    config.streaming = streaming
+    rows, training = training_rows(config), TrainingConfig(batch_size=4)
+
+    def taken(seed=0, **options):
+        loader = run_dataloader(rows, numbers, training, 23, seed, **options)
+        return [*chain(*islice(loader, 23))]
+
+    found = taken()
+    assert found == taken() != taken(seed=1)
+    if streaming:  # a buffer of rows: those of two epochs are mixed
+        assert len(found) == 92 and set(found) == set(numbers(rows))
+        return
+    epochs = found[:30], found[30:60], found[60:90]
+    assert all(sorted(epoch) == numbers(rows) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    begun = taken(first=[3, 1, 4])
+    assert {*begun[:3]} == {numbers(rows)[i] for i in (1, 3, 4)}
+    assert begun[3:63] == found[30:90]
+
+
+def test_the_rows_that_are_left_come_first_and_then_all():
+    order = list(RunOrder(6, 16, seed=0, first=[5, 2, 0]))
+    assert sorted(order[:3]) == [0, 2, 5]
+    assert sorted(order[3:9]) == list(range(6)) and len(order) == 16
+    assert order == list(RunOrder(6, 16, seed=0, first=[5, 2, 0]))
+    assert order[3:9] != list(RunOrder(6, 16, seed=1, first=[5, 2, 0]))[3:9]
+    assert list(RunOrder(6, 9, seed=0, first=[]))[:6] == order[3:9], "none may be left"
 
 
 def test_search_dataloaders_of_streams(stream):

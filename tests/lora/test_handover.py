@@ -1,8 +1,10 @@
 """Folding and cutting, in float64 against closed forms; every kind of layer against the supernet.
 Not here: a genotype's weights in PEFT (test_genotype.py), a run that goes on (test_finetune.py)."""
 
+import bitsandbytes as bnb
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -19,22 +21,48 @@ def layer(base, branches="nested"):
     return mixed
 
 
+def four_bits():
+    base = bnb.nn.Linear4bit(64, 32, bias=False, quant_type="nf4", compute_dtype=torch.float32)
+    base.weight = bnb.nn.Params4bit(torch.randn(32, 64), requires_grad=False, quant_type="nf4")
+    return base.to("cpu")
+
+
+BASES = {
+    "linear": lambda: nn.Linear(12, 10).double(),
+    "no bias": lambda: nn.Linear(9, 16, bias=False).double(),
+    "conv1d": lambda: Conv1D(10, 12).double(),
+    "4 bits": four_bits,
+}
+
+
+def in_peft(base, a, b, scaling):
+    """PEFT's own layer around the base, with these weights."""
+    options = {"fan_in_fan_out": isinstance(base, Conv1D), "target_modules": ["layer"]}
+    config = LoraConfig(r=len(a), lora_alpha=scaling * len(a), **options)
+    model = nn.ModuleDict({"layer": base})
+    model.is_loaded_in_4bit = isinstance(base, bnb.nn.Linear4bit)
+    layer = inject_adapter_in_model(config, model)["layer"]
+    layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data = a, b
+    return layer
+
+
 @pytest.mark.parametrize("branches", ["nested", "independent"])
-@pytest.mark.parametrize("base", [nn.Linear(12, 10), nn.Linear(9, 16, bias=False), Conv1D(10, 12)])
-def test_the_folded_layer_is_the_supernets(base, branches):
+@pytest.mark.parametrize("kind", BASES)
+@torch.no_grad()
+def test_the_folded_layer_is_the_supernets(kind, branches):
     torch.manual_seed(0)
-    base = base.double()
-    mixed, x = layer(base, branches), torch.randn(7, base.weight.shape[0], dtype=torch.float64)
-    if isinstance(base, nn.Linear):
-        x = torch.randn(7, base.in_features, dtype=torch.float64)
-    gates = mixed.membership @ mixed.probabilities()
-    b = fold(mixed.lora_B, gates)
-    expected = mixed(x)
-    assert (base(x) + mixed.scaling * x @ mixed.lora_A.T @ b.T - expected).abs().max() < 1e-12
+    base = BASES[kind]()
+    mixed = layer(base, branches)
+    x = torch.randn(7, mixed.lora_A.shape[1], dtype=torch.float64)
+    b = fold(mixed.lora_B, mixed.membership @ mixed.probabilities())
+    plain, expected = base(x), mixed(x)
+    assert (expected - plain).norm() > plain.norm() / 10
+    assert (plain + mixed.scaling * x @ mixed.lora_A.T @ b.T - expected).abs().max() < 1e-12
     columns = 5 if branches == "nested" else 9
     a_cut, b_cut = cut(mixed.lora_A, b, columns)
-    assert a_cut.shape == (columns, x.shape[1]) and b_cut.shape == (base(x).shape[1], columns)
-    assert (base(x) + mixed.scaling * x @ a_cut.T @ b_cut.T - expected).abs().max() < 1e-12
+    assert a_cut.shape == (columns, x.shape[1]) and b_cut.shape == (plain.shape[1], columns)
+    adapted = in_peft(base, a_cut, b_cut, mixed.scaling)
+    assert (adapted(x) - expected).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("batch", [(), (3,)])

@@ -1,7 +1,6 @@
 """The examples for users of other trainers, run as they are, on a tiny model.
 Not here: what the callback does (../test_trainer.py)."""
 
-import ast
 import json
 import os
 import subprocess
@@ -12,6 +11,8 @@ from families import TEXT_FAMILIES, make_family
 from peft import PeftModel
 from recipes.conftest import ROOT
 from transformers import AutoModelForCausalLM
+
+from darts_lora import Genotype
 
 
 @pytest.mark.parametrize("name", ["trainer", "sft"])
@@ -32,15 +33,17 @@ def test_an_example(name, tmp_path):
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    ranks = ast.literal_eval(done.stdout[done.stdout.rindex("{") :])
-    adapted = {name: rank for name, rank in ranks.items() if rank}
-    base = AutoModelForCausalLM.from_pretrained(model)
-    loaded = PeftModel.from_pretrained(base, tmp_path / "runs" / name)
-    found = {
-        n: m.r["default"] for n, m in loaded.base_model.model.named_modules() if hasattr(m, "r")
-    }
-    assert len(ranks) == 14 and found == adapted
-    assert all(
-        module.lora_B["default"].weight.any()
-        for module in map(loaded.get_submodule, (f"base_model.model.{name}" for name in adapted))
-    )
+    folder = tmp_path / "runs" / name
+    genotype = Genotype.load(folder / "checkpoint-40" / "genotype.json")
+    assert f"{genotype.num_parameters:,} trainable parameters" in done.stdout
+    adapted = {name: rank for name, rank in genotype.ranks.items() if rank}
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), folder)
+    layers = {n: m for n, m in loaded.base_model.model.named_modules() if hasattr(m, "r")}
+    assert len(genotype.ranks) == 14
+    assert {name: layer.r["default"] for name, layer in layers.items()} == adapted
+    assert all(layer.lora_B["default"].weight.any() for layer in layers.values())
+
+
+@pytest.mark.parametrize("name", ["trainer", "sft"])
+def test_an_example_is_short(name):
+    assert len((ROOT / f"recipes/examples/{name}.py").read_text().splitlines()) <= 20

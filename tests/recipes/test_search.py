@@ -12,11 +12,14 @@ import time
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from recipes.conftest import ROOT
 from safetensors.torch import load_file
 
-from darts_lora import Genotype
+from darts_lora import Genotype, InputError, SearchConfig, TrainingConfig
 from darts_lora.base.options import load_config
+from darts_lora.config import DataConfig, ModelConfig
+from darts_lora.run.callbacks import FinetuneTrainer
 
 
 def options(vision_folder, data_folder, output_dir, **changed):
@@ -160,3 +163,75 @@ def test_bad_input_is_one_line_and_status_2(
     assert message in line
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run" / "genotype.json").exists()
+
+
+class Run:
+    """A search of four steps and its finetune of four, in this process."""
+
+    def __init__(self, recipe, folder, vision_folder, data_folder):
+        self.recipe, self.folder = recipe, folder
+        self.configs = (
+            SearchConfig(ranks=(0, 2, 4), budget_rank=2, search_fraction=0.5),
+            ModelConfig(vision_folder), DataConfig(data_folder, max_length=32),
+            TrainingConfig(max_steps=8, batch_size=4, save_steps=1, learning_rate=0.01),
+        )  # fmt: skip
+
+    def __call__(self, resume=False):
+        AcceleratorState._reset_state()
+        options = self.recipe.SearchRun(str(self.folder), resume, str(self.folder / "ft"))
+        self.recipe.main(options, *self.configs)
+
+    @property
+    def adapter(self):
+        return (self.folder / "ft" / "adapter_model.safetensors").read_bytes()
+
+
+def cut_off(patch, step):
+    """Let a finetune die in that step."""
+    train = FinetuneTrainer.training_step
+
+    def dies(self, *args):
+        if self.state.global_step == step:
+            raise KeyboardInterrupt
+        return train(self, *args)
+
+    patch.setattr(FinetuneTrainer, "training_step", dies)
+
+
+def test_a_whole_run_goes_on_where_it_was(
+    recipe_imports, vision_folder, data_folder, tmp_path, monkeypatch
+):
+    import search
+
+    whole, cut = (
+        Run(search, tmp_path / name, vision_folder, data_folder) for name in ("whole", "cut")
+    )
+    whole()
+    rows = json.loads((whole.folder / "split.json").read_text())
+    assert len(rows["taken"]) == 16 and set(rows["taken"]) < set(rows["train"])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        cut_off(patch, 2)
+        cut()
+    with pytest.raises(InputError, match=r"an unfinished finetune is there \(step 2 of 4\); go on"):
+        Run(search, tmp_path / "cut", vision_folder, data_folder)()
+    cut(resume=True)
+    assert cut.adapter == whole.adapter
+    with monkeypatch.context() as patch:
+        cut_off(patch, 0)
+        cut(resume=True)  # nothing is left to do
+    assert cut.adapter == whole.adapter
+
+
+def test_a_finetune_of_another_search_is_not_gone_on_with(
+    recipe_imports, vision_folder, data_folder, tmp_path, monkeypatch
+):
+    import search
+
+    run = Run(search, tmp_path, vision_folder, data_folder)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        cut_off(patch, 2)
+        run()
+    shutil.rmtree(tmp_path / "checkpoints" / "step-0000004")
+    (tmp_path / "genotype.json").unlink()
+    with pytest.raises(InputError, match=r"output_dir='.*ft': an unfinished finetune is there"):
+        run(resume=True)

@@ -10,11 +10,10 @@ from test_search import make
 
 from darts_lora import InputError
 from darts_lora.run.checkpoint import load_checkpoint, save_checkpoint
+from darts_lora.run.course import FREE
 from darts_lora.run.resume import (
-    FREE,
     check_alpha_is_one,
     check_start,
-    placeless,
     random_state,
     restore_random_state,
 )
@@ -134,18 +133,3 @@ def test_the_random_state_comes_back():
     drawn = torch.rand(4)
     restore_random_state(state)
     assert torch.equal(torch.rand(4), drawn)
-
-
-def test_paths_may_move_and_names_may_not(tmp_path, monkeypatch):
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "a.jsonl").write_text("")
-    monkeypatch.chdir(tmp_path)
-    options = [
-        {"train": [f"{folder}/a.jsonl"], "test": f"{folder}/*.jsonl"}
-        for folder in ("one", "two", tmp_path / "one")
-    ]
-    first, *others = map(placeless, options)
-    assert others == [first, first] and first.keys() == {"train", "test"}
-    for kept in (None, "json", "user/data", "hf://datasets/user/data/a.jsonl", ["x/*.jsonl"]):
-        assert placeless(kept) == kept
