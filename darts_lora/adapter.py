@@ -33,46 +33,44 @@ def lora_config(
     stacked: Collection[str],
     scaling: float,
     model: nn.Module | None = None,
-    *,
-    pad_to_max: bool = False,
     **options: Any,
 ) -> LoraConfig:
-    """What gives each layer its rank and the same scaling to all; lora_alpha is chosen for that.
+    """What gives each layer its rank and the same scaling, lora_alpha / r, to all. With use_rslora
+    the same lora_alpha to all: a layer of the mean rank has that scaling, as lora_alpha / sqrt(r).
 
     Args:
         ranks: name -> rank, all above 0.
         stacked: the names among them that are 3-D parameters, of experts.
         model: where given, ways around what PEFT rewrites for it are taken.
-        pad_to_max: the largest rank for all, no patterns.
         options: further LoraConfig fields.
     """
-    divisor = math.sqrt if options.get("use_rslora") else float
-    largest = max(ranks.values())
+    largest, mean = max(ranks.values()), sum(ranks.values()) / len(ranks)
+    shared = scaling * math.sqrt(mean) if options.get("use_rslora") else None
     keys = {name: name for name in ranks}
     modules = [name for name in ranks if name not in stacked]
     # a string is matched in full, a list would match suffixes of other names as well
     targets: str | list[str] = "|".join(map(re.escape, modules)) or []
-    if model is not None and modules and not _survives(model, targets):
+    if model is not None and modules and not survives(model, targets):
         leaves = {name.rpartition(".")[2] for name in modules}
-        lost = {leaf for leaf in leaves if not _survives(model, [leaf])}
+        lost = {leaf for leaf in leaves if not survives(model, [leaf])}
         # what PEFT takes for the name of an expert: by its weight, a parameter like any other
         keys |= {n: f"{n}.weight" for n in modules if n.rpartition(".")[2] in lost}
         targets = [name for name in modules if keys[name] == name]
     parameters = [keys[n] for n in ranks if n in stacked or keys[n] != n]
     pattern = {f"^{re.escape(keys[name])}$": rank for name, rank in ranks.items()}
-    pattern = {key: r for key, r in pattern.items() if r != largest and not pad_to_max}
+    pattern = {key: r for key, r in pattern.items() if r != largest}
     return LoraConfig(
         r=largest,
-        lora_alpha=scaling * divisor(largest),
+        lora_alpha=shared or scaling * largest,
         target_modules=targets,
         target_parameters=parameters or None,
         rank_pattern=pattern,
-        alpha_pattern={key: scaling * divisor(rank) for key, rank in pattern.items()},
+        alpha_pattern={} if shared else {key: scaling * rank for key, rank in pattern.items()},
         **options,
     )
 
 
-def _survives(model: nn.Module, targets: str | list[str]) -> bool:
+def survives(model: nn.Module, targets: str | list[str]) -> bool:
     """Whether PEFT leaves these target_modules as they are. For models whose experts were modules
     before transformers 5 it makes a regular expression a list of name endings, and makes names that
     experts had then into those of the experts' parameters."""

@@ -15,6 +15,7 @@ from darts_lora.bounds import check_bounds
 from darts_lora.config import TrainingConfig
 from darts_lora.errors import InputError
 from darts_lora.genotype import Genotype
+from darts_lora.padded import check_servable
 from darts_lora.parts import task_type
 from darts_lora.supernet import SUPERNET_NAME, Supernet
 from darts_lora.targets import (
@@ -48,8 +49,8 @@ class FinetuneConfig:
     adapter_dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the LoRA weights. float32 on a base in 16 bits trains under autocast."""
     pad_to_max: bool = False
-    """Save the adapter a second time, with zeros up to the largest rank for all layers, in
-    output_dir/padded: for engines that ignore rank_pattern."""
+    """Save the adapter a second time, in output_dir/padded, as all engines that serve read it: with
+    zeros up to the largest rank for all layers of the types that are adapted."""
     output_dir: str = "runs/finetune"
     """Folder for the adapter, finetune.json and config.yaml."""
     seed: int = 0
@@ -89,11 +90,8 @@ def add_adapter(
     if config.rank is not None:
         genotype = replace(genotype, ranks=dict.fromkeys(genotype.ranks, config.rank))
     genotype = genotype.with_shapes(base)
-    if config.pad_to_max and genotype.stacked:
-        raise InputError(
-            f"pad_to_max=true: {genotype.stacked[0]} is a parameter of experts, which engines that "
-            "ignore rank_pattern do not read either; leave pad_to_max out"
-        )
+    if config.pad_to_max:
+        check_servable(None, False, genotype.stacked)
     source = (supernet or _weights_path(config)) if config.init == "inherit" else None
     model = plain_adapter(base, genotype, source, f"genotype={config.genotype!r}")
     if config.adapter_dtype == "bfloat16":

@@ -123,7 +123,7 @@ def _finetune(
     def describe(folder: str, figures: dict[str, Any]) -> None:
         record.update(figures)
         if config.pad_to_max:
-            save_padded(folder, os.path.join(folder, "padded"))
+            save_padded(adapted, folder, os.path.join(folder, "padded"))
         write_json(os.path.join(folder, "finetune.json"), record)
 
     if PartialState().is_main_process:

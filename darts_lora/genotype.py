@@ -198,18 +198,14 @@ class Genotype:
             renamed["probabilities"] = {names[n]: p for n, p in self.probabilities.items()}
         return Genotype(**renamed)
 
-    def to_lora_config(
-        self, model: nn.Module | None = None, *, pad_to_max: bool = False, **options
-    ) -> LoraConfig:
+    def to_lora_config(self, model: nn.Module | None = None, **options) -> LoraConfig:
         """A PEFT LoraConfig that gives each module its rank, with the same scaling for all.
 
-        The scaling is lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora=True`; lora_alpha is
-        chosen so that it is this genotype's, and constant over the modules, in both.
+        The scaling is lora_alpha / r. With `use_rslora=True` it is lora_alpha / sqrt(r) instead, of
+        one lora_alpha for all: this genotype's at the mean of the ranks above 0, less above it.
 
         Args:
             model: where given, every module must be in it and every key must match one module.
-            pad_to_max: the largest rank for every adapted module and no patterns, for engines that
-                ignore patterns; pad_to_max_rank makes the weights for it.
             options: further LoraConfig fields (lora_dropout, task_type ...).
 
         Raises:
@@ -225,7 +221,7 @@ class Genotype:
             options.setdefault("fan_in_fan_out", True)  # transformers' Conv1D stores W transposed
         if self.modules_to_save:
             options.setdefault("modules_to_save", list(self.modules_to_save))  # PEFT extends it
-        config = lora_config(ranks, stacked, self.scaling, model, pad_to_max=pad_to_max, **options)
+        config = lora_config(ranks, stacked, self.scaling, model, **options)
         if model is not None:
             check_matches(model, config, ranks, genotype.modules_to_save)
         return config
