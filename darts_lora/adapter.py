@@ -3,11 +3,13 @@ trial, after every injection on the model. Not here: where the ranks come from (
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
+import os
 import re
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from peft import (
@@ -18,11 +20,12 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.lora import LoraLayer, ParamWrapper
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 
 from darts_lora.errors import InputError, one_line
+from darts_lora.files import write_into
 from darts_lora.prior import layer_type
 
 PREFIX = "base_model.model."
@@ -105,6 +108,34 @@ def add_lora(
     return adapted
 
 
+def save_fresh(
+    model: nn.Module,
+    config: LoraConfig,
+    ranks: Mapping[str, int],
+    saved: Collection[str],
+    folder: str | os.PathLike,
+) -> None:
+    """An adapter as PEFT begins it (B = 0), saved into `folder`. The model stays as it is.
+
+    Raises:
+        InputError: as add_lora's, or the folder cannot be written.
+    """
+    with _same_flags(model):
+        adapted = add_lora(_shell(model, {}), config, ranks, saved)
+        write_into(folder, adapted.save_pretrained, SAFETENSORS_WEIGHTS_NAME)
+
+
+@contextlib.contextmanager
+def _same_flags(model: nn.Module) -> Iterator[None]:
+    """What of the model is trained is the same behind this block as before it."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
 def check_adapter(model: nn.Module, ranks: Mapping[str, int], saved: Collection[str]) -> None:
     """PEFT's adapter on `model` has these ranks and no others, and what is trained is its A and B
     and the modules in `saved`, and nothing else.
@@ -172,9 +203,8 @@ def _refusal(model: nn.Module, names: list[str], stacked: Collection[str]) -> st
     again; None where it does."""
     ranks = {name: 1 + i % 2 for i, name in enumerate(names)}
     config = lora_config(ranks, stacked, 1.0, model)
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _same_flags(model):
             warnings.simplefilter("ignore")
             shell = get_peft_model(_shell(model, {}), config, low_cpu_mem_usage=True)
             check_adapter(shell, ranks, ())
@@ -187,9 +217,6 @@ def _refusal(model: nn.Module, names: list[str], stacked: Collection[str]) -> st
         return str(error).removeprefix("genotype: ")
     except Exception as error:  # of any kind: PEFT has many layers, and the packages behind them
         return one_line(error)
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
     return None
 
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from darts_lora.adapter import lora_config
+from darts_lora.adapter import lora_config, save_fresh
 from darts_lora.bounds import MAX_RANK, NAMES, check_ranks, is_name
 from darts_lora.cost import parameters_per_rank
 from darts_lora.errors import InputError, one_line
@@ -25,6 +25,7 @@ from darts_lora.files import read_json, write_json
 from darts_lora.handover import cut, fold
 from darts_lora.mixed_linear import linear_shape
 from darts_lora.models import weights_digest
+from darts_lora.parts import task_type
 from darts_lora.targets import check_matches, current_names
 
 if TYPE_CHECKING:
@@ -225,6 +226,17 @@ class Genotype:
         if model is not None:
             check_matches(model, config, ranks, genotype.modules_to_save)
         return config
+
+    def save_untrained(self, base: nn.Module, folder: str | os.PathLike) -> None:
+        """An adapter of these ranks as PEFT begins it (B = 0), in PEFT's format: what trainers that
+        know one rank alone resume from. `base` stays as it is.
+
+        Raises:
+            InputError: as to_lora_config's, or the folder cannot be written.
+        """
+        genotype = self.with_shapes(base)
+        config = genotype.to_lora_config(base, task_type=task_type(base))
+        save_fresh(base, config, genotype.ranks, genotype.modules_to_save, folder)
 
     def inherited_state(self, source: Supernet | str | os.PathLike) -> dict[str, Tensor]:
         """The searched weights, for peft.set_peft_model_state_dict: of each layer's mean mixture

@@ -1,14 +1,24 @@
 """The derive recipe: another genotype from a finished search, without searching again.
-Not here: the choice itself (darts_lora/discretize.py)."""
+Not here: the choice itself (darts_lora/discretize.py).
+
+python recipes/derive.py --budget_rank 4
+python recipes/derive.py --format axolotl >> axolotl.yaml    # for another trainer
+"""
 
 import os
+import sys
 from dataclasses import dataclass
 from typing import Literal
+
+from rich.console import Console
 
 from darts_lora import Genotype, InputError, discretize
 from darts_lora.bounds import check_bounds
 from darts_lora.cli import command, run
+from darts_lora.formats import axolotl_yaml, peft_json
 from darts_lora.tables import show
+
+FORMATS = {"table": lambda genotype: "", "axolotl": axolotl_yaml, "peft": peft_json}
 
 
 @dataclass
@@ -28,6 +38,10 @@ class DeriveRun:
     """Budget: trainable parameters (count); default of both: the budget of the search."""
     output: str | None = None
     """File for the new genotype; default: genotype_<choice>.json in search_dir."""
+    format: Literal["table", "axolotl", "peft"] = "table"
+    """What is printed: tables of the ranks; the lora options of an axolotl configuration (YAML); or
+    the arguments of PEFT's LoraConfig (JSON). Of the last two nothing else is on the standard
+    output."""
 
     def __post_init__(self):
         check_bounds(self, above={"budget_rank": 0.0, "budget_parameters": 0})
@@ -48,9 +62,13 @@ def main(options: DeriveRun) -> None:
         budget_parameters=options.budget_parameters,
     )
     output = options.output or os.path.join(options.search_dir, f"genotype_{_choice(options)}.json")
+    text = FORMATS[options.format](genotype)
     genotype.save(output)
-    show(genotype)
-    print(f"Genotype: {output}. Next: {command('finetune', genotype=output)}")
+    other = sys.stderr if text else sys.stdout
+    show(genotype, Console(file=other))
+    print(f"Genotype: {output}. Next: {command('finetune', genotype=output)}", file=other)
+    if text:
+        print(text)
 
 
 def _choice(options: DeriveRun) -> str:
