@@ -101,6 +101,7 @@ def add_lora(
     try:
         with warnings.catch_warnings():  # of the keys of parameters, which do have their rank
             warnings.filterwarnings("ignore", ".*did not match any targeted module", RuntimeWarning)
+            warnings.filterwarnings("ignore", ".*low_cpu_mem_usage=False")  # EVA, in an empty model
             adapted = get_peft_model(model, config)
     except (ValueError, NotImplementedError, TypeError) as error:
         raise InputError(f"genotype: PEFT refuses it ({one_line(error)})") from error
@@ -137,8 +138,8 @@ def _same_flags(model: nn.Module) -> Iterator[None]:
 
 
 def check_adapter(model: nn.Module, ranks: Mapping[str, int], saved: Collection[str]) -> None:
-    """PEFT's adapter on `model` has these ranks and no others, and what is trained is its A and B
-    and the modules in `saved`, and nothing else.
+    """PEFT's adapter on `model` has these ranks and no others, and what is trained is its A and B,
+    DoRA's magnitudes and the modules in `saved`, and nothing else.
 
     Raises:
         InputError: it is another adapter.
@@ -151,8 +152,9 @@ def check_adapter(model: nn.Module, ranks: Mapping[str, int], saved: Collection[
             )
     names = [name.removeprefix(PREFIX) for name, p in model.named_parameters() if p.requires_grad]
     in_full = tuple(f"{name}.modules_to_save." for name in saved)
+    own = re.compile(r"\.lora_([AB]|magnitude_vector)\.")
     for name in names:
-        if not re.search(r"\.lora_[AB]\.", name) and not name.startswith(in_full):
+        if not own.search(name) and not name.startswith(in_full):
             raise InputError(f"genotype: PEFT trains {name}, which it does not name")
     modules = dict(model.named_modules())
     modules = {name.removeprefix(PREFIX): module for name, module in modules.items()}

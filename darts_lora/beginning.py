@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from peft import PeftModel, set_peft_model_state_dict
 from torch import nn
@@ -26,6 +26,7 @@ from darts_lora.targets import (
     match_saved_modules,
     outside,
 )
+from darts_lora.variants import check_variants, keep_function, variant_options
 
 
 @dataclass
@@ -45,7 +46,19 @@ class FinetuneConfig:
     init: Literal["scratch", "inherit"] | None = None
     """inherit: go on from the weights that the search left beside the genotype, with the steps and
     the learning rate that it left of the run; scratch: fresh LoRA weights, all of max_steps.
-    Default: inherit where the search took a part of the run (search_fraction)."""
+    Default: inherit where the search took a part of the run (search_fraction), and
+    init_lora_weights is not given."""
+    init_lora_weights: str | None = None
+    """Where fresh LoRA weights begin (init scratch), as in PEFT: gaussian; pissa: the base's
+    largest singular parts, which the base loses, so that no engine can follow; eva: A along what
+    the layers' inputs are on training rows. Default: PEFT's own."""
+    use_rslora: bool = False
+    """rsLoRA, as in PEFT: one lora_alpha for all layers, over the square root of each rank. A layer
+    of the mean rank keeps the genotype's scaling."""
+    use_dora: bool = False
+    """DoRA, as in PEFT: a magnitude for each output is trained too, which no budget counts."""
+    loraplus_lr_ratio: float | None = None
+    """LoRA+: B learns at this many times the learning rate of A. Default: 1, at the same rate."""
     adapter_dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the LoRA weights. float32 on a base in 16 bits trains under autocast."""
     pad_to_max: bool = False
@@ -59,13 +72,14 @@ class FinetuneConfig:
     def __post_init__(self):
         check_bounds(
             self,
-            at_least={"rank": 1, "seed": 0},
+            at_least={"rank": 1, "seed": 0, "loraplus_lr_ratio": 1.0},
             above={"scaling": 0.0},
         )
         if self.rank is None and self.genotype is None:
             raise InputError("genotype=None: give a genotype, or a rank for a uniform baseline")
         if self.rank is not None and self.init == "inherit":
             raise InputError("init='inherit': a search leaves weights for its genotype alone")
+        check_variants(self.init, self.init_lora_weights, self.use_dora, self.pad_to_max)
 
 
 def add_adapter(
@@ -93,7 +107,10 @@ def add_adapter(
     if config.pad_to_max:
         check_servable(None, False, genotype.stacked)
     source = (supernet or _weights_path(config)) if config.init == "inherit" else None
-    model = plain_adapter(base, genotype, source, f"genotype={config.genotype!r}")
+    variant = variant_options(
+        config.use_rslora, config.use_dora, config.init_lora_weights, genotype.stacked
+    )
+    model = plain_adapter(base, genotype, source, f"genotype={config.genotype!r}", **variant)
     if config.adapter_dtype == "bfloat16":
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -102,13 +119,18 @@ def add_adapter(
 
 
 def plain_adapter(
-    base: nn.Module, genotype: Genotype, source: Supernet | str | None, name: str = "genotype"
+    base: nn.Module,
+    genotype: Genotype,
+    source: Supernet | str | None,
+    name: str = "genotype",
+    **variant: Any,
 ) -> PeftModel:
     """`base` as a PEFT model of the genotype's ranks, with what the supernet (itself, or its file)
-    learnt as its weights, or with fresh ones; `name` is what errors call the genotype."""
+    learnt as its weights, or with fresh ones; `name` is what errors call the genotype, `variant`
+    are fields of the LoraConfig (variants.py)."""
     genotype = genotype.with_shapes(base)
     check_unshared(base, [name for name, rank in genotype.ranks.items() if rank])
-    lora_config = genotype.to_lora_config(base, task_type=task_type(base))
+    lora_config = genotype.to_lora_config(base, task_type=task_type(base), **variant)
     model = add_lora(base, lora_config, genotype.ranks, genotype.modules_to_save)
     check_fresh(model, name)
     if source is not None:
@@ -117,7 +139,8 @@ def plain_adapter(
 
 
 def inherit(model: PeftModel, genotype: Genotype, source: Supernet | str) -> None:
-    """Copy what the supernet learnt (itself, or its file) into the adapter: all, or InputError."""
+    """Copy what the supernet learnt (itself, or its file) into the adapter, whatever its variant:
+    all, or InputError."""
     path = source if isinstance(source, str) else "the supernet"
     state = genotype.inherited_state(source)
     try:
@@ -125,9 +148,10 @@ def inherit(model: PeftModel, genotype: Genotype, source: Supernet | str) -> Non
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"init='inherit': {path} is of another model ({reason})") from error
-    missing = [key for key in result.missing_keys if "lora_" in key]
+    missing = [key for key in result.missing_keys if ".lora_A." in key or ".lora_B." in key]
     if missing or result.unexpected_keys:
         raise InputError(f"init='inherit': {path} does not fill {missing + result.unexpected_keys}")
+    keep_function(model, genotype.scaling)
 
 
 def _searched_part(genotype: Genotype | None) -> int:
@@ -140,7 +164,7 @@ def _searched_part(genotype: Genotype | None) -> int:
 
 def resolve_init(config: FinetuneConfig, genotype: Genotype | None) -> str:
     """Where the weights come from."""
-    if config.init is not None or config.rank is not None:
+    if config.init is not None or config.rank is not None or config.init_lora_weights is not None:
         return config.init or "scratch"
     return "inherit" if _searched_part(genotype) else "scratch"
 

@@ -14,6 +14,7 @@ import peft
 import torch
 import transformers
 from accelerate import PartialState
+from peft.optimizers import create_loraplus_optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     ProgressCallback,
@@ -70,6 +71,19 @@ class FinetuneTrainer(Trainer):
     process, before it enters the weights."""
 
     first_step = 0
+    loraplus_lr_ratio: float | None = None  # LoRA+: the rate of B over that of A
+
+    def create_optimizer(self, model=None):
+        if self.loraplus_lr_ratio is not None and self.optimizer is None:
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = create_loraplus_optimizer(
+                self.model,
+                kind,
+                loraplus_lr_ratio=self.loraplus_lr_ratio,
+                loraplus_weight_decay=self.args.weight_decay,
+                **options,
+            )
+        return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         stand_in, args = torch.optim.SGD([torch.zeros(1)], lr=1.0), self.args

@@ -46,6 +46,7 @@ from darts_lora.models import load_model
 from darts_lora.padded import save_padded
 from darts_lora.supernet import Supernet
 from darts_lora.together import check_not_anothers
+from darts_lora.variants import eva_weights
 
 # all that a finetune leaves, removed before another one trains
 RESULTS = ("finetune.json", "evaluation.json", SAFETENSORS_WEIGHTS_NAME, "adapter_config.json")
@@ -116,6 +117,8 @@ def _finetune(
     collator.limits.of_model(base)
     set_seed(config.seed)
     adapted = add_adapter(base, config, genotype, supernet)
+    if config.init_lora_weights == "eva":
+        eva_weights(adapted, rows, collator, training.batch_size)
     record = {"genotype": config.genotype, "rank": config.rank, "init": config.init}
     record["supernet_digest"] = genotype and genotype.found_by.get("supernet_digest")
     record |= {"rows": None if data.streaming else len(rows), "supervised_share": share}
@@ -132,7 +135,8 @@ def _finetune(
         save_config(config.output_dir, config, model, data, training)
     figures = train(
         adapted, rows, collator, training, config.output_dir,
-        seed=config.seed, first_step=first, describe=describe,
+        seed=config.seed, first_step=first, loraplus_lr_ratio=config.loraplus_lr_ratio,
+        describe=describe,
     )  # fmt: skip
     return adapted, record | figures
 
@@ -167,12 +171,14 @@ def train(
     *,
     seed: int = 0,
     first_step: int = 0,
+    loraplus_lr_ratio: float | None = None,
     describe: Callable[[str, dict[str, Any]], None] = lambda folder, figures: None,
 ) -> dict[str, Any]:
     """Train the adapter in place with transformers' Trainer and save it to output_dir.
 
     Args:
         first_step: steps of training.max_steps, and of its learning rate, that a search took.
+        loraplus_lr_ratio: the rate of B over that of A; None: 1.
         describe: (folder, what this returns) -> writes what else belongs to the adapter, which is
             in that folder, there; on the first process.
 
@@ -198,7 +204,7 @@ def train(
             train_dataset=dataset,
             data_collator=collator,
         )
-    trainer.first_step = first_step
+    trainer.first_step, trainer.loraplus_lr_ratio = first_step, loraplus_lr_ratio
     trainer.add_callback(SaveAdapter(trainer, training.save_steps, folder, stop))
     trainer.remove_callback(ProgressCallback)  # prints whole dictionaries
     trainer.add_callback(Progress)
