@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from darts_lora.errors import InputError
+from darts_lora.base.errors import InputError
 from darts_lora.genotype import Genotype
 
 

@@ -13,10 +13,10 @@ from typing import Literal
 from rich.console import Console
 
 from darts_lora import Genotype, InputError, discretize
-from darts_lora.bounds import check_bounds
-from darts_lora.cli import command, run
+from darts_lora.base.bounds import check_bounds
+from darts_lora.base.options import command, run
 from darts_lora.formats import axolotl_yaml, peft_json
-from darts_lora.tables import show
+from darts_lora.views.console import show
 
 FORMATS = {"table": lambda genotype: "", "axolotl": axolotl_yaml, "peft": peft_json}
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from darts_lora.prior import layer_type
+from darts_lora.lora.parts import layer_type
 
 
 class RefusedError(Exception):

@@ -15,10 +15,10 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from darts_lora import Genotype, InputError
-from darts_lora.adapter import adapted_ranks
 from darts_lora.config import ModelConfig
 from darts_lora.formats import axolotl_yaml, peft_json
-from darts_lora.models import load_model
+from darts_lora.lora.adapter import adapted_ranks
+from darts_lora.lora.models import load_model
 
 RANKS = {"model.0.up": 4, "model.1.up": 0, "model.0.down+": 2, "model.1.down+": 1}
 

@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from darts_lora import Genotype, InputError, SearchConfig, Supernet, discretize
-from darts_lora.handover import fold
-from darts_lora.targets import match_modules
+from darts_lora.lora.handover import fold
+from darts_lora.lora.targets import match_modules
 from small_models import randomise, residual
 
 
