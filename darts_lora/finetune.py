@@ -44,9 +44,11 @@ from darts_lora.run.callbacks import (
     training_arguments,
     training_record,
 )
+from darts_lora.run.hub import open_repository, upload
 from darts_lora.run.launch import check_launch, explained
 from darts_lora.run.together import check_not_anothers
 from darts_lora.supernet import Supernet
+from darts_lora.views.card import remove_card, write_card
 
 # all that a finetune leaves, removed before another one trains
 RESULTS = ("finetune.json", "evaluation.json", SAFETENSORS_WEIGHTS_NAME, "adapter_config.json")
@@ -103,6 +105,8 @@ def _finetune(
     supernet: Supernet | None,
 ) -> tuple[PeftModel, dict[str, Any]]:
     genotype = _load_genotype(config.genotype)
+    if config.push_to_hub and PartialState().is_main_process:
+        open_repository(config.hub_model_id)
     config = replace(config, init=resolve_init(config, genotype))
     first = first_step(config, genotype, training)
     collator = make_collator(model, data)
@@ -127,17 +131,21 @@ def _finetune(
         record.update(figures)
         if config.pad_to_max:
             save_padded(adapted, folder, os.path.join(folder, "padded"))
+        write_card(folder, adapted, model, data, training, genotype, record)
         write_json(os.path.join(folder, "finetune.json"), record)
 
     if PartialState().is_main_process:
         for name in RESULTS:
             remove(os.path.join(config.output_dir, name))
+        remove_card(config.output_dir)
         save_config(config.output_dir, config, model, data, training)
     figures = train(
         adapted, rows, collator, training, config.output_dir,
         seed=config.seed, first_step=first, loraplus_lr_ratio=config.loraplus_lr_ratio,
         describe=describe,
     )  # fmt: skip
+    if config.push_to_hub and PartialState().is_main_process:
+        record["uploaded"] = upload(config.output_dir, config.hub_model_id)
     return adapted, record | figures
 
 

@@ -26,6 +26,7 @@ from darts_lora.lora.targets import (
     outside,
 )
 from darts_lora.lora.variants import check_variants, keep_function, variant_options
+from darts_lora.run.hub import check_hub_options
 from darts_lora.supernet import SUPERNET_NAME, Supernet
 
 
@@ -65,7 +66,11 @@ class FinetuneConfig:
     """Save the adapter a second time, in output_dir/padded, as all engines that serve read it: with
     zeros up to the largest rank for all layers of the types that are adapted."""
     output_dir: str = "runs/finetune"
-    """Folder for the adapter, finetune.json and config.yaml."""
+    """Folder for the adapter, its card (README.md), finetune.json and config.yaml."""
+    push_to_hub: bool = False
+    """Upload the adapter and its card to the hub when it is trained, as you are logged in there."""
+    hub_model_id: str | None = None
+    """Repository for that, NAME/MODEL; where it is not there yet, a private one is made."""
     seed: int = 0
     """Seed of the LoRA weights and of the data order."""
 
@@ -79,6 +84,7 @@ class FinetuneConfig:
             raise InputError("genotype=None: give a genotype, or a rank for a uniform baseline")
         if self.rank is not None and self.init == "inherit":
             raise InputError("init='inherit': a search leaves weights for its genotype alone")
+        check_hub_options(self.push_to_hub, self.hub_model_id)
         check_variants(self.init, self.init_lora_weights, self.use_dora, self.pad_to_max)
 
 
