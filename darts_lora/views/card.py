@@ -88,7 +88,7 @@ def write_card(
             "Made with darts_lora, which finds a LoRA rank for every layer by one search.",
             _table(("", ""), rows.items()),
             "## Figures",
-            f"{BEGIN}\nNot evaluated yet: recipes/evaluate.py writes its figures here.\n{END}",
+            f"{BEGIN}\n\nNot evaluated yet: recipes/evaluate.py writes its figures here.\n\n{END}",
             "## Ranks",
             "0: the layer has no adapter. From left to right in order of depth.",
             _ranks_table(ranks, _sizes(adapted)),
@@ -124,7 +124,7 @@ def update_figures(folder: str, results: Mapping[str, Mapping[str, Any]]) -> Non
     ]
     header = ("model", "loss on test rows", "exact match", "trainable parameters")
     start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-    block = f"\n{_table(header, rows)}\n"
+    block = f"\n\n{_table(header, rows)}\n\n"
     write_text(os.path.join(folder, CARD), text[:start] + block + text[end:])
 
 
