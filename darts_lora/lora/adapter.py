@@ -74,9 +74,9 @@ def lora_config(
 
 
 def survives(model: nn.Module, targets: str | list[str]) -> bool:
-    """Whether PEFT leaves these target_modules as they are. For models whose experts were modules
-    before transformers 5 it makes a regular expression a list of name endings, and makes names that
-    experts had then into those of the experts' parameters."""
+    """Whether PEFT leaves these target_modules as they are. It rewrites them for models whose
+    experts were modules before transformers 5. A regular expression becomes a list of name endings,
+    and names that experts had then become those of the experts' parameters."""
     config = LoraConfig(target_modules=targets)
     before = copy.copy(config.target_modules)
     try:
@@ -138,7 +138,7 @@ def _same_flags(model: nn.Module) -> Iterator[None]:
 
 
 def check_adapter(model: nn.Module, ranks: Mapping[str, int], saved: Collection[str]) -> None:
-    """PEFT's adapter on `model` has these ranks and no others, and what is trained is its A and B,
+    """PEFT's adapter on `model` has these ranks and no others. What is trained is its A and B,
     DoRA's magnitudes and the modules in `saved`, and nothing else.
 
     Raises:

@@ -25,12 +25,12 @@ from darts_lora.lora.parts import layer_type
 
 
 def save_padded(base: nn.Module, adapter: str, output_dir: str) -> None:
-    """A saved adapter as every engine reads it, with the same outputs. Each layer of a type that
-    it adapts gets A and B of its largest rank, filled up with zeros, and the same alpha / r.
+    """A saved adapter as every engine reads it, with the same outputs. All layers of the types
+    that it adapts get its largest rank, filled up with zeros, and one alpha / r.
 
-    Engines read r and lora_alpha alone (llama.cpp), refuse patterns and target_modules that are a
-    regex (SGLang), or drop a type of which one layer has no LoRA (TGI, LoRAX). No pattern, no
-    rsLoRA and no regex are left, and lora_alpha is an integer where it is one.
+    llama.cpp reads one lora_alpha. SGLang refuses patterns, and a regex in target_modules. TGI and
+    LoRAX drop a type of which one layer has no LoRA. So no pattern, no rsLoRA and no regex are
+    left, and lora_alpha is an integer where it is whole.
 
     Args:
         base: the model that the adapter is of, with adapters in it or without.

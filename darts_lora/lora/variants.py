@@ -10,6 +10,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from peft import EvaConfig, LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.eva import get_eva_state_dict
@@ -119,6 +120,8 @@ def eva_weights(
     config = LoraConfig(
         r=largest, rank_pattern=narrow, init_lora_weights="eva", eva_config=EvaConfig(rho=1.0)
     )
+    if not getattr(model.get_base_model(), "is_quantized", False):  # else it is there already
+        model.to(PartialState().device)
     first = list(islice(iter(rows), EVA_BATCHES * batch_size))
     batches = [first[i : i + batch_size] for i in range(0, len(first), batch_size)]
     try:
@@ -128,6 +131,7 @@ def eva_weights(
             config,
             prepare_model_inputs_fn=lambda batch, _: batch["attention_mask"].bool(),
             prepare_layer_inputs_fn=_tokens,
+            gather_distributed_inputs=False,  # all processes look at the same rows
             show_progress_bar=False,
         )
     except (IndexError, KeyError, ValueError, RuntimeError) as error:

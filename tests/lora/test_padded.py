@@ -133,6 +133,17 @@ def test_names_that_other_layers_have_too_are_written_in_full(tmp_path):
     assert len({layer_type(name) for name in adapted}) == 6
 
 
+def test_where_no_list_of_names_is_of_the_adapted_layers_alone(tmp_path):
+    """PEFT matches lists by the ends of names, and one whole name is the end of another."""
+    base = nn.ModuleDict({name: nn.ModuleDict({"q": nn.Linear(4, 4)}) for name in ("a", "b")})
+    base["b"]["a"] = nn.ModuleDict({"q": nn.Linear(4, 4)})
+    adapted = get_peft_model(base, Genotype({"a.q": 2}).to_lora_config(base))
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.warns(UserWarning, match="stays a regex, which SGLang refuses"):
+        save_padded(adapted, str(tmp_path / "adapter"), str(tmp_path / "padded"))
+    assert LoraConfig.from_pretrained(tmp_path / "padded").target_modules == r"a\.q"
+
+
 @pytest.mark.parametrize("variant", [{"use_dora": True}, {"init_lora_weights": "pissa"}])
 def test_what_engines_cannot_read_is_refused_by_name(variant, tmp_path):
     base = load_model(ModelConfig(make_family(TEXT_FAMILIES["llama"], str(tmp_path / "llama"))))
