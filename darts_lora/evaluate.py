@@ -149,7 +149,7 @@ def _figures_beside(
             f"{name}={ours[name]!r}: their losses cannot be compared"
         )
     found = load_finetune(folder)
-    return {found["name"]: found}
+    return {f"baseline {found['name']}": found}
 
 
 def _check_unseen(adapter: str, data: DataConfig) -> None:

@@ -72,6 +72,7 @@ def write_card(
         "task": PIPELINES[kind],
         "data": _data_text(data),
         "ranks": found,
+        "variant": _variant(adapted),
         "trainable parameters": f"{record['trainable_parameters']:,}",
         "budget": "none" if budget is None or uniform else f"{budget:,.0f} parameters",
         "training": f"{record['steps']:,} steps of "
@@ -105,7 +106,7 @@ def update_figures(folder: str, results: Mapping[str, Mapping[str, Any]]) -> Non
 
     Args:
         results: name of a model -> loss, exact_match (each a number or None),
-            trainable_parameters.
+            trainable_parameters (count) and, where it is known, rows (count).
 
     Raises:
         InputError: the card cannot be written.
@@ -119,10 +120,11 @@ def update_figures(folder: str, results: Mapping[str, Mapping[str, Any]]) -> Non
             "not finite" if figures["loss"] is None else f"{figures['loss']:.4f}",
             "-" if figures["exact_match"] is None else f"{figures['exact_match']:.1%}",
             f"{figures['trainable_parameters']:,}",
+            f"{figures['rows']:,}" if type(figures.get("rows")) is int else "-",
         )
         for name, figures in results.items()
     ]
-    header = ("model", "loss on test rows", "exact match", "trainable parameters")
+    header = ("model", "loss per token", "exact match", "trainable parameters", "test rows")
     start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
     block = f"\n\n{_table(header, rows)}\n\n"
     write_text(os.path.join(folder, CARD), text[:start] + block + text[end:])
@@ -176,6 +178,15 @@ def _data_text(data: DataConfig) -> str:
     names = [name for one in lists for name in ([one] if isinstance(one, str) else one)]
     parts = [data.dataset, data.dataset_config, *names]
     return _text(", ".join(_shown(part) for part in parts if part))
+
+
+def _variant(adapted: PeftModel) -> str:
+    """PEFT's options that make the adapter another than plain LoRA."""
+    config = adapted.peft_config["default"]
+    names = [f"`{name}`" for name in ("use_rslora", "use_dora") if getattr(config, name)]
+    if isinstance(config.init_lora_weights, str):
+        names.append(f"`init_lora_weights={config.init_lora_weights}`")
+    return ", ".join(names) or "plain LoRA"
 
 
 def _sizes(adapted: PeftModel) -> dict[str, int]:

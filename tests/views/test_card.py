@@ -24,7 +24,7 @@ from darts_lora.views.card import remove_card, update_figures, write_card
 
 TRAINING = TrainingConfig(max_steps=2, batch_size=4, logging_steps=1, learning_rate=0.02)
 RECORD = {"rank": None, "steps": 2, "trainable_parameters": 24, "loss": 0.5}
-FIGURES = {"loss": 0.25, "exact_match": None, "trainable_parameters": 24}
+FIGURES = {"loss": 0.25, "exact_match": None, "trainable_parameters": 24, "rows": 9}
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +71,14 @@ def test_what_a_card_says(evaluated, base_config):
     assert facts["base model"] == base_config.model_name_or_path.rsplit("/", 1)[1]
     assert facts["task"] == "image-text-to-text" and facts["budget"] == "12,345 parameters"
     assert facts["trainable parameters"] == f"{record['trainable_parameters']:,}"
-    assert facts["licence"].startswith("unknown")
-    assert [row[0] for row in figures] == ["model", "base", "adapter", "uniform2"]
+    assert facts["licence"].startswith("unknown") and facts["variant"] == "plain LoRA"
+    assert [row[0] for row in figures] == ["model", "base", "adapter", "baseline uniform2"]
+    assert {row[4] for row in figures[1:]} == {"12"}, "test rows of each"
     shown = {row[0]: row[1] for row in figures[1:]}
     assert shown["base"] == f"{results['base']['loss']:.4f}"
     assert shown["adapter"] == f"{results['adapter']['loss']:.4f}"
     with open(f"{uniform}/evaluation.json") as file:
-        assert shown["uniform2"] == f"{json.load(file)['adapter']['loss']:.4f}"
+        assert shown["baseline uniform2"] == f"{json.load(file)['adapter']['loss']:.4f}"
     said = [int(rank) for row in ranks[1:] for rank in row[1].split()]
     with open(folder / "genotype.json") as file:
         assert sorted(said) == sorted(json.load(file)["ranks"].values())
@@ -92,7 +93,7 @@ def test_what_a_card_says(evaluated, base_config):
 def test_the_figures_are_replaced_and_a_readme_of_others_stays(evaluated, tmp_path):
     (tmp_path / "README.md").write_text(card(evaluated[1]))
     update_figures(str(tmp_path), {"a | b": FIGURES})
-    assert tables(tmp_path)[1][1:] == [["a | b", "0.2500", "-", "24"]]
+    assert tables(tmp_path)[1][1:] == [["a | b", "0.2500", "-", "24", "9"]]
     for text in ("# mine", "<!-- end of figures --><!-- figures of evaluate.py -->"):
         (tmp_path / "README.md").write_text(text)
         update_figures(str(tmp_path), {"adapter": FIGURES})
@@ -115,7 +116,9 @@ def test_a_baseline_of_other_rows_is_refused(evaluated, base_config, data, tmp_p
 
 @pytest.fixture
 def embedded():
-    return get_peft_model(load_model(ModelConfig()), LoraConfig(r=1, target_modules=["fc1"]))
+    return get_peft_model(
+        load_model(ModelConfig()), LoraConfig(r=1, target_modules=["fc1"], use_dora=True)
+    )
 
 
 def test_the_example_loads_the_adapter_that_it_is_beside(embedded, tmp_path):
@@ -139,6 +142,7 @@ def test_hub_names_stand_in_the_cards_head_and_markup_in_names_is_text(embedded,
     assert ".from_pretrained('Qwen/Qwen3-0.6B')" in card(tmp_path)
     assert "<img src=x>" not in card(tmp_path)
     facts = {row[0]: row[1] for row in tables(tmp_path)[0] if row}
+    assert facts["variant"] == "<code>use_dora</code>"
     assert facts["data"] == "user/rows, a|b&lt;img src=x&gt;_c_"
     data = DataConfig("json", data_files={"train": "/home/me/rows.jsonl"})
     write_card(str(tmp_path), embedded, model, data, TRAINING, None, RECORD)
