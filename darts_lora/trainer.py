@@ -52,7 +52,7 @@ class RankSearchCallback(TrainerCallback):
 
     Raises:
         InputError: the trainer has another model, no eval_dataset or several GPUs in one process;
-            order 2, joint, DeepSpeed, several sets of evaluation rows; on training: a warm-up that
+            DeepSpeed, several sets of evaluation rows; on training: a warm-up that
             leaves no architecture step, a resumption.
     """
 
@@ -64,10 +64,6 @@ class RankSearchCallback(TrainerCallback):
     ):
         if trainer.model is not supernet.model:
             raise InputError("trainer: its model is not the supernet's; give it supernet.model")
-        if supernet.config.order == 2:
-            raise InputError("order=2: needs training batches beside; use RankSearch, or order=1")
-        if supernet.config.joint:
-            raise InputError("joint=true: a Trainer takes its own passes; use RankSearch, or false")
         if trainer.args.n_gpu > 1:
             raise InputError(
                 f"n_gpu={trainer.args.n_gpu}: one process would copy the model to all GPUs in each "
@@ -115,7 +111,6 @@ class RankSearchCallback(TrainerCallback):
         self.stream = BatchStream(self.trainer.get_eval_dataloader(rows))
         self.architect = Architect(
             self.supernet,
-            inner_learning_rate=args.learning_rate,
             reduce=(lambda g: accelerator.reduce(g, "mean")) if several else None,
             scaler=accelerator.scaler,
         )

@@ -214,9 +214,8 @@ def _page(search: Search, finetunes: list[dict[str, Any]], pictures: dict[str, b
         sections.append(_finetune_table(finetunes))
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     versions |= {"matplotlib": matplotlib.__version__}
-    found = search.genotype.found_by.get("versions", {}) if search.genotype else {}
     sections += ["<h2>Configuration</h2>", _table(search.options)]
-    sections += ["<h2>Versions of this report</h2>", _table(versions | found)]
+    sections += ["<h2>Versions of this report</h2>", _table(versions)]
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
