@@ -33,7 +33,7 @@ from darts_lora.genotype import Genotype
 from darts_lora.lora.frozen import hold_statistics
 from darts_lora.lora.models import load_model
 from darts_lora.lora.padded import save_padded
-from darts_lora.lora.variants import eva_weights
+from darts_lora.lora.variants import check_quantized, eva_weights
 from darts_lora.run.beginning import FinetuneConfig, add_adapter, first_step, resolve_init
 from darts_lora.run.callbacks import (
     FinetuneTrainer,
@@ -104,6 +104,7 @@ def _finetune(
     training: TrainingConfig,
     supernet: Supernet | None,
 ) -> tuple[PeftModel, dict[str, Any]]:
+    check_quantized(config.init_lora_weights, config.use_dora, model.quantization)
     genotype = _load_genotype(config.genotype)
     if config.push_to_hub and PartialState().is_main_process:
         open_repository(config.hub_model_id)

@@ -60,6 +60,26 @@ def check_variants(
         check_servable(init_lora_weights, use_dora, None)
 
 
+def check_quantized(
+    init_lora_weights: str | None, use_dora: bool, quantization: str | None
+) -> None:
+    """Whether a variant can begin on quantized weights.
+
+    Raises:
+        InputError: it cannot.
+    """
+    if quantization is not None and init_lora_weights == "pissa":
+        raise InputError(
+            f"init_lora_weights='pissa', quantization={quantization!r}: PiSSA takes a part out of "
+            "whole weights; leave one of them out"
+        )
+    if quantization == "8bit" and use_dora:  # seen on a CPU, with PEFT 0.21 and bitsandbytes 0.50
+        raise InputError(
+            "use_dora=true, quantization='8bit': where PEFT reads the norms of such weights they "
+            "lose their scales; use 4bit or int8"
+        )
+
+
 def variant_options(
     use_rslora: bool, use_dora: bool, init_lora_weights: str | None, stacked: list[str]
 ) -> dict[str, Any]:

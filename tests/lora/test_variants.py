@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from families import TEXT_FAMILIES, make_family
 from moe_models import make_moe
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from torch import nn
 
 from darts_lora import Genotype, InputError, SearchConfig, Supernet
-from darts_lora.config import TrainingConfig
+from darts_lora.config import ModelConfig, TrainingConfig
 from darts_lora.data.loaders import make_collator, training_rows
 from darts_lora.finetune import finetune
 from darts_lora.lora import variants as variants_module
@@ -188,6 +189,34 @@ def test_experts_have_no_such_variant(options):
     found = Genotype({"model.layers.0.mlp.experts.down_proj": 1})
     with pytest.raises(InputError, match=r"^\w+(=true)?: PEFT has it for linear layers alone, not"):
         add_adapter(make_moe("mixtral"), FinetuneConfig("x", **options), found)
+
+
+@pytest.mark.parametrize(
+    ("options", "quantization", "message"),
+    [
+        ({"init_lora_weights": "pissa"}, "4bit", r"init_lora_weights='pissa', quantization='4bit'"),
+        ({"use_dora": True}, "8bit", r"use_dora=true, quantization='8bit'"),
+    ],
+)
+def test_a_variant_that_quantized_weights_do_not_allow(
+    options, quantization, message, base_config, data, tmp_path
+):
+    config = FinetuneConfig(None, rank=1, output_dir=str(tmp_path), **options)
+    with pytest.raises(InputError, match=f"^{message}"):
+        finetune(config, replace(base_config, quantization=quantization), data, TRAINING)
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"init_lora_weights": "eva"}], ids=str)
+def test_variants_over_a_base_in_4_bits(options, tmp_path):
+    folder, ids = make_family(TEXT_FAMILIES["llama"], str(tmp_path)), torch.randint(0, 11, (4, 7))
+    model = ModelConfig(folder, quantization="4bit")
+    expected = load_model(model).eval()(ids).logits
+    config = FinetuneConfig(None, rank=2, target_modules=["q_proj"], **options)
+    adapted = add_adapter(load_model(model), config, None)
+    if "use_dora" not in options:
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        eva_weights(adapted, [{}] * 8, lambda rows: batch, 4)
+    assert (adapted.eval()(ids).logits - expected).abs().max() <= 1e-5
 
 
 def test_first_weights_of_ones_own_begin_from_scratch():
