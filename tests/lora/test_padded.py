@@ -72,6 +72,18 @@ def test_each_engine_serves_what_was_trained(engine, llama):
     assert off(engine, llama[2], llama) <= 1e-5
 
 
+def test_each_engine_serves_rslora(llama, tmp_path):
+    """Whose layers have unlike scales, which only the newer vLLM reads as they are."""
+    model, _, _, ids, _ = llama
+    adapted = adapter_of(load_model(model), tmp_path / "adapter", use_rslora=True)
+    with torch.no_grad():
+        own = (model, None, None, ids, adapted(ids).logits)
+    save_padded(adapted, str(tmp_path / "adapter"), str(tmp_path / "padded"))
+    assert max(off(engine, tmp_path / "padded", own) for engine in ENGINES) <= 1e-5
+    assert off(vllm, tmp_path / "adapter", own) <= 1e-5
+    assert off(vllm_without_patterns, tmp_path / "adapter", own) > 1e-2
+
+
 def test_what_engines_make_of_the_adapter_as_it_was_trained(llama):
     """Why there is a second folder: one refuses it, others serve something else without a word."""
     own = llama[1]
