@@ -52,6 +52,9 @@ class FinetuneConfig:
     output_dir/padded: for engines that ignore rank_pattern."""
     output_dir: str = "runs/finetune"
     """Folder for the adapter, finetune.json and config.yaml."""
+    report_to: str | list[str] = "tensorboard"
+    """Trackers of the losses: one or several of tensorboard, wandb, trackio, mlflow, comet_ml and
+    what else accelerate knows; all that are installed; or none. A search's are not taken over."""
     seed: int = 0
     """Seed of the LoRA weights and of the data order."""
 

@@ -1,13 +1,12 @@
 """transformers' Trainer in a finetune: its arguments, its loss, what it leaves; between its steps
-the bar, the adapter so far, TensorBoard, requests to stop. Not here: what is trained (finetune.py),
+the bar, the adapter so far, trackers, requests to stop. Not here: what is trained (finetune.py),
 what asks for a stop (interruption.py)."""
 
 from __future__ import annotations
 
 import os
 import sys
-import warnings
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import peft
@@ -22,12 +21,12 @@ from transformers import (
     TrainingArguments,
     get_scheduler,
 )
-from transformers.integrations import TensorBoardCallback
 
 from darts_lora.config import TrainingConfig
 from darts_lora.errors import DivergedError
 from darts_lora.files import write_whole
 from darts_lora.interruption import Stopped, StopRequest, worker_context
+from darts_lora.trackers import Trackers
 
 
 def training_arguments(
@@ -56,7 +55,7 @@ def training_arguments(
         remove_unused_columns=False,  # the collator reads the columns
         label_names=["labels"],
         disable_tqdm=False,  # where transformers is quiet, it would print whole dictionaries
-        report_to=[],  # Views, which may fail
+        report_to=[],  # Views: as in a search, and may fail
         use_cpu=PartialState().device.type == "cpu",  # else it refuses bf16 there
         seed=seed,
     )
@@ -142,29 +141,25 @@ def kept(folder: str) -> str:
     return f"{folder} has the last adapter that was saved; a finetune starts anew"
 
 
-class Views(TensorBoardCallback):
-    """TensorBoard as transformers writes it; where it fails, the training goes on without it."""
+class Views(TrainerCallback):
+    """The figures of a training, to its trackers."""
 
-    def on_train_begin(self, *args, **kwargs):
-        self._guarded(super().on_train_begin, *args, **kwargs)
+    def __init__(self, report_to: list[str], output_dir: str, options: dict[str, Any]):
+        self.open = partial(Trackers, report_to, output_dir, options)
+        self.trackers: Trackers | None = None
 
-    def on_log(self, *args, **kwargs):
-        self._guarded(super().on_log, *args, **kwargs)
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.trackers = self.open()
 
-    def on_train_end(self, *args, **kwargs):
-        self._guarded(super().on_train_end, *args, **kwargs)
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.trackers is not None:
+            numbers = {name: v for name, v in logs.items() if isinstance(v, int | float)}
+            self.trackers.log({f"train/{n}": v for n, v in numbers.items()}, state.global_step)
 
-    def _guarded(self, act: Callable, *args, **kwargs) -> None:
-        if getattr(self, "failed", False):
-            return
-        try:
-            act(*args, **kwargs)
-        except Exception as error:
-            self.failed = True
-            warnings.warn(
-                f"TensorBoard is left out from here on ({type(error).__name__}: {error})",
-                stacklevel=2,
-            )
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.trackers is not None:
+            self.trackers.finish()
 
 
 def training_record(trainer: Trainer, seconds: float) -> dict[str, Any]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
-from dataclasses import replace
-from importlib.util import find_spec
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -46,6 +45,7 @@ from darts_lora.models import load_model
 from darts_lora.padded import save_padded
 from darts_lora.supernet import Supernet
 from darts_lora.together import check_not_anothers
+from darts_lora.trackers import check_trackers
 
 # all that a finetune leaves, removed before another one trains
 RESULTS = ("finetune.json", "evaluation.json", SAFETENSORS_WEIGHTS_NAME, "adapter_config.json")
@@ -76,6 +76,7 @@ def finetune(
         Stopped: SIGTERM, SIGINT or max_runtime, as of RankSearch.run; the adapter so far is in
             output_dir/checkpoint.
     """
+    check_trackers(config.report_to)
     check_finetune(config.output_dir, model, data)
     with locked(config.output_dir):
         return _finetune(config, model, data, training, supernet)
@@ -132,7 +133,7 @@ def _finetune(
         save_config(config.output_dir, config, model, data, training)
     figures = train(
         adapted, rows, collator, training, config.output_dir,
-        seed=config.seed, first_step=first, describe=describe,
+        seed=config.seed, first_step=first, describe=describe, report_to=config.report_to,
     )  # fmt: skip
     return adapted, record | figures
 
@@ -168,6 +169,7 @@ def train(
     seed: int = 0,
     first_step: int = 0,
     describe: Callable[[str, dict[str, Any]], None] = lambda folder, figures: None,
+    report_to: str | Sequence[str] = "tensorboard",
 ) -> dict[str, Any]:
     """Train the adapter in place with transformers' Trainer and save it to output_dir.
 
@@ -175,6 +177,7 @@ def train(
         first_step: steps of training.max_steps, and of its learning rate, that a search took.
         describe: (folder, what this returns) -> writes what else belongs to the adapter, which is
             in that folder, there; on the first process.
+        report_to: trackers of the losses, as of RankSearch.
 
     Returns:
         trainable_parameters (count), losses ([step, mean since the entry before] pairs), loss (mean
@@ -202,8 +205,7 @@ def train(
     trainer.add_callback(SaveAdapter(trainer, training.save_steps, folder, stop))
     trainer.remove_callback(ProgressCallback)  # prints whole dictionaries
     trainer.add_callback(Progress)
-    if find_spec("tensorboard"):
-        trainer.add_callback(Views())
+    trainer.add_callback(Views(check_trackers(report_to), output_dir, asdict(training)))
     start = time.perf_counter()
     with (
         stop,

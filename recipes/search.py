@@ -29,6 +29,7 @@ from darts_lora.models import load_model
 from darts_lora.resume import check_start, placeless, remove_search
 from darts_lora.sources import load_source
 from darts_lora.tables import show, show_batch, show_supernet
+from darts_lora.trackers import check_trackers
 from darts_lora.verdict import verdict_text
 
 EMBEDDED_CONFIG = os.path.join(os.path.dirname(__file__), "configs", "embedded.yaml")
@@ -48,6 +49,9 @@ class SearchRun:
     cuda_graphs: bool = False
     """Launch each step's kernels as one CUDA graph: for small models, whose kernels take longer to
     launch than to run. Set pad_to_multiple_of as well: each length of batch is captured once."""
+    report_to: str | list[str] = "tensorboard"
+    """Trackers of the figures and pictures: one or several of tensorboard, wandb, trackio, mlflow,
+    comet_ml and what else accelerate knows; all that are installed; or none."""
     dry_run: bool = False
     """Show one decoded batch, its labels, the searched layers and their parameters, and stop."""
 
@@ -64,6 +68,7 @@ def main(
     Without arguments: the embedded vision-language model and data, recipes/configs/embedded.yaml.
     """
     check_launch()
+    check_trackers(options.report_to)
     check_writable(options.output_dir)
     if options.finetune_dir is not None:
         check_finetune(options.finetune_dir, model, data)
@@ -104,6 +109,7 @@ def _search(
         output_dir=options.output_dir,
         course=_course(model, data, rows, training),
         cuda_graphs=options.cuda_graphs,
+        report_to=options.report_to,
     )
     accelerator = rank_search.accelerator
     if options.resume:
@@ -124,7 +130,8 @@ def _search(
     if options.finetune_dir is not None:
         del rank_search
         accelerator.free_memory()
-        config = FinetuneConfig(path, output_dir=options.finetune_dir, seed=search.seed)
+        where = {"output_dir": options.finetune_dir, "report_to": options.report_to}
+        config = FinetuneConfig(path, seed=search.seed, **where)
         finetune(config, model, data, training, supernet)
         following = command("evaluate", model, adapter=options.finetune_dir)
     if accelerator.is_main_process:

@@ -27,7 +27,7 @@ from darts_lora import InputError
 from darts_lora.checkpoint import checkpoints
 from darts_lora.cli import run
 from darts_lora.files import check_writable, write_json
-from darts_lora.tensorboard import SearchViews  # noqa: F401 - not in each process
+from darts_lora.tensorboard import TensorBoard  # noqa: F401 - not in each process
 
 RECIPES = Path(__file__).parents[1]
 RESULTS = ("genotype.json", "supernet.safetensors")  # ranks; weights and alpha

@@ -1,5 +1,5 @@
-"""The views: what TensorBoard reads back of a search, sizes, the record after a resume.
-Not here: the figures themselves (test_search.py), pictures (test_images.py)."""
+"""What TensorBoard reads back of a search, sizes, the record after a resume.
+Not here: the figures themselves (test_search.py), pictures (test_images.py), other trackers."""
 
 import json
 import time
@@ -12,11 +12,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from darts_lora import RankSearch, SearchConfig, Supernet
 from darts_lora.config import TrainingConfig
 from darts_lora.records import read_metrics
-from darts_lora.tensorboard import DRAWING_SHARE, SCALARS, SearchViews
+from darts_lora.search_views import DRAWING_SHARE, SCALARS, SearchViews
+from darts_lora.trackers import Trackers
 from small_models import residual
 
 IMAGES = {"alpha/probability", "ranks/expected", "ranks/chosen"}
 PATH = "vision.layers.{}.mlp.fc{}"
+
+
+def views_of(folder, supernet, first_step=0, steps=1):
+    trackers = Trackers(["tensorboard"], str(folder), {}, first_step=first_step)
+    return SearchViews(trackers, str(folder), supernet, first_step, steps)
 
 
 def read(folder):
@@ -48,7 +54,9 @@ def test_every_scalar_is_the_searchs_own_record(searched):
     folder, genotype = searched
     events, records = read(folder), read_metrics(folder / "metrics.jsonl")
     assert [r["step"] for r in records] == list(range(5, 41, 5))
-    results = {"result/entropy", "result/agreement", "result/chosen_parameters"}
+    figures = genotype.found_by["verdict"]
+    results = {f"result/{n}" for n, value in figures.items() if isinstance(value, int | float)}
+    assert results <= set(events.Tags()["scalars"])
     absent = set() if torch.cuda.is_available() else {"speed/peak_memory_gib"}
     tags = set(events.Tags()["scalars"]) - results
     assert tags == {*SCALARS.values(), "budget/budget_parameters"} - absent
@@ -104,7 +112,7 @@ class Alpha:
 
 def test_520_modules_and_1000_steps_stay_small_and_quick(tmp_path):
     supernet, figures = Alpha(), dict.fromkeys(SCALARS, 0.5)
-    views = SearchViews(str(tmp_path), supernet, steps=1000)
+    views = views_of(tmp_path, supernet, steps=1000)
     views.started -= 10_000  # a long run: no image is left out
     begun = time.process_time()
     for step in range(10, 1001, 10):
@@ -119,7 +127,7 @@ def test_520_modules_and_1000_steps_stay_small_and_quick(tmp_path):
 
 
 def test_images_never_take_more_than_their_share_of_a_quick_run(tmp_path):
-    views = SearchViews(str(tmp_path), Alpha(), steps=1000)
+    views = views_of(tmp_path, Alpha(), steps=1000)
     for step in range(10, 1001, 10):
         views.write({"step": step, "train_loss": 1.0})
     views.started -= views.drawing / DRAWING_SHARE
@@ -131,7 +139,7 @@ def test_images_never_take_more_than_their_share_of_a_quick_run(tmp_path):
 
 def test_a_new_search_takes_back_what_one_before_it_wrote(tmp_path):
     for steps in ((10, 20, 30), (10, 20)):
-        views = SearchViews(str(tmp_path), Alpha(4))
+        views = views_of(tmp_path, Alpha(4))
         for step in steps:
             views.write({"step": step, "train_loss": 1.0})
         views.close()
@@ -140,11 +148,11 @@ def test_a_new_search_takes_back_what_one_before_it_wrote(tmp_path):
 
 def test_a_resumed_search_takes_back_what_came_after_its_checkpoint(tmp_path):
     supernet = Alpha(4)
-    views = SearchViews(str(tmp_path), supernet)
+    views = views_of(tmp_path, supernet)
     for step in (10, 20, 30):
         views.write({"step": step, "train_loss": 1 / step})
     views.close()
-    views = SearchViews(str(tmp_path), supernet, first_step=20)
+    views = views_of(tmp_path, supernet, first_step=20)
     views.write({"step": 30, "train_loss": 0.25})
     views.close()
     scalars = read(tmp_path).Scalars("loss/train")
