@@ -14,7 +14,7 @@ from recipes.conftest import ROOT
 from transformers import AutoModelForCausalLM
 
 
-@pytest.mark.parametrize("name", ["trainer", "sft"])
+@pytest.mark.parametrize("name", ["trainer", "sft", "dpo"])
 def test_an_example(name, tmp_path):
     model, question = make_family(TEXT_FAMILIES["llama"], str(tmp_path / "model")), "which colour"
     files = []
@@ -23,6 +23,8 @@ def test_an_example(name, tmp_path):
         rows = [{"prompt": question, "completion": colour} for colour in colours]
         if name == "trainer":
             rows = [{"text": f"{question} {colour}"} for colour in colours]
+        if name == "dpo":
+            rows = [{"prompt": question, "chosen": c, "rejected": f"{c} {c}"} for c in colours]
         files.append(tmp_path / f"{split}.jsonl")
         files[-1].write_text("".join(json.dumps(row) + "\n" for row in rows))
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
