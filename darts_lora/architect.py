@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from darts_lora.allocation import Allocation
-from darts_lora.average import RunningMean
-from darts_lora.errors import DivergedError, InputError
-from darts_lora.prior import Prior
+from darts_lora.alpha.allocation import Allocation
+from darts_lora.alpha.average import RunningMean
+from darts_lora.alpha.prior import Prior
+from darts_lora.base.errors import DivergedError, InputError
 from darts_lora.supernet import Supernet
 
 AVERAGE = 0.125  # the default of arch_average

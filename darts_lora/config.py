@@ -1,13 +1,13 @@
 """The options of a search and of the runs around it: dataclasses, every bound checked on creation.
-Not here: what needs a model or a data set to check (supernet.py, data.py), nor argument parsing."""
+Not here: what needs a model or a data set to check (supernet.py, loaders.py), nor parsing."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from darts_lora.bounds import check_bounds, check_modules, check_ranks, is_real, require
-from darts_lora.errors import InputError
+from darts_lora.base.bounds import check_bounds, check_modules, check_ranks, is_real, require
+from darts_lora.base.errors import InputError
 
 ALL_EXPERTS = "all-experts"
 

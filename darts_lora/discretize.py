@@ -12,9 +12,9 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array, vstack
 from torch import Tensor
 
-from darts_lora.cost import resolve_budget, unit_costs, usable_table
-from darts_lora.errors import InputError
+from darts_lora.base.errors import InputError
 from darts_lora.genotype import Genotype
+from darts_lora.lora.cost import resolve_budget, unit_costs, usable_table
 from darts_lora.supernet import Supernet
 
 Method = Literal["argmax", "budget", "proportional"]

@@ -21,11 +21,14 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from darts_lora.bounds import check_bounds
-from darts_lora.cli import CONFIG_NAME, load_config
-from darts_lora.collator import IGNORED, Collator
+from darts_lora.base.bounds import check_bounds
+from darts_lora.base.errors import InputError, one_line
+from darts_lora.base.files import write_json
+from darts_lora.base.options import CONFIG_NAME, load_config
 from darts_lora.config import DataConfig, ModelConfig
-from darts_lora.data import (
+from darts_lora.data.collator import IGNORED, Collator
+from darts_lora.data.label_collator import LabelCollator
+from darts_lora.data.loaders import (
     Rows,
     checked_rows,
     load_splits,
@@ -33,12 +36,9 @@ from darts_lora.data import (
     make_dataloader,
     process_share,
 )
-from darts_lora.errors import InputError, one_line
-from darts_lora.files import write_json
-from darts_lora.label_collator import LabelCollator
-from darts_lora.launch import explained
-from darts_lora.models import load_model, sample_of, weight_samples
-from darts_lora.targets import check_fresh
+from darts_lora.lora.models import load_model, sample_of, weight_samples
+from darts_lora.lora.targets import check_fresh
+from darts_lora.run.launch import explained
 
 # Which rows of the training split are held back as test rows (test_split null).
 HELD_BACK_BY = ("test_split", "test_fraction", "split_seed", "split_by", "max_train_samples")

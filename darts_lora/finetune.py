@@ -20,32 +20,31 @@ from transformers import (
     set_seed,
 )
 
-from darts_lora.beginning import FinetuneConfig, add_adapter, first_step, resolve_init
-from darts_lora.callbacks import (
+from darts_lora.base.errors import InputError
+from darts_lora.base.files import check_writable, locked, remove, write_into, write_json
+from darts_lora.base.interruption import StopRequest, told_as_input_errors
+from darts_lora.base.options import save_config
+from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
+from darts_lora.data.collator import Collator
+from darts_lora.data.label_collator import LabelCollator
+from darts_lora.data.loaders import Rows, checked_rows, make_collator, rows_read, training_rows
+from darts_lora.genotype import Genotype
+from darts_lora.lora.frozen import hold_statistics
+from darts_lora.lora.models import load_model
+from darts_lora.lora.padded import save_padded
+from darts_lora.run.beginning import FinetuneConfig, add_adapter, first_step, resolve_init
+from darts_lora.run.callbacks import (
     FinetuneTrainer,
     Progress,
     SaveAdapter,
-    Views,
     kept,
     training_arguments,
     training_record,
 )
-from darts_lora.cli import save_config
-from darts_lora.collator import Collator
-from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
-from darts_lora.data import Rows, checked_rows, make_collator, rows_read, training_rows
-from darts_lora.errors import InputError
-from darts_lora.files import check_writable, locked, remove, write_into, write_json
-from darts_lora.frozen import hold_statistics
-from darts_lora.genotype import Genotype
-from darts_lora.interruption import StopRequest, told_as_input_errors
-from darts_lora.label_collator import LabelCollator
-from darts_lora.launch import check_launch, explained
-from darts_lora.models import load_model
-from darts_lora.padded import save_padded
+from darts_lora.run.launch import check_launch, explained
+from darts_lora.run.together import check_not_anothers
 from darts_lora.supernet import Supernet
-from darts_lora.together import check_not_anothers
-from darts_lora.trackers import check_trackers
+from darts_lora.views.trackers import Views, check_trackers
 
 # all that a finetune leaves, removed before another one trains
 RESULTS = ("finetune.json", "evaluation.json", SAFETENSORS_WEIGHTS_NAME, "adapter_config.json")

@@ -16,16 +16,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from darts_lora.adapter import lora_config
-from darts_lora.bounds import MAX_RANK, NAMES, check_ranks, is_name
-from darts_lora.cost import parameters_per_rank
-from darts_lora.errors import InputError, one_line
-from darts_lora.experts import peft_names, stacked_tensors, to_peft
-from darts_lora.files import read_json, write_json
-from darts_lora.handover import cut, fold
-from darts_lora.mixed_linear import linear_shape
-from darts_lora.models import weights_digest
-from darts_lora.targets import check_matches, current_names
+from darts_lora.base.bounds import MAX_RANK, NAMES, check_ranks, is_name
+from darts_lora.base.errors import InputError, one_line
+from darts_lora.base.files import read_json, write_json
+from darts_lora.lora.adapter import lora_config
+from darts_lora.lora.cost import parameters_per_rank
+from darts_lora.lora.experts import peft_names, stacked_tensors, to_peft
+from darts_lora.lora.handover import cut, fold
+from darts_lora.lora.mixed_linear import linear_shape
+from darts_lora.lora.models import weights_digest
+from darts_lora.lora.targets import check_matches, current_names
 
 if TYPE_CHECKING:
     from darts_lora.supernet import Supernet
@@ -274,11 +274,6 @@ class Genotype:
                 f"genotype: is of another search than the weights in {path!r}; derive it anew from "
                 "the search that is there (recipes/derive.py), or use init=scratch"
             )
-
-    def _repr_html_(self) -> str:
-        from darts_lora.tables import html  # a notebook's view: not needed to hold a result
-
-        return html(self)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write JSON (temporary file, then rename)."""

@@ -1,5 +1,5 @@
 """RankSearch: the loop on accelerate: warm-up, alternation, when to log, to save and to stop.
-Not here: the two steps (weights.py, architect.py), phases (schedule.py), figures, views, state."""
+Not here: the two steps (weight_step.py, architect.py), phases (schedule.py), views, state."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from darts_lora.bilevel import BilevelStep
-from darts_lora.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from darts_lora.base.errors import DivergedError, InputError
+from darts_lora.base.files import check_writable, locked, write_whole
+from darts_lora.base.interruption import Stopped, StopRequest, told_as_input_errors
 from darts_lora.config import TrainingConfig
-from darts_lora.errors import DivergedError, InputError
-from darts_lora.files import check_writable, locked, write_whole
 from darts_lora.genotype import Genotype
-from darts_lora.interruption import Stopped, StopRequest, told_as_input_errors
-from darts_lora.joint import halves_loss
-from darts_lora.launch import (
+from darts_lora.lora.models import frozen_digest, weights_digest
+from darts_lora.run.bilevel import BilevelStep
+from darts_lora.run.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from darts_lora.run.joint import halves_loss
+from darts_lora.run.launch import (
     check_accumulation,
     check_distribution,
     check_replays,
     prepare_loaders,
     search_accelerator,
 )
-from darts_lora.models import frozen_digest, weights_digest
-from darts_lora.records import Metrics, alpha_figures, number, peak_memory, progress_text
-from darts_lora.resume import (
+from darts_lora.run.records import Metrics, alpha_figures, number, peak_memory, progress_text
+from darts_lora.run.resume import (
     capture,
     check_alpha_is_one,
     check_same_course,
@@ -47,12 +47,12 @@ from darts_lora.resume import (
     remove_search,
     restore,
 )
-from darts_lora.schedule import Schedule, derive_genotype
-from darts_lora.search_views import SearchViews
-from darts_lora.stream import BatchStream, check_batches
+from darts_lora.run.schedule import Schedule, derive_genotype
+from darts_lora.run.stream import BatchStream, check_batches
+from darts_lora.run.tokens import learnt_tokens, model_loss
 from darts_lora.supernet import Supernet
-from darts_lora.tokens import learnt_tokens, model_loss
-from darts_lora.trackers import Trackers, check_trackers
+from darts_lora.views.search_views import SearchViews
+from darts_lora.views.trackers import Trackers, check_trackers
 
 
 class RankSearch:
@@ -118,10 +118,10 @@ class RankSearch:
         set_seed(config.seed, device_specific=True)
         self.base_digest = frozen_digest(supernet.model)  # before anything shards it
         count = learnt_tokens if loss_fn is model_loss else None  # what others are means of?
-        self.steps = BilevelStep(
+        self.bilevel = BilevelStep(
             supernet, self.accelerator, self.training, loss_fn, joint_loss_fn, count
         )
-        self.weights, self.architect = self.steps.weights, self.steps.architect
+        self.weights, self.architect = self.bilevel.weights, self.bilevel.architect
         self.model = self.weights.model
         given = train_dataloader, val_dataloader
         loaders = prepare_loaders(self.accelerator, given, config.seed, output_dir is not None)
@@ -132,7 +132,7 @@ class RankSearch:
         self.schedulers = self.weights.scheduler, self.arch_scheduler
         self.course = course_options(self, course or {})
         if cuda_graphs:
-            self.steps.capture()
+            self.bilevel.capture()
         self.step, self.seconds = 0, 0.0
         self.validation_loss, self.alpha_gradient_norm = math.nan, None
         self.validation_losses: dict[int, Tensor] = {}  # step -> loss, since the last record
@@ -248,7 +248,7 @@ class RankSearch:
         """A weight step and, after the warm-up, an architecture step; the training loss."""
         self.schedule.enter(step)
         trains_alpha = self.schedule.trains_alpha(step)
-        loss, metrics = self.steps.step(self.train_stream, self.val_stream, trains_alpha)
+        loss, metrics = self.bilevel.step(self.train_stream, self.val_stream, trains_alpha)
         if metrics is not None:
             if self.architect.allocation is None:  # else its optimizer rests
                 self.arch_scheduler.step()

@@ -13,18 +13,18 @@ from einops import einsum
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from darts_lora.branches import Draw, Forward
+from darts_lora.base.errors import InputError
+from darts_lora.base.files import write_whole
 from darts_lora.config import SearchConfig
-from darts_lora.cost import resolve_budget, unit_costs, usable_table
-from darts_lora.errors import InputError
-from darts_lora.experts import MixedRankExperts
-from darts_lora.files import write_whole
-from darts_lora.frozen import hold_statistics
-from darts_lora.mixed_linear import MixedRankLinear
-from darts_lora.probe import check_plain
-from darts_lora.relaxation import Relaxation, gumbel_noise, sample
-from darts_lora.searched import searched_layers
-from darts_lora.targets import match_saved_modules
+from darts_lora.lora.branches import Draw, Forward
+from darts_lora.lora.cost import resolve_budget, unit_costs, usable_table
+from darts_lora.lora.experts import MixedRankExperts
+from darts_lora.lora.frozen import hold_statistics
+from darts_lora.lora.mixed_linear import MixedRankLinear
+from darts_lora.lora.probe import check_plain
+from darts_lora.lora.relaxation import Relaxation, gumbel_noise, sample
+from darts_lora.lora.searched import searched_layers
+from darts_lora.lora.targets import match_saved_modules
 
 SUPERNET_NAME = "supernet.safetensors"
 # What accelerate puts into a model that it prepares, and does not take away; and what is put here.

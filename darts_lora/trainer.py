@@ -16,17 +16,17 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers import Trainer, TrainerCallback
 
+from darts_lora.alpha.verdict import verdict_text
 from darts_lora.architect import Architect
-from darts_lora.beginning import plain_adapter
-from darts_lora.errors import InputError
+from darts_lora.base.errors import InputError
 from darts_lora.genotype import Genotype
-from darts_lora.launch import check_distribution
-from darts_lora.relaxation import entropies
-from darts_lora.schedule import Schedule, derive_genotype
-from darts_lora.stream import BatchStream
+from darts_lora.lora.relaxation import entropies
+from darts_lora.run.beginning import plain_adapter
+from darts_lora.run.launch import check_distribution
+from darts_lora.run.schedule import Schedule, derive_genotype
+from darts_lora.run.stream import BatchStream
 from darts_lora.supernet import PREPARED, Supernet
-from darts_lora.tables import show
-from darts_lora.verdict import verdict_text
+from darts_lora.views.console import show
 
 
 class RankSearchCallback(TrainerCallback):

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from darts_lora import Genotype, InputError, discretize
-from darts_lora.bounds import check_bounds
-from darts_lora.cli import command, run
-from darts_lora.tables import show
+from darts_lora.base.bounds import check_bounds
+from darts_lora.base.options import command, run
+from darts_lora.views.console import show
 
 
 @dataclass

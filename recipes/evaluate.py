@@ -8,7 +8,7 @@ accelerate launch recipes/evaluate.py --adapter runs/uniform4 --max_test_samples
 from rich.console import Console
 from rich.table import Table
 
-from darts_lora.cli import is_main_process, run
+from darts_lora.base.options import is_main_process, run
 from darts_lora.config import DataConfig, ModelConfig
 from darts_lora.evaluate import EvaluateConfig, evaluate
 

@@ -6,7 +6,7 @@ accelerate launch recipes/finetune.py --init inherit        # from the searched 
 accelerate launch recipes/finetune.py --rank 4 --output_dir runs/uniform4    # a baseline
 """
 
-from darts_lora.cli import command, is_main_process, run
+from darts_lora.base.options import command, is_main_process, run
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
 from darts_lora.finetune import FinetuneConfig, finetune
 

@@ -1,7 +1,7 @@
 """Makes the embedded default: pretrains a small Mllama on easy-vqa, writes model and data.
-Not here: loading either of them (darts_lora/models.py, darts_lora/data.py), nor any search.
+Not here: loading either of them (darts_lora/lora/models.py, data/loaders.py), nor any search.
 
-python recipes/pretrain_embedded.py                          # into darts_lora/embedded
+python recipes/pretrain_embedded.py                          # into darts_lora/data/embedded
 python recipes/pretrain_embedded.py --output_dir runs/embedded --max_steps 20
 """
 
@@ -35,13 +35,13 @@ from transformers import (
 )
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
-from darts_lora.bounds import check_bounds
-from darts_lora.cli import run
-from darts_lora.collator import Collator
+from darts_lora.base.bounds import check_bounds
+from darts_lora.base.files import check_writable, write_text, write_whole
+from darts_lora.base.options import run
+from darts_lora.data.collator import Collator
 from darts_lora.evaluate import score
-from darts_lora.files import check_writable, write_text, write_whole
-from darts_lora.graphs import Graphed
-from darts_lora.models import EMBEDDED
+from darts_lora.lora.models import EMBEDDED
+from darts_lora.run.graphs import Graphed
 
 SPECIAL = ("<|pad|>", "<|begin_of_text|>", "<|end_of_text|>", "<|user|>", "<|assistant|>")
 IMAGE_TOKEN = "<|image|>"

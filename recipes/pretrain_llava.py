@@ -28,14 +28,14 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from darts_lora import InputError
-from darts_lora.bounds import check_bounds
-from darts_lora.cli import run
-from darts_lora.collator import Collator
+from darts_lora.base.bounds import check_bounds
+from darts_lora.base.errors import one_line
+from darts_lora.base.files import check_writable, write_whole
+from darts_lora.base.options import run
 from darts_lora.config import ModelConfig
-from darts_lora.errors import one_line
+from darts_lora.data.collator import Collator
 from darts_lora.evaluate import score
-from darts_lora.files import check_writable, write_whole
-from darts_lora.models import load_model, load_processor
+from darts_lora.lora.models import load_model, load_processor
 
 IMAGE_TOKEN = "<image>"
 # SmolLM2's turns, without the system message that its own template begins with

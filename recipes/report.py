@@ -1,5 +1,5 @@
 """The report recipe: a search, and finetunes of what it found, as one HTML file.
-Not here: how it is drawn (darts_lora/report.py).
+Not here: how it is drawn (darts_lora/views/report.py).
 
 python recipes/report.py                                    # what recipes/search.py left
 python recipes/report.py --finetune_dir '[runs/finetune, runs/uniform4]'
@@ -8,9 +8,9 @@ python recipes/report.py --finetune_dir '[runs/finetune, runs/uniform4]'
 import os
 from dataclasses import dataclass, field
 
-from darts_lora.cli import run
-from darts_lora.report import write_report
-from darts_lora.runs import Search, load_finetune
+from darts_lora.base.options import run
+from darts_lora.run.runs import Search, load_finetune
+from darts_lora.views.report import write_report
 
 
 @dataclass

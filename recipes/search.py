@@ -11,9 +11,11 @@ from accelerate import Accelerator
 from transformers import set_seed
 
 from darts_lora import RankSearch, SearchConfig, Supernet
-from darts_lora.cli import command, is_main_process, run, save_config
+from darts_lora.alpha.verdict import verdict_text
+from darts_lora.base.files import check_writable, locked, write_json
+from darts_lora.base.options import command, is_main_process, run, save_config
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
-from darts_lora.data import (
+from darts_lora.data.loaders import (
     checked_rows,
     how_tested,
     load_splits,
@@ -22,15 +24,13 @@ from darts_lora.data import (
     search_dataloaders,
     split_record,
 )
-from darts_lora.files import check_writable, locked, write_json
+from darts_lora.data.sources import load_source
 from darts_lora.finetune import FinetuneConfig, check_finetune, finetune
-from darts_lora.launch import check_launch
-from darts_lora.models import load_model
-from darts_lora.resume import check_start, placeless, remove_search
-from darts_lora.sources import load_source
-from darts_lora.tables import show, show_batch, show_supernet
-from darts_lora.trackers import check_trackers
-from darts_lora.verdict import verdict_text
+from darts_lora.lora.models import load_model
+from darts_lora.run.launch import check_launch
+from darts_lora.run.resume import check_start, placeless, remove_search
+from darts_lora.views.console import show, show_batch, show_supernet
+from darts_lora.views.trackers import check_trackers
 
 EMBEDDED_CONFIG = os.path.join(os.path.dirname(__file__), "configs", "embedded.yaml")
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from darts_lora import Architect, DivergedError, InputError, SearchConfig, Supernet, mixed_linear
+from darts_lora import Architect, DivergedError, InputError, SearchConfig, Supernet
+from darts_lora.alpha.prior import Prior
 from darts_lora.architect import SharedAdam
-from darts_lora.prior import Prior
+from darts_lora.lora import mixed_linear
 from small_models import randomise, residual
 
 EXACT = {"ranks": (0, 1, 2, 4), "relaxation": "softmax", "arch_noise": 0.0}

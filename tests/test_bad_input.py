@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from darts_lora import Genotype
 from darts_lora.config import ModelConfig
 from darts_lora.finetune import FinetuneConfig, add_adapter
-from darts_lora.models import load_model
+from darts_lora.lora.models import load_model
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 GENOTYPE = {

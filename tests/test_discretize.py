@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from darts_lora import Genotype, InputError, SearchConfig, Supernet, discretize
-from darts_lora.cost import rank_costs
 from darts_lora.discretize import choose, proportional_values, shared_parameters
+from darts_lora.lora.cost import rank_costs
 from small_models import randomise, residual
 
 

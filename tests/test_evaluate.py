@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from darts_lora import InputError
-from darts_lora.cli import save_config
-from darts_lora.collator import IGNORED, Collator
+from darts_lora.base.options import save_config
 from darts_lora.config import DataConfig, ModelConfig
-from darts_lora.data import load_splits
+from darts_lora.data.collator import IGNORED, Collator
+from darts_lora.data.loaders import load_splits
 from darts_lora.evaluate import EvaluateConfig, evaluate, score
-from darts_lora.models import load_model, load_processor
+from darts_lora.lora.models import load_model, load_processor
 from small_models import make_tokenizer
 
 

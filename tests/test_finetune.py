@@ -29,14 +29,14 @@ from darts_lora import (
     discretize,
 )
 from darts_lora import finetune as finetune_module
-from darts_lora.cli import load_config
-from darts_lora.collator import Collator
+from darts_lora.base.interruption import Stopped
+from darts_lora.base.options import load_config
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
-from darts_lora.data import load_splits, split_record
+from darts_lora.data.collator import Collator
+from darts_lora.data.loaders import load_splits, split_record
+from darts_lora.data.places import ROW
 from darts_lora.finetune import FinetuneConfig, add_adapter, finetune
-from darts_lora.interruption import Stopped
-from darts_lora.models import load_model, load_processor
-from darts_lora.places import ROW
+from darts_lora.lora.models import load_model, load_processor
 from small_models import randomise
 
 TRAINING = TrainingConfig(max_steps=3, batch_size=4, logging_steps=1, save_steps=2)
@@ -368,7 +368,7 @@ def half_run(searched, tmp_path):
 def test_a_finetune_takes_what_the_search_left_of_the_run(half_run, base_config, data, monkeypatch):
     rates = []
     monkeypatch.setattr(
-        "darts_lora.callbacks.SaveAdapter.on_step_begin",
+        "darts_lora.run.callbacks.SaveAdapter.on_step_begin",
         lambda self, *args, **kwargs: rates.append(kwargs["lr_scheduler"].get_last_lr()[0]),
     )
     training = replace(TRAINING, max_steps=5, learning_rate=0.1, lr_warmup_steps=3)

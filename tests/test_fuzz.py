@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
 from darts_lora import Genotype, InputError, SearchConfig, discretize
-from darts_lora.cli import load_config, parse, save_config
-from darts_lora.collator import Collator
+from darts_lora.base.options import load_config, parse, save_config
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
-from darts_lora.rows import row_images, row_messages
+from darts_lora.data.collator import Collator
+from darts_lora.data.rows import row_images, row_messages
 from small_models import vision_processor
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "40"))

@@ -22,9 +22,9 @@ from transformers import (
 )
 
 from darts_lora import Genotype, InputError, SearchConfig, Supernet, discretize
-from darts_lora.handover import fold
-from darts_lora.padded import pad_to_max_rank
-from darts_lora.targets import match_modules
+from darts_lora.lora.handover import fold
+from darts_lora.lora.padded import pad_to_max_rank
+from darts_lora.lora.targets import match_modules
 from small_models import randomise, residual
 
 

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 from darts_lora import Genotype, InputError, SearchConfig, Supernet
 from darts_lora.config import ModelConfig
 from darts_lora.finetune import FinetuneConfig, add_adapter
-from darts_lora.models import load_model
+from darts_lora.lora.models import load_model
 from small_models import randomise
 
 KINDS = ("4bit", "8bit", "int8")

@@ -1,7 +1,6 @@
 """What the README shows is run: its Python, and its commands one after the other in one folder.
 Not here: what the commands do in detail (recipes/), nor the installation (.ci/run)."""
 
-import ast
 import contextlib
 import io
 import json
@@ -116,14 +115,3 @@ def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("readme")
     (place / "recipes").symlink_to(ROOT / "recipes")
     return place
-
-
-def test_imports_point_down_the_list_of_rooms():
-    (listed,) = re.findall(r"stand before it here\.\n\n((?:    .*\n)+)", README)
-    rooms, package = re.findall(r"\w+", listed), ROOT / "darts_lora"
-    assert sorted(rooms) == sorted(path.stem for path in package.glob("[!_]*.py"))
-    for place, room in enumerate(rooms):
-        imports = ast.parse((package / f"{room}.py").read_text(encoding="utf-8")).body
-        named = [n.module for n in imports if isinstance(n, ast.ImportFrom)]
-        inside = {name.split(".")[1] for name in named if name.startswith("darts_lora.")}
-        assert inside <= set(rooms[:place]), room

@@ -28,11 +28,11 @@ from darts_lora import (
     Supernet,
     discretize,
 )
-from darts_lora.checkpoint import checkpoints
+from darts_lora.base.interruption import Stopped
 from darts_lora.config import TrainingConfig
-from darts_lora.interruption import Stopped
-from darts_lora.resume import remove_search
-from darts_lora.tokens import model_loss
+from darts_lora.run.checkpoint import checkpoints
+from darts_lora.run.resume import remove_search
+from darts_lora.run.tokens import model_loss
 from small_models import residual
 
 WIDTH = 16
@@ -339,7 +339,7 @@ def test_a_full_disk_stops_and_keeps_the_checkpoints_before(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     counted = at_call(8, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard)))
     search.weights.loss_fn = counted
-    search.steps.val_loss_fn = partial(counted, search.supernet.model)
+    search.bilevel.val_loss_fn = partial(counted, search.supernet.model)
     try:
         with pytest.raises(InputError, match=r"step-0000006: cannot be written"):
             search.run()
@@ -356,7 +356,7 @@ def test_without_tensorboard_the_search_goes_on(monkeypatch, tmp_path, fault):
         raise OSError("no space left on device")
 
     if fault == "missing":
-        monkeypatch.setitem(sys.modules, "darts_lora.tensorboard", None)
+        monkeypatch.setitem(sys.modules, "darts_lora.views.tensorboard", None)
     else:
         method = "__init__" if fault == "at the start" else "add_images"
         monkeypatch.setattr(torch.utils.tensorboard.SummaryWriter, method, fail)
@@ -409,7 +409,7 @@ def test_bf16_computes_in_bf16_and_keeps_alpha_and_weights_in_float32():
 def test_a_model_in_float16_is_searched_with_loss_scaling(given, dtype, used, monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
     model = type("Half", (torch.nn.Sequential,), {"dtype": dtype})(residual(WIDTH))
-    with mock.patch("darts_lora.launch.Accelerator", wraps=Accelerator) as made:
+    with mock.patch("darts_lora.run.launch.Accelerator", wraps=Accelerator) as made:
         RankSearch(
             Supernet(model, SearchConfig(ranks=(0, 2), budget_rank=1)), loader(), loader(),
             training=TrainingConfig(max_steps=4, mixed_precision=given), loss_fn=loss_fn,

@@ -22,17 +22,17 @@ from PIL import Image as PILImage
 from torch import nn
 
 from darts_lora import Genotype, InputError
-from darts_lora.cli import RIGHTS, load_config, parse
+from darts_lora.base.options import RIGHTS, load_config, parse
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
-from darts_lora.data import load_splits
+from darts_lora.data.loaders import load_splits
+from darts_lora.data.places import ROW, SOURCE
+from darts_lora.data.rows import row_images
 from darts_lora.evaluate import EvaluateConfig, evaluate
 from darts_lora.finetune import FinetuneConfig, add_adapter
-from darts_lora.models import load_model, load_model_config, load_processor
-from darts_lora.places import ROW, SOURCE
-from darts_lora.report import write_report
-from darts_lora.rows import row_images
-from darts_lora.runs import Search
-from darts_lora.tables import rank_tables, show
+from darts_lora.lora.models import load_model, load_model_config, load_processor
+from darts_lora.run.runs import Search
+from darts_lora.views.console import rank_tables, show
+from darts_lora.views.report import write_report
 
 ROOT = Path(__file__).parents[1]
 

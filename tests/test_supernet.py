@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from darts_lora import InputError, MixedRankLinear, SearchConfig, Supernet
-from darts_lora.targets import match_saved_modules
+from darts_lora.lora.targets import match_saved_modules
 from small_models import randomise, residual
 
 

@@ -16,8 +16,8 @@ from torch.utils.data import TensorDataset
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from darts_lora import InputError, SearchConfig, Supernet
+from darts_lora.alpha.verdict import verdict_text
 from darts_lora.trainer import RankSearchCallback, exchange_parameters
-from darts_lora.verdict import verdict_text
 from small_models import make_tokenizer, randomise
 
 

@@ -15,21 +15,22 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from run.test_tokens import Tagger
+from run.test_tokens import rows as tagged_rows
+from run.test_tokens import search as tagger_search
 from test_search import WIDTH, loss_fn, make, split
-from test_tokens import Tagger
-from test_tokens import rows as tagged_rows
-from test_tokens import search as tagger_search
 from test_trainer import make_trainer, problem
 from test_trainer import model_loss as trainer_loss
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.data import default_collate
 
-from darts_lora import Architect, InputError, SearchConfig, Supernet, launch
+from darts_lora import Architect, InputError, SearchConfig, Supernet
 from darts_lora import supernet as supernet_module
-from darts_lora.interruption import Stopped
-from darts_lora.resume import full
-from darts_lora.tokens import model_loss
+from darts_lora.base.interruption import Stopped
+from darts_lora.run import launch
+from darts_lora.run.resume import full
+from darts_lora.run.tokens import model_loss
 from darts_lora.trainer import RankSearchCallback
 from small_models import Residual, randomise, residual
 
@@ -159,7 +160,7 @@ def gradients_by_tokens(process: int) -> dict:
     model_loss(alone.model, whole).backward()
     pairs = zip(made.supernet.weight_parameters(), alone.weight_parameters(), strict=True)
     pairs = [(ours.grad, whole.grad) for ours, whole in pairs]
-    made.architect.step(made.steps.val_loss_fn, own[0])
+    made.architect.step(made.bilevel.val_loss_fn, own[0])
     reference.step(partial(model_loss, alone.model), first)
     pairs.append((made.architect.gradient_sums, reference.gradient_sums))
     return {

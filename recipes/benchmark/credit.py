@@ -21,10 +21,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from darts_lora import InputError, RankSearch, SearchConfig, Supernet
-from darts_lora.cli import run
+from darts_lora.base.files import check_writable, write_json
+from darts_lora.base.options import run
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
-from darts_lora.files import check_writable, write_json
-from darts_lora.prior import layer_type
+from darts_lora.lora.parts import layer_type
 
 PARTS = 8  # of the steps
 UNIT = 1e-9  # of a loss per parameter
@@ -86,7 +86,7 @@ def look(search: RankSearch, last_batches: int) -> dict[str, Any]:
     counts = [0] * PARTS
 
     def gradient(batch: Any) -> Tensor:
-        return architect.first_order(search.steps.val_loss_fn, batch)[1][0]
+        return architect.first_order(search.bilevel.val_loss_fn, batch)[1][0]
 
     search.model.train()
     for step in tqdm(range(steps), desc="credit", unit="step"):

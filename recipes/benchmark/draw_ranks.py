@@ -1,5 +1,5 @@
 """Draws the ranks of a genotype: the README's picture. Needs matplotlib (pip install ".[test]").
-Not here: the table on the screen (darts_lora/tables.py).
+Not here: the table on the screen (darts_lora/views/console.py).
 
 python recipes/benchmark/draw_ranks.py --genotype runs/search/genotype.json
 """
@@ -13,8 +13,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from darts_lora import Genotype
-from darts_lora.cli import run
-from darts_lora.tables import by_part
+from darts_lora.base.options import run
+from darts_lora.views.console import by_part
 
 
 @dataclass

@@ -11,7 +11,7 @@ import tempfile
 
 import atheris
 
-with atheris.instrument_imports(include=["json", "darts_lora.files", "darts_lora.genotype"]):
+with atheris.instrument_imports(include=["json", "darts_lora.base.files", "darts_lora.genotype"]):
     from darts_lora import Genotype, InputError
 
 FOLDER = tempfile.TemporaryDirectory()

@@ -27,7 +27,7 @@ from darts_lora import (
     finetune,  # noqa: F401 - not in each process
     report,  # noqa: F401
 )
-from darts_lora.files import locked
+from darts_lora.base.files import locked
 
 KILLED = ("finetune", "derive", "report")
 OPERATIONS = ("replace", "remove", "fsync", "mkdir", "rmdir")  # of os, before one of which it dies

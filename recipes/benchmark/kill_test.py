@@ -24,10 +24,10 @@ from kill_results import KILLED, kill_results
 from tqdm import tqdm
 
 from darts_lora import InputError
-from darts_lora.checkpoint import checkpoints
-from darts_lora.cli import run
-from darts_lora.files import check_writable, write_json
-from darts_lora.tensorboard import TensorBoard  # noqa: F401 - not in each process
+from darts_lora.base.files import check_writable, write_json
+from darts_lora.base.options import run
+from darts_lora.run.checkpoint import checkpoints
+from darts_lora.views.tensorboard import TensorBoard  # noqa: F401 - not in each process
 
 RECIPES = Path(__file__).parents[1]
 RESULTS = ("genotype.json", "supernet.safetensors")  # ranks; weights and alpha

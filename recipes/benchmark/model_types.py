@@ -27,12 +27,12 @@ from tiny_models import inputs, loss, pairs, tiny_model
 from torch import Tensor, nn
 
 from darts_lora import Genotype, SearchConfig, Supernet
-from darts_lora.errors import InputError, one_line
-from darts_lora.experts import expert_tensors
+from darts_lora.base.errors import InputError, one_line
 from darts_lora.finetune import FinetuneConfig, add_adapter
-from darts_lora.mixed_linear import linear_shape
-from darts_lora.models import checkpoint_activations
-from darts_lora.parts import PARTS, model_parts
+from darts_lora.lora.experts import expert_tensors
+from darts_lora.lora.mixed_linear import linear_shape
+from darts_lora.lora.models import checkpoint_activations
+from darts_lora.lora.parts import PARTS, model_parts
 
 RANKS = (0, 1, 2, 4)
 TOLERANCE = 1e-4  # of the largest logit

@@ -20,8 +20,8 @@ from rich.table import Table
 from tqdm import tqdm
 
 from darts_lora import InputError
-from darts_lora.cli import run, save_config
-from darts_lora.files import check_writable, write_json
+from darts_lora.base.files import check_writable, write_json
+from darts_lora.base.options import run, save_config
 
 QUICK_METHODS = ["gumbel_hard, independent", "gumbel_hard, nested", "uniform", "random"]
 QUICK_STEPS = {"search_steps": 1200, "adalora_steps": 500, "retrain_steps": 300}

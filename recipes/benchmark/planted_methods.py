@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from darts_lora import Genotype, InputError, RankSearch, SearchConfig, Supernet, discretize
-from darts_lora.adapter import add_lora
 from darts_lora.config import TrainingConfig
+from darts_lora.lora.adapter import add_lora
 
 Plan = dict[str, int]
 RANDOM_PLANS = 3

@@ -29,15 +29,15 @@ from quality_setting import Found, Setting
 from quality_training import Retrainer, Retraining
 
 from darts_lora import DivergedError, InputError, SearchConfig
-from darts_lora.cli import run
-from darts_lora.collator import Collator
+from darts_lora.base.files import check_writable, write_json
+from darts_lora.base.options import run
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
-from darts_lora.data import load_splits, make_collator
+from darts_lora.data.collator import Collator
+from darts_lora.data.loaders import load_splits, make_collator
+from darts_lora.data.splits import hold_back
 from darts_lora.evaluate import score
-from darts_lora.files import check_writable, write_json
-from darts_lora.models import load_model
-from darts_lora.splits import hold_back
-from darts_lora.targets import match_modules
+from darts_lora.lora.models import load_model
+from darts_lora.lora.targets import match_modules
 
 Options = tuple[QualityRun, SearchConfig, ModelConfig, DataConfig, TrainingConfig]
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from darts_lora import InputError
-from darts_lora.cost import parameters_per_rank, rank_costs
 from darts_lora.discretize import choose
+from darts_lora.lora.cost import parameters_per_rank, rank_costs
 
 Plan = dict[str, int]
 Shapes = dict[str, tuple[int, int]]

@@ -15,7 +15,7 @@ from typing import Any
 from quality_methods import METHODS
 
 from darts_lora import InputError
-from darts_lora.files import write_json, write_text
+from darts_lora.base.files import write_json, write_text
 
 TUNING_SEED = 1000  # the first seed of the tuning
 

@@ -29,10 +29,10 @@ from torch.utils.data import DataLoader
 
 from darts_lora import DivergedError, Genotype, RankSearch, Supernet
 from darts_lora.config import TrainingConfig
-from darts_lora.cost import rank_costs
+from darts_lora.data.splits import hold_back
 from darts_lora.genotype import PEFT_PREFIX
-from darts_lora.schedule import SEARCH_FRACTION
-from darts_lora.splits import hold_back
+from darts_lora.lora.cost import rank_costs
+from darts_lora.run.schedule import SEARCH_FRACTION
 
 
 def uniform(setting: Setting) -> Found:

@@ -15,8 +15,8 @@ from quality_setting import Found, Setting
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from darts_lora.collator import IGNORED
-from darts_lora.graphs import Graphed
+from darts_lora.data.collator import IGNORED
+from darts_lora.run.graphs import Graphed
 
 
 def adalora(setting: Setting) -> Found:

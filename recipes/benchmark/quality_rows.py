@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 from darts_lora import InputError
-from darts_lora.collator import IGNORED, Collator
 from darts_lora.config import DataConfig, ModelConfig
-from darts_lora.data import load_splits
-from darts_lora.models import load_model
-from darts_lora.rows import row_prompt, row_text
-from darts_lora.splits import row_prompts
+from darts_lora.data.collator import IGNORED, Collator
+from darts_lora.data.loaders import load_splits
+from darts_lora.data.rows import row_prompt, row_text
+from darts_lora.data.splits import row_prompts
+from darts_lora.lora.models import load_model
 
 POSITIONS, LABELS = "supervised_positions", "supervised_labels"
 GROUP = 25  # batches whose rows are sorted by length

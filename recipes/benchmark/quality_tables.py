@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from darts_lora import InputError
-from darts_lora.cli import run
-from darts_lora.files import write_text, write_whole
+from darts_lora.base.files import write_text, write_whole
+from darts_lora.base.options import run
 
 
 @dataclass

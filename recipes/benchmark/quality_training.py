@@ -19,8 +19,8 @@ from transformers import get_scheduler
 
 from darts_lora import InputError
 from darts_lora.config import TrainingConfig
-from darts_lora.graphs import Graphed
-from darts_lora.mixed_linear import linear_shape
+from darts_lora.lora.mixed_linear import linear_shape
+from darts_lora.run.graphs import Graphed
 
 Plan = dict[str, int]
 

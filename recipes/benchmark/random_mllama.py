@@ -19,11 +19,11 @@ from PIL import Image as PILImage
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
-from darts_lora.cli import run
-from darts_lora.collator import Collator
+from darts_lora.base.files import check_writable
+from darts_lora.base.options import run
 from darts_lora.config import ModelConfig
-from darts_lora.files import check_writable
-from darts_lora.models import load_processor
+from darts_lora.data.collator import Collator
+from darts_lora.lora.models import load_processor
 
 
 @dataclass

@@ -18,14 +18,14 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from darts_lora import InputError, SearchConfig, Supernet
-from darts_lora.bilevel import BilevelStep
-from darts_lora.bounds import check_bounds, check_ranks
-from darts_lora.cli import run
+from darts_lora.base.bounds import check_bounds, check_ranks
+from darts_lora.base.files import check_writable, read_json, write_json
+from darts_lora.base.options import run
 from darts_lora.config import TrainingConfig
-from darts_lora.files import check_writable, read_json, write_json
-from darts_lora.joint import halves_loss
-from darts_lora.launch import DDP_OPTIONS
-from darts_lora.tokens import model_loss
+from darts_lora.run.bilevel import BilevelStep
+from darts_lora.run.joint import halves_loss
+from darts_lora.run.launch import DDP_OPTIONS
+from darts_lora.run.tokens import model_loss
 
 STEPS = {"weights": False, "bilevel": True}  # name -> whether alpha is trained as well
 SETTING = ("shape", "ranks", "adapter_dtype", "device", "torch")  # equal, or nothing to compare

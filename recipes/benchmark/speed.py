@@ -18,10 +18,10 @@ from speed_methods import METHODS
 from transformers import LlamaConfig, LlamaForCausalLM, MllamaConfig, MllamaForConditionalGeneration
 
 from darts_lora import InputError
-from darts_lora.bounds import check_bounds
-from darts_lora.cli import run
-from darts_lora.files import write_json
-from darts_lora.models import checkpoint_activations
+from darts_lora.base.bounds import check_bounds
+from darts_lora.base.files import write_json
+from darts_lora.base.options import run
+from darts_lora.lora.models import checkpoint_activations
 
 SMOLLM2 = {
     "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,

@@ -14,8 +14,8 @@ from speed import SHAPES, SpeedRun, make_batches, make_model, measure
 from speed_methods import METHODS
 
 from darts_lora import InputError
-from darts_lora.cli import run
-from darts_lora.files import write_json, write_whole
+from darts_lora.base.files import write_json, write_whole
+from darts_lora.base.options import run
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -13,10 +13,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from darts_lora import Architect, SearchConfig, Supernet
 from darts_lora.config import TrainingConfig
-from darts_lora.graphs import Graphed
-from darts_lora.joint import JointStep, halves_loss
-from darts_lora.tokens import model_loss
-from darts_lora.weights import WeightStep
+from darts_lora.run.graphs import Graphed
+from darts_lora.run.joint import JointStep, halves_loss
+from darts_lora.run.tokens import model_loss
+from darts_lora.run.weight_step import WeightStep
 
 
 def _trainer(parameters: list, loss, graph: bool = False) -> callable:

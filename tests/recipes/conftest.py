@@ -12,7 +12,7 @@ from torch import nn
 
 from darts_lora import Genotype
 from darts_lora.config import ModelConfig
-from darts_lora.models import load_model
+from darts_lora.lora.models import load_model
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = (sys.executable, "-m", "accelerate.commands.launch")

@@ -1,5 +1,5 @@
 """Every YAML of recipes/configs: it opens with its command, its options exist and are valid.
-Not here: what a recipe does with them (test_search.py), nor parsing itself (../test_cli.py)."""
+Not here: what a recipe does with them (test_search.py), nor parsing itself (../test_options.py)."""
 
 import shlex
 
@@ -7,7 +7,7 @@ import pytest
 from recipes.conftest import ROOT
 
 from darts_lora import SearchConfig
-from darts_lora.cli import load_config, parse
+from darts_lora.base.options import load_config, parse
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
 
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))

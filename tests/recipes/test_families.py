@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from darts_lora import Genotype
 from darts_lora.config import DataConfig, ModelConfig
-from darts_lora.data import load_splits, make_collator
-from darts_lora.models import load_model
+from darts_lora.data.loaders import load_splits, make_collator
+from darts_lora.lora.models import load_model
 from small_models import COLOURS, vision_rows
 
 FAMILIES = {**TEXT_FAMILIES, "bert": bert, **IMAGE_FAMILIES, **TORCHVISION_FAMILIES}

@@ -8,9 +8,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from darts_lora import Genotype
-from darts_lora.cli import load_config
+from darts_lora.base.options import load_config
 from darts_lora.config import ModelConfig
-from darts_lora.models import load_model
+from darts_lora.lora.models import load_model
 
 
 def test_it_retrains_with_the_options_of_the_search(finetuned, vision_folder, search_dir):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from darts_lora import adapter
+from darts_lora.lora import adapter
 
 # of each task, sorts of attention, mixtures of experts (the first row), state spaces
 SAMPLE = {

@@ -10,12 +10,12 @@ from datasets import load_dataset
 from PIL import ImageOps
 from safetensors.torch import load_file
 
-from darts_lora.collator import Collator
 from darts_lora.config import DataConfig, ModelConfig
-from darts_lora.data import load_splits
+from darts_lora.data.collator import Collator
+from darts_lora.data.loaders import load_splits
+from darts_lora.data.rows import row_images
 from darts_lora.evaluate import score
-from darts_lora.models import EMBEDDED, load_model, load_processor
-from darts_lora.rows import row_images
+from darts_lora.lora.models import EMBEDDED, load_model, load_processor
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 import pretrain_embedded

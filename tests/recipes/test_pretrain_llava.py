@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from darts_lora import InputError, SearchConfig
-from darts_lora.cli import parse
-from darts_lora.collator import Collator
+from darts_lora.base.options import parse
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
+from darts_lora.data.collator import Collator
 from darts_lora.evaluate import score
-from darts_lora.models import load_model, load_processor
+from darts_lora.lora.models import load_model, load_processor
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,12 @@ from torch import nn
 from transformers import get_scheduler
 
 from darts_lora import Genotype, InputError, SearchConfig
-from darts_lora.cli import parse
+from darts_lora.base.options import parse
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
-from darts_lora.data import load_splits, make_collator
+from darts_lora.data.loaders import load_splits, make_collator
 from darts_lora.evaluate import score
-from darts_lora.models import load_model
-from darts_lora.targets import match_modules
+from darts_lora.lora.models import load_model
+from darts_lora.lora.targets import match_modules
 
 BENCHMARK = Path(__file__).parents[2] / "recipes" / "benchmark"
 PUBLISHED = BENCHMARK / "results" / "quality"
@@ -699,7 +699,7 @@ def test_bad_options_are_told(everything):
 def test_the_configurations_are_read(name):
     from quality_cells import QualityRun
 
-    from darts_lora.cli import parse
+    from darts_lora.base.options import parse
 
     path = BENCHMARK / "quality" / f"{name}.yaml"
     classes = (QualityRun, SearchConfig, ModelConfig, DataConfig, TrainingConfig)

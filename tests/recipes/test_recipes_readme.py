@@ -14,9 +14,9 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from recipes.conftest import ROOT
 
-from darts_lora.cli import parse
+from darts_lora.base.options import parse
 from darts_lora.config import ModelConfig
-from darts_lora.models import load_model
+from darts_lora.lora.models import load_model
 
 README = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
 # Programs that are not ours.

@@ -15,7 +15,7 @@ OPTIONS = ("--shape", "tiny", "--steps", 2, "--ranks", "[1, 2, 4]")
 SHARDED = """
 import scaling
 from two_processes import accelerator
-from darts_lora.cli import run
+from darts_lora.base.options import run
 
 def sharded(**options):
     made = accelerator(sharded=True, **options)

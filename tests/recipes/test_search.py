@@ -16,7 +16,7 @@ from recipes.conftest import ROOT
 from safetensors.torch import load_file
 
 from darts_lora import Genotype
-from darts_lora.cli import load_config
+from darts_lora.base.options import load_config
 
 
 def options(vision_folder, data_folder, output_dir, **changed):

@@ -1,0 +1,205 @@
+"""The state of a search: all that another process needs to go on exactly where this one was, and
+whether it may. Not here: files (checkpoint.py), what is done with it (search.py)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map_only
+
+from darts_lora.base.errors import InputError, one_line
+from darts_lora.base.files import remove
+from darts_lora.base.interruption import lacks_memory
+from darts_lora.run.checkpoint import checkpoints, remove_checkpoints, steps_done
+from darts_lora.run.launch import decided
+from darts_lora.run.records import number
+
+# May differ in a resumed run: they don't change what is computed.
+FREE = ("logging_steps", "save_steps", "num_workers", "max_runtime")
+
+
+def course_options(search: Any, more: dict[str, Any]) -> dict[str, Any]:
+    """All options that decide the course of a search, as JSON gives them back."""
+    options = asdict(search.supernet.config) | asdict(search.training)
+    options = {name: value for name, value in options.items() if name not in FREE} | more
+    options["search_steps"] = search.schedule.steps
+    options["num_processes"] = search.accelerator.num_processes
+    options["device"] = search.accelerator.device.type
+    options |= decided(search.accelerator)
+    # of the first process: with FSDP2 the others may have no weights yet
+    options["base_weights"] = broadcast_object_list([search.base_digest])[0]
+    return json.loads(json.dumps(options))
+
+
+def placeless(value: Any) -> Any:
+    """An option with paths (texts in lists and mappings) that stays the same where they move: local
+    ones all alike, for rows that a digest tells apart; names of the hub as they are."""
+    if isinstance(value, dict):
+        return {name: placeless(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [placeless(part) for part in value]
+    folder = os.path.dirname(value) if isinstance(value, str) else ""
+    local = isinstance(value, str) and (os.path.exists(value) or os.path.isdir(folder))
+    return "a local path" if local else value
+
+
+def check_same_course(options: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Raises InputError where a search with `options` would not go on as the `saved` one."""
+    for name in {**options, **saved}:
+        ours, theirs = options.get(name), saved.get(name)
+        if ours != theirs:
+            raise InputError(
+                f"{name}={ours!r}: the search to resume has {name}={theirs!r}; go on with that, or "
+                "start anew in another output_dir"
+            )
+
+
+def check_start(output_dir: str | None, resume: bool) -> None:
+    """Whether a search may start, or go on, in this folder.
+
+    Raises:
+        InputError: nothing to go on from, or a new search would overwrite an unfinished one.
+    """
+    if resume and not checkpoints(output_dir):
+        raise InputError(f"resume: there is no checkpoint in {output_dir!r}; start without it")
+    done = steps_done(output_dir)
+    if resume or done is None:
+        return
+    if done[0] < done[1]["search_steps"] or not os.path.exists(
+        os.path.join(output_dir, "genotype.json")
+    ):
+        raise InputError(
+            f"output_dir={output_dir!r}: an unfinished search is there (step {done[0]} of "
+            f"{done[1]['search_steps']}); go on with --resume, name another folder, or remove its "
+            "checkpoints"
+        )
+
+
+def remove_search(output_dir: str) -> None:
+    """Remove what a finished search left (see check_start), before anything of a new one is
+    written: what a killed run leaves is of one search."""
+    for name in ("genotype.json", "supernet.safetensors"):
+        remove(os.path.join(output_dir, name))
+    remove_checkpoints(checkpoints(output_dir))
+
+
+def full(state: Any) -> Any:
+    """`state` with whole tensors in place of sharded ones (FSDP2); on all processes at once."""
+    return tree_map_only(DTensor, lambda value: value.full_tensor(), state)
+
+
+def shard_as(own: Tensor, whole: Tensor) -> Tensor:
+    """`whole` sharded over the processes as `own` is, if it is."""
+    if not isinstance(own, DTensor):
+        return whole
+    return distribute_tensor(whole.to(own.device), own.device_mesh, own.placements)
+
+
+def capture(search: Any) -> dict[str, Any]:
+    """Tensors and plain numbers; on all processes at once."""
+    return {
+        "step": search.step,
+        "seconds": search.seconds,
+        "supernet": full(search.supernet.state_dict()),
+        "optimizer": full(search.weights.optimizer.state_dict()),
+        "scaler": search.accelerator.scaler and search.accelerator.scaler.state_dict(),
+        "schedulers": [scheduler.state_dict() for scheduler in search.schedulers],
+        "architect": full(search.architect.state_dict()),
+        "streams": [stream.position for stream in search.streams],
+        "alpha_gradient_norm": number(search.alpha_gradient_norm),
+        # of each process its own
+        "validation_loss": gather_object([float(search.validation_loss)]),
+        "random": gather_object([random_state(search.accelerator.device)]),
+    }
+
+
+def restore(search: Any, state: dict[str, Any]) -> None:
+    """Set what capture gave; raises InputError where the state is not of such a search."""
+    with _of_this_release():
+        _restore(search, state)
+        positions = [(int(epoch), int(taken)) for epoch, taken in state["streams"]]
+        streams = list(zip(search.streams, positions, strict=True))
+    for stream, position in streams:
+        stream.move_to(position)
+    with _of_this_release():  # last: opening a stream draws random numbers
+        restore_random_state(state["random"][search.accelerator.process_index])
+
+
+@contextlib.contextmanager
+def _of_this_release() -> Iterator[None]:
+    """What does not fit into this search, as an InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if lacks_memory(error):
+            raise
+        raise InputError(
+            "resume: the checkpoint's state is of another release, or of another search "
+            f"({type(error).__name__}: {one_line(error)}); go on with the release that wrote it, "
+            "or start anew in another output_dir"
+        ) from error
+
+
+def _restore(search: Any, state: dict[str, Any]) -> None:
+    search.step, search.seconds = state["step"], state["seconds"]
+    own, saved = search.supernet.state_dict(), state["supernet"]
+    if own.keys() == saved.keys():
+        saved = {name: shard_as(own[name], value) for name, value in saved.items()}
+    search.supernet.load_state_dict(saved)
+    parameters = search.weights.parameters
+    optimizer = {
+        number: {
+            name: shard_as(parameters[number], value) if value.dim() else value  # a count of steps
+            for name, value in values.items()
+        }
+        for number, values in state["optimizer"]["state"].items()
+    }
+    search.weights.optimizer.load_state_dict({**state["optimizer"], "state": optimizer})
+    if search.accelerator.scaler is not None:
+        search.accelerator.scaler.load_state_dict(state["scaler"])
+    for scheduler, saved in zip(search.schedulers, state["schedulers"], strict=True):
+        scheduler.load_state_dict(saved)
+    architect = state["architect"]
+    mean = [shard_as(*pair) for pair in zip(parameters, architect["mean"], strict=False)]
+    search.architect.load_state_dict(architect | {"mean": mean})
+    search.alpha_gradient_norm = state["alpha_gradient_norm"]
+    search.validation_loss = state["validation_loss"][search.accelerator.process_index]
+
+
+def check_alpha_is_one(search: Any) -> None:
+    """Raises InputError where the processes' alphas are not bitwise equal."""
+    if search.accelerator.num_processes == 1:
+        return
+    alpha = search.supernet.alpha.detach()
+    copies = search.accelerator.gather(alpha[None])
+    if not all(torch.equal(copy, copies[0]) for copy in copies):
+        raise InputError(
+            f"num_processes={search.accelerator.num_processes}: alpha differs between processes at "
+            f"step {search.step}: stopped; does code of yours change it on some of them?"
+        )
+
+
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """State of the generators that samples and dropout draw from, on this process."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def restore_random_state(state: dict[str, torch.Tensor]) -> None:
+    """Set what random_state gave."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,87 @@
+"""BatchStream: a data loader's batches without end, from any position; whether it has any.
+Not here: what is in a batch (collator.py) and how rows are split (loaders.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain, islice
+from typing import Any
+
+from accelerate import PartialState, skip_first_batches
+from torch.utils.data import DataLoader, IterableDataset
+
+from darts_lora.base.errors import InputError
+
+
+class BatchStream:
+    """Endless batches of a data loader that accelerate prepared; each epoch in its own order.
+
+    Attributes:
+        position: (epoch, batches taken from it), for `move_to` in a resumed run.
+    """
+
+    def __init__(self, dataloader: DataLoader):
+        self.dataloader = dataloader
+        self.position = (0, 0)
+        self._batches: Iterator | None = None
+
+    def __next__(self) -> Any:
+        if self._batches is None:
+            self._batches = self._open(*self.position)
+        epoch, taken = self.position
+        try:
+            batch = next(self._batches)
+        except StopIteration:
+            epoch, taken = epoch + 1, 0
+            self._batches = self._open(epoch, taken)
+            batch = next(self._batches, None)
+            if batch is None:
+                raise InputError(
+                    "a data loader gives no batch: its split has too few rows"
+                ) from None
+        self.position = (epoch, taken + 1)
+        return batch
+
+    def move_to(self, position: tuple[int, int]) -> None:
+        """Go on behind `position`. Opening a data loader draws a random number: it is drawn here,
+        and not at the next batch, so that the caller can restore the generators afterwards."""
+        self.position = tuple(position)
+        opened = self._open(*self.position)
+        self._batches = chain(list(islice(opened, 1)), opened)
+
+    def _open(self, epoch: int, taken: int) -> Iterator:
+        self.dataloader.set_epoch(epoch)
+        if not taken:
+            return iter(self.dataloader)
+        rest = skip_first_batches(self.dataloader, taken)
+        rest.set_epoch(epoch)
+        return iter(rest)
+
+
+def check_batches(split: str, given: DataLoader, prepared: DataLoader, joint: bool) -> None:
+    """Whether a search can take batches from a data loader, as far as that is known beforehand.
+
+    Args:
+        split: its name, train or validation.
+        given, prepared: the loader before and after accelerate prepared it.
+        joint: batches must be full: rows of two are joined in pairs.
+
+    Raises:
+        InputError: some process would get no batch, or the last batch of an epoch is incomplete.
+    """
+    unsized, processes = isinstance(given.dataset, IterableDataset), PartialState().num_processes
+    if not unsized and len(prepared) == 0:
+        if len(given) == 0:
+            raise InputError(f"{split} data loader: gives no batch")
+        raise InputError(
+            f"num_processes={processes}, batch_size={given.batch_size}: the {split} split has a "
+            f"whole batch for {len(given)} of the processes only; lower one of the two, or "
+            f"{'raise' if split == 'validation' else 'lower'} validation_fraction"
+        )
+    filled = processes > 1 or given.drop_last or given.batch_size is None  # accelerate fills up
+    if joint and not filled and (unsized or len(given.sampler) % given.batch_size):
+        raise InputError(
+            f"joint=true: the {split} split's last batch has fewer rows than "
+            f"batch_size={given.batch_size}; use drop_last, or lower batch_size where the split is "
+            "smaller than one batch, or joint=false"
+        )

@@ -1,0 +1,145 @@
+"""CUDA graphs: what happens where none can be; with a GPU, that a replay is the function.
+Not here: a search with them on a CPU (test_search.py)."""
+
+import warnings
+
+import pytest
+import torch
+
+from darts_lora import RankSearch, SearchConfig, Supernet
+from darts_lora.config import TrainingConfig
+from darts_lora.run.graphs import Graphed
+from small_models import residual
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def rows(count=64, width=16):
+    return torch.utils.data.DataLoader(torch.randn(count, width), batch_size=16)
+
+
+def loss_fn(model, batch):
+    return (model(batch) - 1).pow(2).mean()
+
+
+def make(supernet, cuda_graphs, **training):
+    options = {"training": TrainingConfig(**training), "loss_fn": loss_fn}
+    return RankSearch(supernet, rows(), rows(), cuda_graphs=cuda_graphs, **options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_without_a_gpu_one_line_says_so_and_the_result_is_the_same(capsys):
+    found = []
+    for cuda_graphs in (False, True):
+        torch.manual_seed(0)
+        supernet = Supernet(residual(), SearchConfig(ranks=(0, 1, 2), budget_rank=1))
+        search = make(supernet, cuda_graphs, max_steps=6, logging_steps=3)
+        found.append(search.run())
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["no CUDA graph, steps are launched one by one: the device is cpu"]
+    assert found[0] == found[1]
+
+
+def without_gpu(monkeypatch, stream):
+    """Let Graphed come as far as `stream`, which captures ask for."""
+    monkeypatch.setattr(Graphed, "_aside", lambda self, batch: self.function(batch))
+    monkeypatch.setattr("darts_lora.run.graphs._side_stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr("darts_lora.run.graphs._draw_outside_again", lambda: None)
+
+
+def test_what_cannot_be_captured_runs_all_the_same_after_one_warning(monkeypatch):
+    def refuse(device):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    without_gpu(monkeypatch, refuse)
+    graphed = Graphed(lambda batch: (batch["x"].sum(), [batch["x"] * 2]))
+    assert graphed({"x": torch.ones(3)})[0] == 3
+    with pytest.warns(UserWarning, match=r"no CUDA graph.*: operation not permitted .* capturing$"):
+        loss, (double,) = graphed({"x": torch.ones(3)})
+    assert loss == 3 and double.tolist() == [2, 2, 2]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [graphed({"x": torch.ones(2)})[0] for _ in range(2)] == [2, 2]
+
+
+def test_a_shape_is_captured_when_it_comes_again_and_each_call_changes_things_once(monkeypatch):
+    asked, changed = [], []
+
+    def refuse(device):
+        asked.append(len(changed))
+        raise RuntimeError("no")
+
+    without_gpu(monkeypatch, refuse)
+    graphed = Graphed(lambda batch: (changed.append(len(batch)), []))
+    for count in (1, 2, 3):
+        graphed(torch.ones(count))
+    assert changed == [1, 2, 3] and not asked
+    with pytest.warns(UserWarning, match="no CUDA graph"):
+        graphed(torch.ones(2))
+    assert changed == [1, 2, 3, 2] and asked == [3]
+
+
+@needs_gpu
+def test_random_numbers_are_drawn_after_a_failed_capture():
+    def waits(batch):
+        return batch["x"].sum(), [torch.randn_like(batch["x"]) * batch["x"].sum().item()]
+
+    torch.manual_seed(0)
+    graphed, batch = Graphed(waits), {"x": torch.ones(8, device="cuda")}
+    graphed(batch)
+    with pytest.warns(UserWarning, match="no CUDA graph"):
+        first = graphed(batch)[1][0]
+    second = torch.randn(8, device="cuda")
+    assert not torch.equal(first / 8, second) and second.std() > 0
+
+
+@needs_gpu
+def test_a_replay_is_the_function_for_each_shape_and_key():
+    weight, kind = torch.randn(8, 8, device="cuda", requires_grad=True), ["a"]
+
+    def function(batch):
+        loss = (batch["x"] @ weight).pow(2 if kind[0] == "a" else 4).mean()
+        return loss.detach(), list(torch.autograd.grad(loss, [weight]))
+
+    graphed = Graphed(function, key=lambda: kind[0], limit=3)
+    for kind[0] in ("a", "b", "a"):
+        for count in (4, 6, 4, 9):
+            batch = {"x": torch.randn(count, 8, device="cuda")}
+            loss, (gradient,) = graphed(batch)
+            expected, (wanted,) = function(batch)
+            assert torch.allclose(loss, expected) and torch.allclose(gradient, wanted)
+    assert len(graphed.captured) == 3
+
+
+@needs_gpu
+def test_each_call_changes_things_once():
+    count = torch.zeros((), device="cuda")
+    graphed = Graphed(lambda batch: (count.add_(batch.sum()).clone(), []))
+    assert [int(graphed(torch.ones(2, device="cuda"))[0]) for _ in range(4)] == [2, 4, 6, 8]
+
+
+@needs_gpu
+def test_random_numbers_are_fresh_in_each_replay():
+    graphed = Graphed(lambda batch: (batch.sum(), [torch.rand_like(batch)]))
+    drawn = [graphed(torch.zeros(5, device="cuda"))[1][0].clone() for _ in range(4)]
+    assert len({tuple(values.tolist()) for values in drawn}) == 4
+
+
+@needs_gpu
+def test_a_graphed_search_trains_as_one_without():
+    """softmax draws nothing, so the two must agree within rounding."""
+    found = []
+    for cuda_graphs in (False, True):
+        torch.manual_seed(0)
+        config = SearchConfig(
+            ranks=(0, 1, 2), budget_rank=1, relaxation="softmax", search_fraction=1.0
+        )
+        supernet = Supernet(residual(), config)
+        search = make(supernet, cuda_graphs, max_steps=20, gradient_accumulation_steps=2)
+        search.run()
+        assert not cuda_graphs or len(search.weights.graphed.captured) == 1
+        found.append(supernet.state_dict())
+    for name, value in found[0].items():
+        assert torch.allclose(value, found[1][name], atol=1e-5), name

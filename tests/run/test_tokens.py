@@ -1,0 +1,113 @@
+"""Batches of unlike numbers of learnt tokens: each token counts alike, as in one large batch.
+Not here: batches that count alike (test_search.py); several processes (test_processes.py)."""
+
+import itertools
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+
+from darts_lora import RankSearch, SearchConfig, Supernet, TrainingConfig
+from darts_lora.run.tokens import learnt_tokens, model_loss
+from small_models import Residual, randomise
+
+WIDTH, TOKENS = 16, 9
+
+
+class Tagger(Residual):
+    """Rows of token vectors; the mean loss of the labels of the following tokens."""
+
+    def forward(self, x, labels):
+        logits = super().forward(x)
+        return {"loss": token_loss(logits, labels), "logits": logits}
+
+
+def token_loss(logits, labels):
+    return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def halves(model, batch):
+    logits = model(**batch)["logits"]
+    return tuple(map(token_loss, logits.chunk(2), batch["labels"].chunk(2)))
+
+
+def rows(learnt, seed=0):
+    """One row for each number of learnt tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for count in learnt:
+        labels = torch.randint(WIDTH, (TOKENS,), generator=generator)
+        labels[: TOKENS - count] = -100
+        made.append({"x": torch.randn(TOKENS, WIDTH, generator=generator), "labels": labels})
+    return made
+
+
+def search(data, batch_size, parts, joint=False, loss_fn=model_loss):
+    torch.manual_seed(0)
+    options = {"ranks": (0, 1, 2), "budget_rank": 1, "relaxation": "softmax", "joint": joint}
+    supernet = Supernet(Tagger(WIDTH), SearchConfig(**options))
+    randomise(supernet)
+    loader = DataLoader(data, batch_size=batch_size)
+    options = {"max_steps": 4, "gradient_accumulation_steps": parts}
+    made = RankSearch(
+        supernet,
+        loader,
+        loader,
+        training=TrainingConfig(**options),
+        loss_fn=loss_fn,
+        joint_loss_fn=halves,
+    )
+    made.weights.update = lambda: None  # the gradients stay
+    return made
+
+
+def gradients(*args, **options):
+    made = search(*args, **options)
+    loss, _ = made.weights.step(itertools.cycle(made.train_stream.dataloader))
+    return [loss, *[w.grad for w in made.supernet.weight_parameters()]]
+
+
+@pytest.mark.parametrize("learnt", [(3, 3), (1, 7), (8, 1, 2, 5)])
+def test_accumulated_batches_weigh_tokens_alike(learnt):
+    data = rows(learnt)
+    whole, parts = gradients(data, len(data), 1), gradients(data, 1, len(data))
+    for one, other in zip(whole, parts, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-7)
+
+
+def test_losses_of_ones_own_weigh_batches_alike():
+    data = rows((1, 7))
+    mine = lambda model, batch: model_loss(model, batch)  # noqa: E731
+    whole, parts = gradients(data, 2, 1), gradients(data, 1, 2, loss_fn=mine)
+    assert not torch.allclose(whole[0], parts[0], rtol=1e-3)
+
+
+def test_the_training_half_of_a_joint_pass_weighs_tokens_alike():
+    """The validation half is one batch."""
+    found = []
+    for sizes in ([4], [2, 2]):
+        made = search(rows((1, 7, 2, 3)), 4, len(sizes), joint=True)
+        batch = next(iter(made.train_stream.dataloader))
+        parts = zip(*(value.split(sizes) for value in batch.values()), strict=True)
+        parts = [dict(zip(batch, part, strict=True)) for part in parts]
+        last = {name: value[: sizes[-1]] for name, value in batch.items()}
+        loss, _ = made.bilevel.joint.step(iter(parts), iter([last]))
+        found.append([loss, *[w.grad for w in made.supernet.weight_parameters()]])
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("batch", "count"),
+    [
+        ({"labels": torch.tensor([[5, -100, 2, 3], [-100, -100, 1, -100]])}, 3),
+        ({"labels": torch.tensor([3, 1, 2])}, 3),
+        ({"labels": [3, 1]}, None),
+        ({"x": torch.ones(2)}, None),
+        ((torch.ones(2), torch.ones(2)), None),
+    ],
+)
+def test_what_a_loss_is_the_mean_of(batch, count):
+    found = learnt_tokens(batch)
+    assert (found if found is None else int(found)) == count
