@@ -14,7 +14,7 @@ from PIL import Image
 
 from darts_lora.lora.cost import parameters_per_rank
 from darts_lora.run.runs import Search
-from darts_lora.views.console import by_part, short_name
+from darts_lora.views.console import by_part, short_names
 from darts_lora.views.rank_images import rank_image, worth_image
 
 WIDEST = 1400  # pixels of a picture of cells, those of the page and half as many again
@@ -41,8 +41,9 @@ def parameters_by_part(search: Search) -> dict[str, float]:
     """Trainable parameters of each part of the model; of a model of one part, of each module
     type."""
     parts = by_part(search.layers)
+    titles = short_names(parts)
     groups = {
-        short_name(part): [name for layers in kinds.values() for name in layers.values()]
+        titles[part]: [name for layers in kinds.values() for name in layers.values()]
         for part, kinds in parts.items()
     }
     if len(groups) == 1:

@@ -20,7 +20,7 @@ CELL = 32  # a number of two digits fits
 SMALL_CELL = 20
 FONT_SIZE = 20
 GAP = 20
-WIDEST = 760  # half of it is the width of a card in TensorBoard
+WIDEST = 700  # twice the width of a card in TensorBoard, which shows every second pixel
 MOST_TIMES, MOST_ROWS = 12, 12  # of a picture of worth
 PAPER, INK = (255, 255, 255), (30, 30, 30)
 BLUE = np.array([8, 48, 107])  # of the largest value; 0 is white
@@ -55,7 +55,9 @@ def rank_image(
             for depth, name in layers.items():
                 values[row, depths.index(depth)] = ranks[name]
         titles = [str(depth) for depth in depths]
-        panels.append(_panel(short_name(part), list(kinds), titles, values, largest, widest=widest))
+        name, _, about = part.partition(": ")
+        title = short_name(name) + (about and f": {about}")
+        panels.append(_panel(title, list(kinds), titles, values, largest, widest=widest))
     return _side_by_side(panels, widest)
 
 
@@ -123,6 +125,12 @@ def worth_image(
         for title, rows in tables
     ]
     return _side_by_side(panels, widest)
+
+
+def padded(image: np.ndarray, width: int = WIDEST) -> np.ndarray:
+    """With paper on its right up to `width`: pictures of one width are shown at one scale."""
+    missing = max(0, width - image.shape[1])
+    return np.pad(image, ((0, 0), (0, missing), (0, 0)), constant_values=PAPER[0])
 
 
 def _summed(groups: dict[str, list[str]], shares: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -17,8 +17,8 @@ from darts_lora.genotype import Genotype
 from darts_lora.lora.cost import parameters_per_rank
 from darts_lora.run.records import layer_parts, read_metrics
 from darts_lora.supernet import Supernet
-from darts_lora.views.console import by_part, short_name
-from darts_lora.views.rank_images import probability_image, rank_image, worth_image
+from darts_lora.views.console import by_part, short_names
+from darts_lora.views.rank_images import padded, probability_image, rank_image, worth_image
 from darts_lora.views.trackers import Trackers
 
 SCALARS = {
@@ -140,18 +140,21 @@ class SearchViews:
         images = {
             "alpha/probability": probability_image(names, probabilities, candidates),
             "ranks/expected": rank_image(expected, candidates[-1], self.parts),
-            "worth/over_time": worth_image(names, steps, np.stack(parameters)),
+            "ranks/worth": worth_image(names, steps, np.stack(parameters)),
         }
-        self.trackers.log_images(images, step)
+        self._show(images, step)
         histograms = {f"alpha/rank_{rank}": alpha[:, k] for k, rank in enumerate(candidates)}
         self.trackers.call("log_histograms", histograms, step=step)
         self.next_image = step + self.apart
         self.drawing += time.monotonic() - begun
 
+    def _show(self, images: dict[str, np.ndarray], step: int) -> None:
+        self.trackers.log_images({tag: padded(image) for tag, image in images.items()}, step)
+
     def _finish(self, genotype: Genotype, step: int) -> None:
         self.draw(step)
         image = rank_image(genotype.ranks, genotype.candidates[-1], self.parts)
-        self.trackers.log_images({"ranks/chosen": image}, step)
+        self._show({"ranks/chosen": image}, step)
         results = {
             f"result/{name}": float(value)
             for name, value in genotype.found_by["verdict"].items()
@@ -174,15 +177,16 @@ class SearchViews:
 def _groups(names: list[str]) -> dict[str, list[int]]:
     """Tag -> places of the layers of one module type; of very many types, of one part."""
     places = {name: place for place, name in enumerate(names)}
-    parts = by_part(names).items()
+    parts = by_part(names)
+    titles = short_names(parts)
     groups = {
-        f"worth/{short_name(part)}" + ("" if kind == "-" else f".{kind}"): layers.values()
-        for part, kinds in parts
+        f"worth/{titles[part]}" + ("" if kind == "-" else f".{kind}"): layers.values()
+        for part, kinds in parts.items()
         for kind, layers in kinds.items()
     }
     if len(groups) > MOST_TYPES:
         groups = {
-            f"worth/{short_name(part)}": [n for layers in kinds.values() for n in layers.values()]
-            for part, kinds in parts
+            f"worth/{titles[part]}": [n for layers in kinds.values() for n in layers.values()]
+            for part, kinds in parts.items()
         }
     return {tag: [places[n] for n in group] for tag, group in list(groups.items())[:MOST_TYPES]}

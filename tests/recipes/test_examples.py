@@ -4,6 +4,7 @@ Not here: what the callback does (../test_trainer.py)."""
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -14,35 +15,69 @@ from recipes.conftest import ROOT
 from transformers import AutoModelForCausalLM
 
 
-@pytest.mark.parametrize("name", ["trainer", "sft", "dpo"])
-def test_an_example(name, tmp_path):
-    model, question = make_family(TEXT_FAMILIES["llama"], str(tmp_path / "model")), "which colour"
+def run_example(name, folder, row, *more):
+    """What an example prints: on a tiny model, and rows of questions with three answers."""
+    model, question = make_family(TEXT_FAMILIES["llama"], str(folder / "model")), "which colour"
     files = []
     for split, count in {"train": 24, "validation": 12}.items():
         colours = [("red", "green", "blue")[i % 3] for i in range(count)]
-        rows = [{"prompt": question, "completion": colour} for colour in colours]
-        if name == "trainer":
-            rows = [{"text": f"{question} {colour}"} for colour in colours]
-        if name == "dpo":
-            rows = [{"prompt": question, "chosen": c, "rejected": f"{c} {c}"} for c in colours]
-        files.append(tmp_path / f"{split}.jsonl")
-        files[-1].write_text("".join(json.dumps(row) + "\n" for row in rows))
+        files.append(folder / f"{split}.jsonl")
+        files[-1].write_text("".join(json.dumps(row(question, c)) + "\n" for c in colours))
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, str(ROOT / f"recipes/examples/{name}.py"), model, *map(str, files)],
-        cwd=tmp_path, env={**env, "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, timeout=120,
+        [sys.executable, str(ROOT / f"recipes/examples/{name}.py"), model, *map(str, files), *more],
+        cwd=folder, env={**env, "PYTHONPATH": path}, capture_output=True, text=True, timeout=180,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    ranks = ast.literal_eval(done.stdout[done.stdout.rindex("{") :])
+    return done.stdout
+
+
+def load_adapter(folder, name):
+    base = AutoModelForCausalLM.from_pretrained(folder / "model")
+    loaded = PeftModel.from_pretrained(base, folder / "runs" / name)
+    modules = loaded.base_model.model.named_modules()
+    return loaded, {n: m.r["default"] for n, m in modules if hasattr(m, "r")}
+
+
+ROWS = {
+    "trainer": lambda question, colour: {"text": f"{question} {colour}"},
+    "sft": lambda question, colour: {"prompt": question, "completion": colour},
+    "dpo": lambda question, colour: {"prompt": question, "chosen": colour, "rejected": "grey"},
+}
+
+
+@pytest.mark.parametrize("name", list(ROWS))
+def test_an_example(name, tmp_path):
+    printed = run_example(name, tmp_path, ROWS[name])
+    ranks = ast.literal_eval(printed[printed.rindex("{") :])
     adapted = {name: rank for name, rank in ranks.items() if rank}
-    base = AutoModelForCausalLM.from_pretrained(model)
-    loaded = PeftModel.from_pretrained(base, tmp_path / "runs" / name)
-    found = {
-        n: m.r["default"] for n, m in loaded.base_model.model.named_modules() if hasattr(m, "r")
-    }
+    loaded, found = load_adapter(tmp_path, name)
     assert len(ranks) == 14 and found == adapted
     assert all(
         module.lora_B["default"].weight.any()
         for module in map(loaded.get_submodule, (f"base_model.model.{name}" for name in adapted))
     )
+
+
+def test_optuna_ends_bad_trials_early_and_keeps_the_adapter_of_the_best(tmp_path):
+    pytest.importorskip("optuna")
+    printed = run_example("tune", tmp_path, ROWS["sft"], "4")
+    told = re.findall(
+        r"^(\d) (COMPLETE|PRUNED) ([\d.]+) .*?'budget_rank': (\d)", printed, re.MULTILINE
+    )
+    assert len(told) == 4 and {state for _, state, *_ in told} == {"COMPLETE", "PRUNED"}
+    ended = {int(n): float(loss) for n, state, loss, _ in told if state == "COMPLETE"}
+    best = min(ended, key=ended.get)
+    assert printed.splitlines()[-1] == f"best: runs/tune/{best}"
+    _, found = load_adapter(tmp_path, f"tune/{best}")
+    assert found
+    saved = {int(path.parent.name) for path in tmp_path.glob("runs/tune/*/adapter_config.json")}
+    assert saved == set(ended)
+
+
+def test_the_example_of_preference_training_is_short():
+    """But for blank lines, comments and the docstring."""
+    source = (ROOT / "recipes/examples/dpo.py").read_text()
+    lines = [line for line in source.split('"""')[2].splitlines() if line.strip()]
+    assert len([line for line in lines if not line.startswith("#")]) <= 20

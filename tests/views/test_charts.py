@@ -20,6 +20,7 @@ def search_of(ranks, steps=(1, 2)):
     [
         ({"a.layers.0.q": 2, "a.layers.1.q": 4, "b.layers.0.q": 1}, {"a": 60, "b": 10}),
         ({"a.layers.0.q": 2, "a.layers.1.q": 4, "a.layers.0.v": 1}, {"q": 60, "v": 10}),
+        ({"a.layers.0.q": 2, "model.a.0.q": 1}, {"a.layers": 20, "model.a": 10}),
     ],
 )
 def test_bars_stand_for_parts_or_in_one_part_for_module_types(ranks, sizes):

@@ -12,11 +12,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from darts_lora import RankSearch, SearchConfig, Supernet
 from darts_lora.config import TrainingConfig
 from darts_lora.run.records import read_metrics
+from darts_lora.views.rank_images import WIDEST
 from darts_lora.views.search_views import DRAWING_SHARE, SCALARS, SearchViews
 from darts_lora.views.trackers import Trackers
 from small_models import residual
 
-IMAGES = {"alpha/probability", "ranks/expected", "ranks/chosen", "worth/over_time"}
+IMAGES = {"alpha/probability", "ranks/expected", "ranks/chosen", "ranks/worth"}
 RANKS = {"expected_ranks": [1.0, 1.0, 2.0, 0.0]}  # of four layers
 PATH = "vision.layers.{}.mlp.fc{}"
 
@@ -80,6 +81,7 @@ def test_images_histograms_texts_layout_and_hparams(searched):
     assert set(tags["images"]) == IMAGES
     assert events.Images("ranks/expected")[-1].step == 40
     assert len(events.Images("ranks/chosen")) == 1
+    assert {event.width for tag in IMAGES for event in events.Images(tag)} == {WIDEST}
     assert set(tags["histograms"]) == {"alpha/rank_0", "alpha/rank_1", "alpha/rank_2"}
     assert {"result/text_summary", "configuration/text_summary"} <= set(tags["tensors"])
     text = events.Tensors("result/text_summary")[0].tensor_proto.string_val[0].decode()
