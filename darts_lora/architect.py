@@ -1,9 +1,9 @@
-"""Architect: the architecture step, first order and unrolled, and alpha's descent on its gradient.
+"""Architect: the architecture step, and alpha's descent on its gradient.
 Not here: alpha in proportion to worth (allocation.py), the weight step, the loop, logging."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ SHRINK = 0.02  # of the expected parameters, the most that one step takes off to
 
 
 class Architect:
-    """Trains alpha on validation batches (DARTS, arXiv 1806.09055, eq. 3 to 8).
+    """Trains alpha on validation batches (DARTS, arXiv 1806.09055, eq. 3 to 6).
 
     `step` touches alpha and what moves it. The LoRA weights, their gradients and their
     optimizer come out of it bit for bit as they went in. With arch_average its gradient is taken at
@@ -35,9 +35,7 @@ class Architect:
     weight and no memory that could outlast its reason, and does not slow what the loss teaches.
 
     Args:
-        supernet: whose alphas are trained; its config gives learning rate, betas, decay and order.
-        inner_learning_rate: step size of the unrolled weight step (order 2): use the learning rate
-            of the weights.
+        supernet: whose alphas are trained; its config gives learning rate, betas and decay.
         reduce: averages a gradient over processes, Tensor -> Tensor; None for one process.
         scaler: of the weights' losses in float16; alpha's are scaled alike, or small gradients
             would be 0. One that overflows counts as 0. None: no scaling.
@@ -46,7 +44,7 @@ class Architect:
 
     Attributes:
         allocation: sets alpha (arch_update "proportional"), which begins even; None: it descends.
-        graphed: batch -> loss and gradients, in place of loss_fn in first-order steps (graphs.py).
+        graphed: batch -> loss and gradients, in place of loss_fn (graphs.py).
         prior: makes of every gradient of alpha what alpha moves by (prior.py).
         mean: of the weights (average.py). `step` takes in the weights as they are; call its
             `update` behind weight steps that no architecture step follows, as in a warm-up.
@@ -57,13 +55,12 @@ class Architect:
         self,
         supernet: Supernet,
         *,
-        inner_learning_rate: float = 1e-3,
         reduce: Callable[[Tensor], Tensor] | None = None,
         scaler: torch.amp.GradScaler | None = None,
         check_finite: bool = True,
     ):
         config, self.scaler, self.check_finite = supernet.config, scaler, check_finite
-        self.supernet, self.inner_learning_rate, self.reduce = supernet, inner_learning_rate, reduce
+        self.supernet, self.reduce = supernet, reduce
         self.optimizer = SharedAdam(
             [supernet.alpha],
             lr=config.arch_learning_rate,
@@ -74,7 +71,7 @@ class Architect:
         self.prior = Prior(list(supernet.layers), config.arch_noise, supernet.unit_costs)
         average = config.arch_average
         if average is None:
-            average = 0.0 if config.joint else AVERAGE
+            average = AVERAGE
         self.mean = RunningMean(supernet.weight_parameters, average)
         self.allocation = None
         if supernet.arch_update == "proportional":
@@ -82,34 +79,27 @@ class Architect:
         self.steps = 0
         self.gradient_sums = torch.zeros(2, *supernet.alpha.shape)
 
-    def step(
-        self, loss_fn: Callable[[Any], Tensor], val_batch: Any, train_batch: Any = None
-    ) -> dict[str, Tensor]:
+    def step(self, loss_fn: Callable[[Any], Tensor], batch: Any) -> dict[str, Tensor]:
         """One step of alpha.
 
         Args:
             loss_fn: batch -> scalar loss of the supernet's model.
-            val_batch: a batch of the validation split.
-            train_batch: a batch of the training split, needed by order 2.
+            batch: of the validation split.
 
         Returns:
             "loss" on the validation batch, "gradient_norm" (of the loss's gradient of all alphas)
             and "expected_parameters" after the step, scalars on the device.
 
         Raises:
-            InputError: order 2 without a train_batch; a loss that does not depend on alpha.
+            InputError: a loss that does not depend on alpha.
             DivergedError: a gradient that is infinite or NaN; alpha stays as it was.
         """
-        if self.supernet.config.order == 2 and train_batch is None:
-            raise InputError("train_batch=None: order=2 (unrolled) needs a training batch")
         self.mean.update()
         with self.mean.in_place():
-            if self.supernet.config.order == 2:
-                loss, gradient = self._unrolled(loss_fn, val_batch, train_batch)
-            elif self.graphed is not None:
-                loss, (gradient,) = self.graphed(val_batch)
+            if self.graphed is not None:
+                loss, (gradient,) = self.graphed(batch)
             else:
-                loss, (gradient,) = self.first_order(loss_fn, val_batch)
+                loss, (gradient,) = self.gradients(loss_fn, batch)
         return self.update(loss, gradient)
 
     def update(self, loss: Tensor, gradient: Tensor) -> dict[str, Tensor]:
@@ -142,11 +132,27 @@ class Architect:
             "expected_parameters": self.supernet.expected_parameters().detach(),
         }
 
-    def first_order(
+    def gradients(
         self, loss_fn: Callable[[Any], Tensor], batch: Any
     ) -> tuple[Tensor, list[Tensor]]:
-        """The loss on the batch and [its gradient of alpha, (N, K)]; nothing is changed."""
-        return self._gradients(loss_fn, batch, [self.supernet.alpha])
+        """The loss on the batch and [its gradient of alpha, (N, K)]; nothing is changed. Rows may
+        reach no layer, as text does where images are searched: that is a gradient of 0."""
+        alpha, scale = self.supernet.alpha, 1.0
+        if self.scaler is not None:
+            scale = self.scaler.get_scale()
+        with self.supernet.arch_gradients(weights=False):
+            calls = self.supernet.calls
+            loss = loss_fn(batch)
+            gradient = None
+            if loss.requires_grad:
+                (gradient,) = torch.autograd.grad(loss * scale, [alpha], allow_unused=True)
+        if gradient is None and (self.supernet.calls == calls or not loss.requires_grad):
+            raise InputError(
+                "loss_fn: its loss does not depend on alpha; compute it from what the "
+                "supernet's own model gives, without detach, item or torch.no_grad"
+            )
+        gradient = torch.zeros_like(alpha) if gradient is None else gradient / scale
+        return loss.detach(), [gradient]
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed search needs: tensors and plain numbers."""
@@ -163,31 +169,6 @@ class Architect:
         self.optimizer.load_state_dict(state["optimizer"])
         self.steps, self.gradient_sums = state["steps"], state["gradient_sums"]
         self.mean.load(state["mean"], state["mean_steps"])
-
-    def _gradients(
-        self, loss_fn: Callable, batch: Any, parameters: Sequence[Tensor]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The loss and its gradients of `parameters` alone; no `.grad` is written. Rows may reach
-        no layer, as text does where images are searched: that is a gradient of 0."""
-        with self.supernet.arch_gradients(
-            weights=any(p is not self.supernet.alpha for p in parameters)
-        ):
-            calls = self.supernet.calls
-            loss = loss_fn(batch)
-            scale = 1.0 if self.scaler is None else self.scaler.get_scale()
-            gradients = [None] * len(parameters)
-            if loss.requires_grad:
-                gradients = torch.autograd.grad(loss * scale, parameters, allow_unused=True)
-        if gradients[0] is None and (self.supernet.calls == calls or not loss.requires_grad):
-            raise InputError(
-                "loss_fn: its loss does not depend on alpha; compute it from what the "
-                "supernet's own model gives, without detach, item or torch.no_grad"
-            )
-        filled = [
-            torch.zeros_like(p) if g is None else g / scale
-            for p, g in zip(parameters, gradients, strict=True)
-        ]
-        return loss.detach(), filled
 
     def _descend(self, gradient: Tensor) -> None:
         """A step of alpha's optimizer, and the projection onto the budget."""
@@ -210,37 +191,6 @@ class Architect:
         step = excess / (slope * direction).sum().clamp_min(1e-12) * direction
         with torch.no_grad():
             alpha -= step / step.abs().max().clamp_min(1)  # decided alphas have hardly a slope
-
-    def _unrolled(
-        self, loss_fn: Callable, val_batch: Any, train_batch: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Gradient of L_val(w - xi dL_train/dw, alpha), by finite differences (DARTS eq. 7, 8)."""
-        alpha = self.supernet.alpha
-        weights = self.supernet.weight_parameters()
-        rate = self.inner_learning_rate
-        same_samples = _ReplayRandomness(weights[0].device)
-        saved = [w.detach().clone() for w in weights]
-        try:
-            with same_samples:
-                _, inner = self._gradients(loss_fn, train_batch, weights)
-            _shift(weights, saved, inner, -rate)
-            with same_samples:
-                loss, (direct, *vector) = self._gradients(loss_fn, val_batch, [alpha, *weights])
-            norm = torch.stack([v.norm() for v in vector]).norm()
-            size = torch.stack([w.norm() for w in saved]).norm()
-            # central differences: the error falls with the square of the relative step, rounding
-            # rises with its inverse, hence the cube root of the precision
-            epsilon = torch.finfo(saved[0].dtype).eps ** (1 / 3) * size / norm.clamp_min(1e-12)
-            sides = []
-            for sign in (1, -1):
-                _shift(weights, saved, vector, sign * epsilon)
-                with same_samples:
-                    sides.append(self._gradients(loss_fn, train_batch, [alpha])[1][0])
-        finally:
-            for weight, value in zip(weights, saved, strict=True):
-                weight.data.copy_(value)
-        up, down = sides
-        return loss, direct - rate / (2 * epsilon) * (up - down)
 
 
 class SharedAdam(torch.optim.Optimizer):
@@ -284,28 +234,3 @@ class SharedAdam(torch.optim.Optimizer):
                 root = (state["exp_avg_sq"] / (1 - second**steps)).sqrt()
                 size = group["lr"] / (1 - first**steps)
                 parameter.sub_(size * state["exp_avg"] / (root + group["eps"]))
-
-
-def _shift(weights: list, origin: list, direction: list, step: float | Tensor) -> None:
-    """weights = origin + step * direction, in place, outside autograd's sight."""
-    for weight, start, along in zip(weights, origin, direction, strict=True):
-        weight.data.copy_(start + step * along)
-
-
-class _ReplayRandomness:
-    """Every `with` block draws the same random numbers (gates and dropout) as the first."""
-
-    def __init__(self, device: torch.device):
-        self.cuda = [device] if device.type == "cuda" else []
-        self.state = None
-
-    def __enter__(self):
-        if self.state is None:
-            self.state = torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in self.cuda]
-        cpu, cuda = self.state
-        torch.set_rng_state(cpu)
-        for device, state in zip(self.cuda, cuda, strict=True):
-            torch.cuda.set_rng_state(state, device)
-
-    def __exit__(self, *exception):
-        return False

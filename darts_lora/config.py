@@ -97,19 +97,11 @@ class SearchConfig:
     arch_average: float | None = None
     """Share of the weight steps so far that the weights are averaged over where alpha's gradients
     are taken, at the price of a copy of them; 0: at the weights themselves. Default: 0.125 (the
-    last eighth, about), with joint 0."""
+    last eighth, about)."""
     arch_lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
     """Course of alpha's learning rate over the architecture steps of a RankSearch."""
     arch_every: int = 2
     """One architecture step every this many weight steps."""
-    order: Literal[1, 2] = 1
-    """1: first-order architecture gradient; 2: unrolled (DARTS eq. 7 and 8)."""
-    joint: bool = False
-    """One forward and backward of a training and a validation batch together for both steps of a
-    RankSearch: less time where launches of kernels cost more than their work, as with small
-    batches, but both batches are in memory at once. order 1, no modules_to_save. Not for models
-    that pack the images of a batch inside (LLaVA-NeXT, Idefics2 and 3, SmolVLM): rows must stay
-    rows in every layer."""
     warmup_steps: int | None = None
     """Weight steps of the search before its first architecture step. Default: 0 under a budget,
     where the first steps say most; a quarter of the search where alpha descends."""
@@ -132,14 +124,6 @@ class SearchConfig:
             above={"scaling": 0.0, "budget_rank": 0.0, "budget_parameters": 0}
             | {"arch_learning_rate": 0.0},
         )
-        require(self.joint in (True, False), "joint", self.joint, "must be true or false")
-        if self.joint and self.order == 2:
-            raise InputError("joint=true, order=2: an unrolled step needs passes of its own")
-        if self.joint and self.arch_average:
-            raise InputError(
-                f"joint=true, arch_average={self.arch_average}: one pass of both steps is at the "
-                "weights themselves; use joint=false, or arch_average=0"
-            )
         require(self.dropout < 1, "dropout", self.dropout, "must be below 1")
         if (part := self.search_fraction) is not None:
             rule = "must be above 0 and at most 1"

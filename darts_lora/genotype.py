@@ -111,9 +111,8 @@ class Genotype:
                 rule = f"must be at most {larger}, the larger side of the layer"
                 _require(rank <= larger, "ranks", {name: rank}, rule)
         _require(isinstance(self.found_by, dict), "found_by", self.found_by, "must be a mapping")
-        for option in ("versions", "verdict"):
-            value = self.found_by.get(option, {})
-            _require(isinstance(value, dict), option, value, "must be a mapping")
+        value = self.found_by.get("verdict", {})
+        _require(isinstance(value, dict), "verdict", value, "must be a mapping")
         budget = self.found_by.get("budget_parameters")
         ok = budget is None or (type(budget) in (int, float) and 0 <= budget < 1e30)
         _require(ok, "budget_parameters", budget, "must be a number >= 0")

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from darts_lora.base.errors import DivergedError, InputError
+from darts_lora.base.errors import DivergedError
 from darts_lora.base.files import check_writable, locked, write_whole
 from darts_lora.base.interruption import Stopped, StopRequest, told_as_input_errors
 from darts_lora.config import TrainingConfig
@@ -28,7 +28,6 @@ from darts_lora.genotype import Genotype
 from darts_lora.lora.models import frozen_digest, weights_digest
 from darts_lora.run.bilevel import BilevelStep
 from darts_lora.run.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from darts_lora.run.joint import halves_loss
 from darts_lora.run.launch import (
     check_accumulation,
     check_distribution,
@@ -58,32 +57,37 @@ from darts_lora.views.trackers import Trackers, check_trackers
 class RankSearch:
     """Bilevel search: LoRA weights on training batches, alpha on validation batches.
 
-    It is the first part (search_fraction) of a run of training.max_steps weight steps, on the
-    learning rate of the whole run: a finetune goes on from its weights with the rest. After
-    `warmup_steps`, every `arch_every`-th weight step is followed by an architecture step.
+        It is the first part (search_fraction) of a run of training.max_steps weight steps, on the
+        learning rate of the whole run: a finetune goes on from its weights with the rest. After
+        `warmup_steps`, every `arch_every`-th weight step is followed by an architecture step.
 
-    Args:
-        supernet: the model with its rank branches.
-        train_dataloader, val_dataloader: batches of two disjoint splits, for `loss_fn`.
-        training: steps of the whole run, learning rate and the like of the weights.
-        output_dir: checkpoints/, tensorboard/, metrics.jsonl, supernet.safetensors and
-            genotype.json go there; None: nothing is written.
-        loss_fn: (model, batch) -> scalar loss. Accumulated batches and those of other processes
-            count by their learnt tokens with the default, alike with any other.
-        joint_loss_fn: (model, batch) -> losses of both halves of its rows, for config.joint.
-        accelerator: default: one made from `training`.
-        course: further options that decide what is computed (of the model, of the data), name to
-            value; a checkpoint holds them, and a search with others does not resume from it.
-        cuda_graphs: launch the forward and backward of each step as one CUDA graph for each shape
-            of batch. What cannot be captured runs as ever, after one line that says why.
-        report_to: trackers of the figures, which need an output_dir: one or several that accelerate
-            knows, "all" that are installed, or "none". Those of an `accelerator` get them, too.
+        Args:
+            supernet: the model with its rank branches.
+            train_dataloader, val_dataloader: batches of two disjoint splits, for `loss_fn`.
+            training: steps of the whole run, learning rate and the like of the weights.
+            output_dir: checkpoints/, tensorboard/, metrics.jsonl, supernet.safetensors and
+                genotype.json go there; None: nothing is written.
+            loss_fn: (model, batch) -> scalar loss. Accumulated batches and those of other processes
+                count by their learnt tokens with the default, alike with any other.
+            accelerator: default: one made from `training`.
+            course: further options that decide what is computed (of the model, of the data), name to
+                value; a checkpoint holds them, and a search with others does not resume from it.
+            cuda_graphs: launch the forward and backward of each step as one CUDA graph for each shape
+                of batch. What cannot be captured runs as ever, after one line that says why.
+            report_to: trackers of the figures, which need an output_dir: one or several that accelerate
+                knows, "all" that are installed, or "none". Those of an `accelerator` get them, too.
 
-    Raises:
-        InputError: a data loader without a batch for each process, or with config.joint an
-            incomplete one; a warm-up that leaves no architecture step, an output_dir that cannot be
-            written; DeepSpeed, Megatron-LM or FSDP's first version; a tracker that is not
-            installed.
+        Raises:
+    <<<<<<< HEAD
+            InputError: a data loader without a batch for each process, or with config.joint an
+                incomplete one; a warm-up that leaves no architecture step, an output_dir that cannot be
+                written; DeepSpeed, Megatron-LM or FSDP's first version; a tracker that is not
+                installed.
+    =======
+            InputError: a data loader without a batch for each process; a warm-up that leaves no
+                architecture step; an output_dir that cannot be written; DeepSpeed, Megatron-LM or
+                FSDP's first version.
+    >>>>>>> main
     """
 
     def __init__(
@@ -95,7 +99,6 @@ class RankSearch:
         training: TrainingConfig | None = None,
         output_dir: str | None = None,
         loss_fn: Callable[[torch.nn.Module, Any], Tensor] = model_loss,
-        joint_loss_fn: Callable[[torch.nn.Module, Any], tuple[Tensor, Tensor]] = halves_loss,
         accelerator: Accelerator | None = None,
         course: dict[str, Any] | None = None,
         cuda_graphs: bool = False,
@@ -113,20 +116,16 @@ class RankSearch:
         self.accelerator = accelerator or search_accelerator(precision)
         check_distribution(self.accelerator)
         check_accumulation(self.accelerator)
-        if config.order == 2 and self.accelerator.is_fsdp2:
-            raise InputError("order=2: needs whole weights on each process; use DDP, or order=1")
         set_seed(config.seed, device_specific=True)
         self.base_digest = frozen_digest(supernet.model)  # before anything shards it
         count = learnt_tokens if loss_fn is model_loss else None  # what others are means of?
-        self.bilevel = BilevelStep(
-            supernet, self.accelerator, self.training, loss_fn, joint_loss_fn, count
-        )
+        self.bilevel = BilevelStep(supernet, self.accelerator, self.training, loss_fn, count)
         self.weights, self.architect = self.bilevel.weights, self.bilevel.architect
         self.model = self.weights.model
         given = train_dataloader, val_dataloader
         loaders = prepare_loaders(self.accelerator, given, config.seed, output_dir is not None)
         for split, *pair in zip(("train", "validation"), given, loaders, strict=True):
-            check_batches(split, *pair, config.joint)
+            check_batches(split, *pair)
         self.streams = self.train_stream, self.val_stream = tuple(map(BatchStream, loaders))
         self.arch_scheduler = self.schedule.arch_scheduler(self.architect.optimizer)
         self.schedulers = self.weights.scheduler, self.arch_scheduler

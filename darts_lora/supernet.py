@@ -116,7 +116,7 @@ class Supernet:
             layer.shared = self._shared
         self.held: Tensor | None = None
         self._place_alpha(self.alpha.device)
-        self._arch_gradients, self._weight_gradients, self._joint = False, True, False
+        self._arch_gradients, self._weight_gradients = False, True
         if hasattr(model, "save_pretrained"):
             model.save_pretrained = self._save
         if getattr(model, "is_quantized", False):
@@ -157,20 +157,11 @@ class Supernet:
             alpha = self.held + (self.alpha - self.alpha.detach())
         rows = _batch_rows(args, kwargs) if self.config.sampling == "example" else None
         rows = rows or None  # a batch without rows needs no draws of its own
-        if self._joint:
-            rows = rows or 2  # one draw for each half
         drawn = self._sample(alpha, rows)
         gates = einsum(drawn, self._membership, "... n k, n r k -> n ... r")
-        arch_gates = [None] * len(self.layers)
-        if self._joint:
-            if gates.dim() == 2:  # softmax draws nothing
-                gates = gates[:, None].expand(-1, 2, -1)
-            arch_gates = gates[:, gates.shape[1] // 2 :].unbind(0)
-            gates = gates.detach()
-        each = zip(self.layers.values(), gates.unbind(0), arch_gates, strict=True)
-        for layer, own, arch in each:  # past a module's setattr, which is slow
-            drawn = {"gates": own, "arch_gates": arch, "trains_weights": self._weight_gradients}
-            vars(layer).update(drawn)
+        each = zip(self.layers.values(), gates.unbind(0), strict=True)
+        for layer, own in each:  # past a module's setattr, which is slow
+            vars(layer).update(gates=own, trains_weights=self._weight_gradients)
 
     def _sample(self, alpha: Tensor, rows: int | None) -> Tensor:
         """Branch weights for this forward: of fresh noise, or of that which a loss waits with."""
@@ -219,26 +210,18 @@ class Supernet:
         self._temperature.fill_(value)  # in place: a captured forward reads this tensor
 
     @contextlib.contextmanager
-    def arch_gradients(self, weights: bool = True, joint: bool = False):
-        """Forwards inside connect the loss to alpha, and, as outside, to the LoRA weights.
-
-        With `joint`, the first half of the batch's rows is connected to the LoRA weights alone,
-        the second half to alpha alone.
-        """
-        self._arch_gradients, self._weight_gradients, self._joint = True, weights, joint
+    def arch_gradients(self, weights: bool = True):
+        """Forwards inside connect the loss to alpha, and, as outside, to the LoRA weights."""
+        self._arch_gradients, self._weight_gradients = True, weights
         try:
             yield
         finally:
-            self._arch_gradients, self._weight_gradients, self._joint = False, True, False
+            self._arch_gradients, self._weight_gradients = False, True
 
     def weight_parameters(self) -> list[nn.Parameter]:
         """A and B of every layer, and the saved modules: what the weight step trains."""
         lora = [p for layer in self.layers.values() for p in (layer.lora_A, layer.lora_B)]
         return lora + [p for module in self.saved_modules.values() for p in module.parameters()]
-
-    def arch_parameters(self) -> list[nn.Parameter]:
-        """alpha of all layers, one (N, K) tensor: what the architecture step trains."""
-        return [self.alpha]
 
     def state_dict(self) -> dict[str, Tensor]:
         """`<name>.lora_A`, `<name>.lora_B`, `<name>.alpha` of every layer, and the saved modules'
@@ -302,7 +285,7 @@ class Supernet:
         for hook in self._hooks:
             hook.remove()
         for layer in self.layers.values():
-            layer.gates = layer.arch_gates = None
+            layer.gates = None
         for name, module in self._originals.items():
             self.model.set_submodule(name, module)
         for name, parameter in self.model.named_parameters():

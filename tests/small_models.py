@@ -120,3 +120,9 @@ def vision_rows(count: int) -> Dataset:
         rows.append({"messages": turns, "image": image})
     turn = {"role": Value("string"), "content": Value("string")}
     return Dataset.from_list(rows, Features({"messages": [turn], "image": Image()}))
+
+
+def branch_weights(layer, rank):
+    """(A, B) of one candidate of a layer of rank branches."""
+    columns = layer.membership[:, layer.ranks.index(rank)].bool()
+    return layer.lora_A[..., columns, :], layer.lora_B[..., columns]

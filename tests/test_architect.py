@@ -8,7 +8,6 @@ from unittest import mock
 
 import pytest
 import torch
-from torch.func import functional_call
 
 from darts_lora import Architect, DivergedError, InputError, SearchConfig, Supernet
 from darts_lora.alpha.prior import Prior
@@ -20,13 +19,13 @@ EXACT = {"ranks": (0, 1, 2, 4), "relaxation": "softmax", "arch_noise": 0.0}
 EXACT |= {"arch_update": "gradient", "arch_average": 0.0}
 
 
-def make(dtype=torch.float64, inner_learning_rate=0.05, **options):
+def make(dtype=torch.float64, **options):
     config = SearchConfig(**{**EXACT, **options})
     supernet = Supernet(residual(), config)
     supernet.model.to(dtype)
     supernet._place_alpha(supernet.alpha.device, dtype)
     randomise(supernet)
-    return supernet, Architect(supernet, inner_learning_rate=inner_learning_rate)
+    return supernet, Architect(supernet)
 
 
 def batches(dtype=torch.float64, rows=8):
@@ -39,93 +38,69 @@ def loss_of(supernet):
     return lambda batch: (supernet.model(batch[0]) - batch[1]).pow(2).mean()
 
 
-def alpha_gradient(architect, loss_fn, val_batch, train_batch):
+def alpha_gradient(architect, loss_fn, batch):
     """What the step hands to alpha's optimizer."""
     seen = []
     architect.optimizer.register_step_pre_hook(
         lambda *_: seen.append(architect.supernet.alpha.grad.clone())
     )
-    architect.step(loss_fn, val_batch, train_batch)
+    architect.step(loss_fn, batch)
     return seen[0]
 
 
-def plain_mixture(x, a, b, gates, arch_gates, y, weight, bias, *rest):
-    """The layer's sum in autograd's own operations, which can be differentiated twice."""
+def plain_mixture(x, a, b, gates, y, weight, bias, *rest):
+    """The layer's sum in autograd's own operations."""
     return torch.nn.functional.linear(x, weight, bias) + (x @ a.T * gates) @ b.T
 
 
-def exact_unrolled(supernet, val_batch, train_batch, rate):
-    """d/d alpha of L_val(w - rate * dL_train/dw, alpha), by autograd through the inner step."""
-    model = supernet.model
-    values = dict(model.named_parameters())
-    weights = [n for n, p in values.items() if n.endswith(("lora_A", "lora_B"))]
-
-    def loss(values, batch):
-        twice = mock.patch.object(mixed_linear._Mixture, "apply", plain_mixture)
-        with supernet.arch_gradients(), twice:
-            return (functional_call(model, values, (batch[0],)) - batch[1]).pow(2).mean()
-
-    inner = torch.autograd.grad(
-        loss(values, train_batch), [values[n] for n in weights], create_graph=True
-    )
-    moved = {n: values[n] - rate * g for n, g in zip(weights, inner, strict=True)}
-    return torch.autograd.grad(loss({**values, **moved}, val_batch), supernet.alpha)[0]
+def exact_gradient(supernet, batch):
+    """d/d alpha of the loss, by autograd's own operations."""
+    plain = mock.patch.object(mixed_linear._Mixture, "apply", plain_mixture)
+    with supernet.arch_gradients(), plain:
+        return torch.autograd.grad(loss_of(supernet)(batch), supernet.alpha)[0]
 
 
-def test_unrolled_gradient_against_the_exact_one():
-    supernet, architect = make(order=2)
-    train, val = batches()
-    exact = exact_unrolled(supernet, val, train, 0.05)
-    first_order = exact_unrolled(supernet, val, train, 0.0)
-    found = alpha_gradient(architect, loss_of(supernet), val, train)
-    assert (found - exact).norm() / exact.norm() < 1e-6
-    assert (first_order - exact).norm() / exact.norm() > 1e-2  # the second order matters here
-
-
-@pytest.mark.parametrize("order", [1, 2])
-def test_equals_the_first_order_at_inner_rate_zero(order):
-    supernet, architect = make(order=order, inner_learning_rate=0.0)
-    train, val = batches()
-    exact = exact_unrolled(supernet, val, train, 0.0)
-    found = alpha_gradient(architect, loss_of(supernet), val, train)
+def test_the_gradient_is_the_exact_one():
+    supernet, architect = make()
+    _, val = batches()
+    exact = exact_gradient(supernet, val)
+    found = alpha_gradient(architect, loss_of(supernet), val)
     assert (found - exact).norm() / exact.norm() < 1e-12
 
 
-@pytest.mark.parametrize("order", [1, 2])
-def test_the_gradient_is_taken_at_the_mean_of_the_weights(order):
-    supernet, architect = make(arch_average=1.0, order=order)
-    train, val = batches()
+def test_the_gradient_is_taken_at_the_mean_of_the_weights():
+    supernet, architect = make(arch_average=1.0)
+    _, val = batches()
     first = [w.detach().clone() for w in supernet.weight_parameters()]
     architect.mean.update()
     for weight in supernet.weight_parameters():
         weight.data += torch.randn_like(weight)
     second = [w.detach().clone() for w in supernet.weight_parameters()]
-    seen = alpha_gradient(architect, loss_of(supernet), val, train)
-    still, reference = make(arch_average=0.0, order=order)
+    seen = alpha_gradient(architect, loss_of(supernet), val)
+    still, reference = make(arch_average=0.0)
     still.model.load_state_dict(supernet.model.state_dict())
     for weight, one, other in zip(still.weight_parameters(), first, second, strict=True):
         weight.data.copy_((one + 2 * other) / 3)
-    expected = alpha_gradient(reference, loss_of(still), val, train)
+    expected = alpha_gradient(reference, loss_of(still), val)
     assert torch.allclose(seen, expected, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("order", [1, 2])
-def test_small_gradients_in_float16_are_scaled_as_the_weights_are(order):
-    supernet, exact = make(torch.float32, order=order)
-    val, train, alpha = *batches(torch.float32), supernet.alpha.detach().clone()
+def test_small_gradients_in_float16_are_scaled_as_the_weights_are():
+    supernet, exact = make(torch.float32)
+    (_, val), alpha = batches(torch.float32), supernet.alpha.detach().clone()
     small = 2.0**-18
 
     def loss_fn(batch):
         with torch.autocast("cpu", torch.float16):
             return loss_of(supernet)(batch) * small
 
-    wanted = alpha_gradient(exact, lambda batch: loss_of(supernet)(batch) * small, val, train)
+    wanted = alpha_gradient(exact, lambda batch: loss_of(supernet)(batch) * small, val)
     found = {}
     for scale in (None, 2.0**14, 2.0**60):
         scaler = None if scale is None else torch.amp.GradScaler("cpu", init_scale=scale)
-        architect = Architect(supernet, inner_learning_rate=0.05, scaler=scaler)
+        architect = Architect(supernet, scaler=scaler)
         supernet.alpha.data.copy_(alpha)
-        found[scale] = alpha_gradient(architect, loss_fn, val, train)
+        found[scale] = alpha_gradient(architect, loss_fn, val)
     error = {s: float((g - wanted).norm() / wanted.norm()) for s, g in found.items()}
     assert error[None] > 0.3 > 0.05 > error[2.0**14]
     assert not found[2.0**60].any(), "what overflows counts as 0"
@@ -133,14 +108,14 @@ def test_small_gradients_in_float16_are_scaled_as_the_weights_are(order):
 
 def test_gradients_of_loss_and_cost_are_smoothed_alike():
     supernet, architect = make(arch_noise=3.0, budget_rank=1.0)
-    train, val = batches()
-    gradient = exact_unrolled(supernet, val, train, 0.0)
+    _train, val = batches()
+    gradient = exact_gradient(supernet, val)
     before = float(supernet.expected_parameters().detach())
     at_optimizer = []  # alpha when its optimizer is done
     architect.optimizer.register_step_post_hook(
         lambda *_: at_optimizer.append(supernet.alpha.detach().clone())
     )
-    found = alpha_gradient(architect, loss_of(supernet), val, train)
+    found = alpha_gradient(architect, loss_of(supernet), val)
     sums = torch.stack([gradient, torch.zeros_like(gradient)])  # one half alone: all may be noise
     smooth = Prior(list(supernet.layers), 3.0, supernet.costs[:, -1]).posterior(sums)
     assert (smooth(gradient) - gradient).norm() > 0.1 * gradient.norm()
@@ -156,27 +131,10 @@ def test_gradients_of_loss_and_cost_are_smoothed_alike():
     torch.testing.assert_close(raw, gradient.to(raw))
 
 
-def test_unrolled_passes_draw_the_same_samples():
-    supernet, architect = make(order=2, relaxation="gumbel_hard", dropout=0.5)
-    train, val = batches()
-    drawn = []
-    layer = next(iter(supernet.layers.values()))
-
-    def loss_fn(batch):
-        loss = loss_of(supernet)(batch)
-        drawn.append((layer.gates.detach().clone(), torch.rand(1)))
-        return loss
-
-    architect.step(loss_fn, val, train)
-    assert len(drawn) == 4
-    assert all(torch.equal(g, drawn[0][0]) and torch.equal(r, drawn[0][1]) for g, r in drawn)
-
-
-@pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("relaxation", ["gumbel_hard", "gumbel", "softmax"])
 @pytest.mark.parametrize("arch_update", ["proportional", "gradient"])
-def test_touches_nothing_but_alpha(order, relaxation, arch_update):
-    options = {"order": order, "relaxation": relaxation, "arch_update": arch_update}
+def test_touches_nothing_but_alpha(relaxation, arch_update):
+    options = {"relaxation": relaxation, "arch_update": arch_update}
     supernet, architect = make(torch.float32, **options, arch_average=0.125, budget_rank=2)
     train, val = batches(torch.float32)
     loss_fn, weights = loss_of(supernet), supernet.weight_parameters()
@@ -186,7 +144,7 @@ def test_touches_nothing_but_alpha(order, relaxation, arch_update):
     before = [w.detach().clone() for w in weights], [w.grad.clone() for w in weights]
     state = copy.deepcopy(optimizer.state_dict())
     alphas = supernet.alpha.detach().clone()
-    architect.step(loss_fn, val, train)
+    architect.step(loss_fn, val)
     assert all(torch.equal(w, b) for w, b in zip(weights, before[0], strict=True))
     assert all(torch.equal(w.grad, b) for w, b in zip(weights, before[1], strict=True))
     for new, old in zip(optimizer.state.values(), state["state"].values(), strict=True):
@@ -242,9 +200,9 @@ LOSSES = {
 def test_a_loss_that_does_not_depend_on_alpha_is_refused(loss):
     supernet, architect = make()
     supernet.model.extra = torch.nn.Parameter(torch.ones(3))
-    train, val = batches()
+    _train, val = batches()
     with pytest.raises(InputError, match="loss_fn: its loss does not depend on alpha"):
-        architect.step(lambda batch: loss(supernet, batch), val, train)
+        architect.step(lambda batch: loss(supernet, batch), val)
 
 
 @pytest.mark.parametrize("arch_update", ["gradient", "proportional"])
@@ -259,12 +217,6 @@ def test_a_gradient_that_is_not_finite_leaves_alpha_alone(arch_update, what):
         architect.step(loss_fn, bad)
     assert torch.equal(supernet.alpha, before) and torch.equal(architect.gradient_sums, sums)
     assert architect.steps == 1
-
-
-def test_unrolled_needs_a_training_batch():
-    supernet, architect = make(order=2)
-    with pytest.raises(InputError, match="train_batch=None"):
-        architect.step(loss_of(supernet), batches()[0])
 
 
 @pytest.mark.parametrize("scale", [1.0, 1000.0])

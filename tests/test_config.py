@@ -33,8 +33,6 @@ from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
         *[(SearchConfig, "arch_average", v) for v in (-0.1, 1.5, "an eighth")],
         (SearchConfig, "arch_lr_scheduler", "step"),
         *[(SearchConfig, "arch_every", v) for v in (0, 1.5)],
-        *[(SearchConfig, "order", v) for v in (0, 3)],
-        *[(SearchConfig, "joint", v) for v in ("yes", 2)],
         *[(SearchConfig, "warmup_steps", v) for v in (-1, 0.5)],
         (SearchConfig, "seed", -1),
         (ModelConfig, "dtype", "int8"),

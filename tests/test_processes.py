@@ -107,8 +107,3 @@ def test_alphas_that_differ_are_an_error_at_the_next_checkpoint(seen):
     for process in seen:
         assert process["diverge"].startswith("num_processes=2: alpha differs between processes")
         assert "at step 4: stopped" in process["diverge"]
-
-
-def test_the_unrolled_step_is_refused_where_weights_are_sharded(seen):
-    text = "order=2: needs whole weights on each process; use DDP, or order=1"
-    assert [process["order 2"] for process in seen] == 2 * [text]

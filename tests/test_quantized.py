@@ -63,7 +63,7 @@ def gradients(model, parameters, around=contextlib.nullcontext):
 
 
 def of_supernet(supernet):
-    parameters = [*supernet.weight_parameters(), *supernet.arch_parameters()]
+    parameters = [*supernet.weight_parameters(), supernet.alpha]
     return gradients(supernet.model, parameters, supernet.arch_gradients)
 
 

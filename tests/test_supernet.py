@@ -90,7 +90,7 @@ def test_removal_takes_away_what_accelerate_put_into_the_model(own):
 
 def test_parameter_groups_are_disjoint_and_all_else_is_frozen():
     supernet = Supernet(residual(), config())
-    weights, alphas = supernet.weight_parameters(), supernet.arch_parameters()
+    weights, alphas = supernet.weight_parameters(), [supernet.alpha]
     ids = {id(p) for p in (*weights, *alphas)}
     assert len(ids) == len(weights) + len(alphas) == 2 * len(supernet.layers) + 1
     trained = [p for p in supernet.model.parameters() if p.requires_grad]
@@ -155,7 +155,7 @@ def test_recomputation_sees_the_gates_of_its_forward(forwards):
         inputs = torch.randn(forwards, 5, 16)
         with supernet.arch_gradients():
             sum(supernet.model(x).pow(2).sum() for x in inputs).backward()
-        parameters = (*supernet.weight_parameters(), *supernet.arch_parameters())
+        parameters = (*supernet.weight_parameters(), supernet.alpha)
         gradients.append([p.grad for p in parameters])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
@@ -282,7 +282,7 @@ def test_a_classifiers_head_is_trained_in_a_copy_and_the_original_comes_back():
     weights = supernet.weight_parameters()
     assert {id(p) for p in copied.parameters()} < {id(p) for p in weights}
     assert len(weights) == len({id(p) for p in weights}) == 2 * len(supernet.layers) + 2
-    trained = {id(p) for p in (*weights, *supernet.arch_parameters())}
+    trained = {id(p) for p in (*weights, supernet.alpha)}
     assert all(p.requires_grad == (id(p) in trained) for p in model.parameters())
     randomise(supernet)
     optimizer = torch.optim.SGD(weights, lr=0.1)

@@ -376,6 +376,3 @@ def test_what_cannot_be_searched(tmp_path):
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu")  # what fp16 has on a GPU
     callback.on_train_begin(trainer.args, TrainerState(max_steps=9), None)
     assert callback.architect.scaler is trainer.accelerator.scaler
-    second = Supernet(Regression(), SearchConfig(ranks=(0, 1), order=2))
-    with pytest.raises(InputError, match="order=2: needs training batches"):
-        RankSearchCallback(make_trainer(second.model, train, validation, tmp_path), second)

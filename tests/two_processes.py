@@ -267,13 +267,6 @@ def diverge(process: int, folder: Path) -> str:
         return str(error)
 
 
-def refused(**options) -> str:
-    try:
-        make(**options)
-    except InputError as error:
-        return str(error)
-
-
 def main(folder: Path) -> None:
     process, seen = int(os.environ["RANK"]), {}
     with under(sharded=False):
@@ -287,7 +280,6 @@ def main(folder: Path) -> None:
         seen["diverge"] = diverge(process, folder / "diverge")
     with under(sharded=True):
         seen["fsdp2"] = whole_and_resumed(folder / "fsdp2")
-        seen["order 2"] = refused(order=2)
     (folder / f"{process}.json").write_text(json.dumps(seen))
     gc.collect()  # what still holds the process group at the exit may abort it
     torch.distributed.barrier()

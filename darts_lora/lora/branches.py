@@ -14,16 +14,7 @@ ALIGNMENT = 8  # columns: 16 bytes of bfloat16
 
 
 def branch_columns(ranks: tuple[int, ...], rank: int, branches: str) -> slice:
-    """The rows of A and columns of B that belong to `rank`: a candidate, or of nested branches
-    any up to the largest.
-
-    Raises:
-        InputError: there is no such branch.
-    """
-    if branches == "nested" and rank > max(ranks, default=0):
-        raise InputError(f"rank={rank!r}: must be at most the largest candidate of {list(ranks)}")
-    if branches == "independent" and rank not in ranks:
-        raise InputError(f"rank={rank!r}: must be one of the candidates {list(ranks)}")
+    """The rows of A and columns of B that belong to `rank`, one of the candidates."""
     start = sum(r for r in ranks if r < rank) if branches == "independent" else 0
     return slice(start, start + rank)
 
@@ -86,9 +77,6 @@ class RankBranches(nn.Module):
         alpha: float32 parameter (K,), the architecture weights, zeros at the start.
         gates: g for the coming forwards, (R,) or one row per example (rows, R), set by a Supernet;
             None: softmax(alpha) decides.
-        arch_gates: the second half of the rows of `gates`, for a joint pass: they alone get
-            gradients, and the first half of the examples alone gives A and B theirs. None: no
-            joint pass.
         trains_weights: whether gradients of A and B are wanted of the coming forwards.
         shared: of all layers of a Supernet.
 
@@ -130,7 +118,6 @@ class RankBranches(nn.Module):
         self.register_buffer("membership", membership, persistent=False)
         self.alpha = nn.Parameter(torch.zeros(len(candidates), device=device))
         self.gates: Tensor | None = None
-        self.arch_gates: Tensor | None = None
         self.trains_weights = True
         self.shared = Forward()
 
@@ -142,11 +129,6 @@ class RankBranches(nn.Module):
     def probabilities(self) -> Tensor:
         """softmax(alpha), (K,)."""
         return self.alpha.softmax(0)
-
-    def branch_weights(self, rank: int) -> tuple[Tensor, Tensor]:
-        """(A, B) of one candidate: views (..., rank, in) and (..., out, rank) of the weights."""
-        columns = branch_columns(self.ranks, rank, self.branches)
-        return self.lora_A[..., columns, :], self.lora_B[..., columns]
 
     def extra_repr(self) -> str:
         return f"ranks={list(self.ranks)}, scaling={self.scaling}, branches={self.branches}"

@@ -113,11 +113,6 @@ class MixedRankExperts(RankBranches):
 
     def adapted(self) -> Tensor:
         """W plus the mixture, in the shape and dtype of W."""
-        if self.arch_gates is not None:
-            raise InputError(
-                "joint=true: experts see tokens of training and validation rows mixed; use "
-                "joint=false"
-            )
         self.note_call()
         gates = self.gates
         if gates is None:

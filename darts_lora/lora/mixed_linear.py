@@ -89,18 +89,13 @@ class MixedRankLinear(RankBranches):
         (image tiles: each row's gates are repeated); where it is not (packed sequences), the first
         row's gates serve all of x.
         """
-        gates, arch_gates, shared = self.gates, self.arch_gates, self.shared
+        gates, draw = self.gates, self.shared.draw
         self.note_call()
         if gates is None:
             gates = self.scaling * (self.membership @ self.probabilities())
         if gates.dim() == 1:
             gates = gates[None]
         elif x.dim() == 1 or x.shape[0] % gates.shape[0]:
-            if arch_gates is not None:
-                raise InputError(
-                    f"joint=true: a layer {self.in_features} -> {self.out_features} sees a tensor "
-                    f"{tuple(x.shape)} that is not made of the batch's rows; use joint=false"
-                )
             gates = gates[:1]
         parameters, modules = self._parameters, self._modules  # getattr of a module is slow
         a, b = parameters["lora_A"], parameters["lora_B"]
@@ -109,7 +104,7 @@ class MixedRankLinear(RankBranches):
         base, dropout, dtype = modules["base_layer"], modules["dropout"], _compute_dtype(x)
         own = args or kwargs  # of a base layer whose call takes more
         if not own and type(dropout) is nn.Identity and (plain := _plain_weights(base, dtype)):
-            out = _Mixture.apply(x, a, b, gates, arch_gates, None, *plain, dtype, shared.draw)
+            out = _Mixture.apply(x, a, b, gates, None, *plain, dtype, draw)
         else:
             x, y = dropout(x), base(x, *args, **kwargs)
             if not isinstance(y, Tensor):
@@ -118,7 +113,7 @@ class MixedRankLinear(RankBranches):
                     f"gives a {type(y).__name__}, no tensor that a LoRA could be added to; name it "
                     "in exclude_modules"
                 )
-            out = _Mixture.apply(x, a, b, gates, arch_gates, y, None, None, dtype, shared.draw)
+            out = _Mixture.apply(x, a, b, gates, y, None, None, dtype, draw)
         return out.view(*x.shape[:-1], out.shape[1])
 
     @property
@@ -137,32 +132,27 @@ class _Mixture(torch.autograd.Function):
     gradients that the step does not want, and all sums are part of products.
 
     x (..., in); A (R, in); B (out, R); g (rows, R), whose rows divide the leading sizes of x; y
-    (..., out), or None: then y is x W^T + bias, W (out, in), and is part of the node. In a joint
-    pass arch_gates is the second half of g and gets the gradient of that half of the tokens; the
-    first half gives A and B theirs.
+    (..., out), or None: then y is x W^T + bias, W (out, in), and is part of the node.
 
     A model calls this hundreds of times a step: every call below costs as much as a small kernel.
     """
 
     @staticmethod
-    def forward(ctx, x, a, b, gates, arch_gates, y, weight, bias, dtype, draw):
+    def forward(ctx, x, a, b, gates, y, weight, bias, dtype, draw):
         flat = _cast(x.reshape(-1, x.shape[-1]), dtype)
         a_used, b_used = _cast(a, dtype), _cast(b, dtype)
-        _, wants_a, wants_b, wants_gates, wants_arch_gates = ctx.needs_input_grad[:5]
+        _, wants_a, wants_b, wants_gates = ctx.needs_input_grad[:4]
         h = nn.functional.linear(flat, a_used)
-        gated = _gate(h, gates, torch.empty_like(h) if wants_gates or wants_arch_gates else h)
+        gated = _gate(h, gates, torch.empty_like(h) if wants_gates else h)
         if weight is not None:
             out = nn.functional.linear(flat, weight, bias).addmm_(gated, b_used.t())
         elif y.dtype == dtype:
             out = torch.addmm(y.reshape(-1, y.shape[-1]), gated, b_used.t())
         else:
             out = y.reshape(-1, y.shape[-1]) + torch.mm(gated, b_used.t()).to(y.dtype)
-        if wants_arch_gates:
-            half = flat.shape[0] // 2
-            flat, gated, h = flat[:half], gated[:half], h[half:]
         ctx.save_for_backward(
             flat if wants_a else None, a_used, b_used, gates, weight,
-            h if wants_gates or wants_arch_gates else None, gated if wants_b else None,
+            h if wants_gates else None, gated if wants_b else None,
         )  # fmt: skip
         ctx.draw, ctx.x_shape, ctx.dtypes = draw, x.shape, (x.dtype, a.dtype, b.dtype)
         ctx.set_materialize_grads(False)
@@ -175,31 +165,26 @@ class _Mixture(torch.autograd.Function):
         if ctx.draw is not None:
             ctx.draw.waits = False
         if out is None:  # under DDP, of a layer that the loss does not depend on: no zeros
-            return (None,) * 10
+            return (None,) * 9
         flat, a, b, gates, weight, h, gated = ctx.saved_tensors
-        wants_x, wants_a, wants_b, wants_gates, wants_arch_gates, wants_y = ctx.needs_input_grad[:6]
+        wants_x, wants_a, wants_b, wants_gates, wants_y = ctx.needs_input_grad[:5]
         x_dtype, a_dtype, b_dtype = ctx.dtypes
         rows = _cast(out, b.dtype)
-        g_x = g_a = g_b = g_gates = g_arch_gates = None
+        g_x = g_a = g_b = g_gates = None
         if wants_b:
-            first = rows[: gated.shape[0]] if wants_arch_gates else rows
-            g_b = _product(first.t(), gated, b_dtype)
+            g_b = _product(rows.t(), gated, b_dtype)
         g_h = torch.mm(rows, b)
         if wants_gates:
             g_gates = _gate_gradient(g_h, h, gates)
-        if wants_arch_gates:
-            second = gates[len(gates) // 2 :]
-            g_arch_gates = _gate_gradient(g_h[-h.shape[0] :], h, second)
         if wants_x or wants_a:
             _gate(g_h, gates, g_h)
         if wants_a:
-            first = g_h[: flat.shape[0]] if wants_arch_gates else g_h
-            g_a = _product(first.t(), flat, a_dtype)
+            g_a = _product(g_h.t(), flat, a_dtype)
         if wants_x:
             g_x = torch.mm(g_h, a) if weight is None else torch.mm(rows, weight).addmm_(g_h, a)
             g_x = _cast(g_x, x_dtype).view(*ctx.x_shape)
         g_y = out.view(*ctx.x_shape[:-1], out.shape[1]) if wants_y else None
-        return g_x, g_a, g_b, g_gates, g_arch_gates, g_y, None, None, None, None
+        return g_x, g_a, g_b, g_gates, g_y, None, None, None, None
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -1,5 +1,5 @@
-"""BilevelStep: a weight step and, where it is due, an architecture step: apart or jointly, launched
-one by one or as graphs. Not here: what the steps compute (weight_step.py, architect.py)."""
+"""BilevelStep: a weight step and, where it is due, an architecture step, launched one by one or as
+graphs. Not here: what the steps compute (weight_step.py, architect.py)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from darts_lora.architect import Architect
 from darts_lora.config import TrainingConfig
 from darts_lora.run.graphs import Graphed
-from darts_lora.run.joint import JointStep
 from darts_lora.run.tokens import shares
 from darts_lora.run.weight_step import WeightStep
 from darts_lora.supernet import Supernet
@@ -24,16 +23,14 @@ class BilevelStep:
     """Makes both steps of a supernet for `accelerator`, and takes them.
 
     Args:
-        supernet: its config says whether the passes are joint.
+        supernet: whose weights and alpha are trained.
         accelerator: prepares the model, averages gradients over processes.
         training: learning rate, accumulation and clipping of the weights.
         loss_fn: (model, batch) -> scalar loss.
-        joint_loss_fn: (model, joint batch) -> losses of both halves of its rows.
         count: batch -> how many tokens its loss is the mean of, as of WeightStep.
 
     Attributes:
         weights, architect: the steps, which own the optimizers.
-        joint: both as one pass; None without config.joint.
     """
 
     def __init__(
@@ -42,7 +39,6 @@ class BilevelStep:
         accelerator: Accelerator,
         training: TrainingConfig,
         loss_fn: Callable[[nn.Module, Any], Tensor],
-        joint_loss_fn: Callable[[nn.Module, Any], tuple[Tensor, Tensor]],
         count: Callable[[Any], Tensor | None] | None = None,
     ):
         self.supernet, self.accelerator = supernet, accelerator
@@ -50,7 +46,6 @@ class BilevelStep:
         several = accelerator.num_processes > 1
         self.architect = Architect(
             supernet,
-            inner_learning_rate=training.learning_rate,
             reduce=(lambda g: accelerator.reduce(g, "mean")) if several else None,
             scaler=accelerator.scaler,
             check_finite=False,  # the loop looks at the losses where it waits anyhow
@@ -61,21 +56,16 @@ class BilevelStep:
             return loss_fn(supernet.model, batch) * share
 
         self.val_loss_fn = val_loss_fn
-        self.joint = None
-        if supernet.config.joint:
-            self.joint = JointStep(self.weights, self.architect, joint_loss_fn)
 
     def step(
         self, train_batches: Iterator[Any], val_batches: Iterator[Any], trains_alpha: bool
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
         """The training loss; the metrics of Architect.step, None where it was not due."""
-        if trains_alpha and self.joint is not None:
-            return self.joint.step(train_batches, val_batches)
-        loss, batch = self.weights.step(train_batches)
+        loss = self.weights.step(train_batches)
         if not trains_alpha:
             self.architect.mean.update()
             return loss, None
-        return loss, self.architect.step(self.val_loss_fn, next(val_batches), batch)
+        return loss, self.architect.step(self.val_loss_fn, next(val_batches))
 
     def capture(self) -> None:
         """From now on gradients come from CUDA graphs; or one line says why not."""
@@ -92,8 +82,4 @@ class BilevelStep:
             Graphed, key=lambda: self.supernet.relaxation, pool=torch.cuda.graph_pool_handle()
         )
         self.weights.graphed = graphed(self.weights.gradients)
-        if self.joint is not None:
-            self.joint.graphed = graphed(self.joint.gradients)
-        elif self.supernet.config.order == 1:
-            first_order = partial(self.architect.first_order, self.val_loss_fn)
-            self.architect.graphed = graphed(first_order)
+        self.architect.graphed = graphed(partial(self.architect.gradients, self.val_loss_fn))

@@ -74,7 +74,6 @@ def derive_genotype(supernet: Supernet, architect: Architect, schedule: Schedule
     genotype, config = discretize(supernet), supernet.config
     genotype.found_by |= {
         "relaxation": config.relaxation,
-        "order": config.order,
         "steps": schedule.steps,
         "run_steps": schedule.run_steps,
         "warmup_steps": schedule.warmup_steps,

@@ -58,16 +58,15 @@ class BatchStream:
         return iter(rest)
 
 
-def check_batches(split: str, given: DataLoader, prepared: DataLoader, joint: bool) -> None:
+def check_batches(split: str, given: DataLoader, prepared: DataLoader) -> None:
     """Whether a search can take batches from a data loader, as far as that is known beforehand.
 
     Args:
         split: its name, train or validation.
         given, prepared: the loader before and after accelerate prepared it.
-        joint: batches must be full: rows of two are joined in pairs.
 
     Raises:
-        InputError: some process would get no batch, or the last batch of an epoch is incomplete.
+        InputError: some process would get no batch.
     """
     unsized, processes = isinstance(given.dataset, IterableDataset), PartialState().num_processes
     if not unsized and len(prepared) == 0:
@@ -77,11 +76,4 @@ def check_batches(split: str, given: DataLoader, prepared: DataLoader, joint: bo
             f"num_processes={processes}, batch_size={given.batch_size}: the {split} split has a "
             f"whole batch for {len(given)} of the processes only; lower one of the two, or "
             f"{'raise' if split == 'validation' else 'lower'} validation_fraction"
-        )
-    filled = processes > 1 or given.drop_last or given.batch_size is None  # accelerate fills up
-    if joint and not filled and (unsized or len(given.sampler) % given.batch_size):
-        raise InputError(
-            f"joint=true: the {split} split's last batch has fewer rows than "
-            f"batch_size={given.batch_size}; use drop_last, or lower batch_size where the split is "
-            "smaller than one batch, or joint=false"
         )

@@ -66,20 +66,13 @@ class WeightStep:
         self.graphed: Graphed | None = None
         self.gradient_norm: Tensor | None = None
 
-    def step(self, batches: Iterator[Any]) -> tuple[Tensor, Any]:
-        """One step on as many of the batches as are accumulated; the mean loss, the last batch."""
-        total, batch, share = self.accumulate(batches)
-        total = total + self._backward(batch, share, last=True)
+    def step(self, batches: Iterator[Any]) -> Tensor:
+        """One step on as many of the batches as are accumulated; the mean loss."""
+        taken = [next(batches) for _ in range(self.parts)]
+        each = zip(taken, shares(taken, self.accelerator, self.count), strict=True)
+        losses = [self._backward(*pair, i == self.parts) for i, pair in enumerate(each, start=1)]
         self.update()
-        return total, batch
-
-    def accumulate(self, batches: Iterator[Any]) -> tuple[Tensor | float, Any, Tensor | float]:
-        """Gradients of all batches of a step but the last: their share of the mean loss; the last
-        batch, and the factor of its loss."""
-        *earlier, last = taken = [next(batches) for _ in range(self.parts)]
-        *parts, share = shares(taken, self.accelerator, self.count)
-        each = zip(earlier, parts, strict=True)
-        return sum(self._backward(*pair, last=False) for pair in each), last, share
+        return sum(losses)
 
     def update(self) -> None:
         """The part of a step behind the gradients: clipping, optimizer, learning rate."""

@@ -56,8 +56,6 @@ def main(
     at their running mean (arch_average), and at the end."""
     if search.arch_average == 0:
         raise InputError("arch_average=0.0: must be above 0, the mean is what is compared")
-    if search.joint:
-        raise InputError("joint=true: one pass of both steps knows no mean, which is compared")
     if options.search_steps < PARTS:
         raise InputError(f"search_steps={options.search_steps}: must be {PARTS} at least")
     path = os.path.join(check_writable(options.output_dir), f"{options.benchmark}.json")
@@ -86,7 +84,7 @@ def look(search: RankSearch, last_batches: int) -> dict[str, Any]:
     counts = [0] * PARTS
 
     def gradient(batch: Any) -> Tensor:
-        return architect.first_order(search.bilevel.val_loss_fn, batch)[1][0]
+        return architect.gradients(search.bilevel.val_loss_fn, batch)[1][0]
 
     search.model.train()
     for step in tqdm(range(steps), desc="credit", unit="step"):

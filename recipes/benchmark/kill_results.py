@@ -23,11 +23,11 @@ from safetensors.torch import load
 
 from darts_lora import (
     InputError,
-    callbacks,
     finetune,  # noqa: F401 - not in each process
-    report,  # noqa: F401
 )
 from darts_lora.base.files import locked
+from darts_lora.run import callbacks
+from darts_lora.views import report  # noqa: F401
 
 KILLED = ("finetune", "derive", "report")
 OPERATIONS = ("replace", "remove", "fsync", "mkdir", "rmdir")  # of os, before one of which it dies

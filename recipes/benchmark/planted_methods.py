@@ -58,12 +58,6 @@ def mse(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return F.mse_loss(model(x), y)
 
 
-def halves_mse(model: nn.Module, batch: tuple[Tensor, Tensor]) -> list[Tensor]:
-    """The loss of each half of a joint batch."""
-    x, y = batch
-    return [F.mse_loss(*half) for half in zip(model(x).chunk(2), y.chunk(2), strict=True)]
-
-
 def search(
     problem: Problem,
     seed: int,
@@ -85,9 +79,7 @@ def search(
     )
     supernet = Supernet(copy.deepcopy(problem.model), config)
     loaders = (
-        DataLoader(
-            rows, training.batch_size, shuffle=True, collate_fn=_as_it_is, drop_last=config.joint
-        )
+        DataLoader(rows, training.batch_size, shuffle=True, collate_fn=_as_it_is)
         for rows in (problem.train, problem.validation)
     )
     steps = TrainingConfig(
@@ -96,8 +88,7 @@ def search(
         logging_steps=training.search_steps,
     )
     with open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet):  # one bar is enough
-        losses = {"loss_fn": mse, "joint_loss_fn": halves_mse}
-        genotype = RankSearch(supernet, *loaders, training=steps, **losses).run()
+        genotype = RankSearch(supernet, *loaders, training=steps, loss_fn=mse).run()
     return [discretize(genotype, choice).ranks]
 
 
@@ -233,7 +224,6 @@ CHEAPER = {
         search, relaxation="gumbel_hard", branches=branches, **options
     )
     for name, options in (
-        ("joint", {"joint": True}),
         ("alpha every 2nd step", {"arch_every": 2}),
         ("alpha every 4th step", {"arch_every": 4}),
     )

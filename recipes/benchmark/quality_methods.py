@@ -254,5 +254,4 @@ METHODS = {
     },
     "search_gumbel": _without_prior(relaxation="gumbel", temperature=TEMPERATURES["gumbel"]),
     "search_softmax": _without_prior(relaxation="softmax", temperature=TEMPERATURES["softmax"]),
-    "search_order2": _without_prior(order=2),
 }

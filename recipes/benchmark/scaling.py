@@ -23,7 +23,6 @@ from darts_lora.base.files import check_writable, read_json, write_json
 from darts_lora.base.options import run
 from darts_lora.config import TrainingConfig
 from darts_lora.run.bilevel import BilevelStep
-from darts_lora.run.joint import halves_loss
 from darts_lora.run.launch import DDP_OPTIONS
 from darts_lora.run.tokens import model_loss
 
@@ -77,7 +76,7 @@ def measure_steps(options: ScalingRun, accelerator: Accelerator) -> dict:
     config = SearchConfig(ranks, branches="nested", budget_rank=budget_rank, adapter_dtype=dtype)
     supernet = Supernet(make_model(shape, device), config)
     set_seed(0, device_specific=True)  # batches and samples are each process's own
-    steps = BilevelStep(supernet, accelerator, TrainingConfig(), model_loss, halves_loss)
+    steps = BilevelStep(supernet, accelerator, TrainingConfig(), model_loss)
     threads = f"cpu, {torch.get_num_threads()} threads"  # they decide a CPU's times
     record = {
         "shape": options.shape, "ranks": ranks, "adapter_dtype": dtype, "budget_rank": budget_rank,

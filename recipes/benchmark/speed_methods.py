@@ -14,7 +14,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from darts_lora import Architect, SearchConfig, Supernet
 from darts_lora.config import TrainingConfig
 from darts_lora.run.graphs import Graphed
-from darts_lora.run.joint import JointStep, halves_loss
 from darts_lora.run.tokens import model_loss
 from darts_lora.run.weight_step import WeightStep
 
@@ -99,21 +98,17 @@ def peft_autocast(model, ranks):
     return _peft(model, ranks, autocast_adapter_dtype=True, autocast=True)
 
 
-def _ours(model, ranks, *, branches: str, graphs=False, dtype="float32", joint=False):
+def _ours(model, ranks, *, branches: str, graphs=False, dtype="float32"):
     config = SearchConfig(ranks, branches=branches, budget_rank=ranks[1], adapter_dtype=dtype)
     supernet = Supernet(model, config)
     accelerator = Accelerator(cpu=next(model.parameters()).device.type == "cpu")
     training = TrainingConfig(learning_rate=1e-4, lr_scheduler="constant", max_grad_norm=0.0)
     weights = WeightStep(supernet, accelerator, training, model_loss)
     architect, loss = Architect(supernet), partial(model_loss, model)
-    if joint:
-        both = JointStep(weights, architect, halves_loss)
-        both.graphed = Graphed(both.gradients) if graphs else None
-        return {"bilevel": lambda b: both.step(iter([b]), iter([b]))}, supernet.remove
     if graphs:
         pool = torch.cuda.graph_pool_handle()
         weights.graphed = Graphed(weights.gradients, pool=pool)
-        architect.graphed = Graphed(partial(architect.first_order, loss), pool=pool)
+        architect.graphed = Graphed(partial(architect.gradients, loss), pool=pool)
 
     def weight_step(batch):
         weights.step(iter([batch]))
@@ -160,16 +155,6 @@ def nested_bf16_graphs(model, ranks):
 def independent_graphs(model, ranks):
     """darts_lora, independent branches, steps as CUDA graphs."""
     return _ours(model, ranks, branches="independent", graphs=True)
-
-
-def nested_joint(model, ranks):
-    """darts_lora, nested branches, both steps from one pass over both batches."""
-    return _ours(model, ranks, branches="nested", joint=True)
-
-
-def nested_joint_graphs(model, ranks):
-    """The same, the pass as one CUDA graph."""
-    return _ours(model, ranks, branches="nested", joint=True, graphs=True)
 
 
 def _compiled(method, model, ranks):
@@ -307,8 +292,8 @@ METHODS = {
     method.__name__: method
     for method in (
         forward_only, frozen, peft_bf16, peft_float32, peft_autocast, nested_bf16, nested,
-        independent, nested_joint, peft_bf16_graph, nested_bf16_graphs, nested_graphs,
-        independent_graphs, nested_joint_graphs, peft_bf16_compiled, nested_bf16_compiled, pairs,
+        independent, peft_bf16_graph, nested_bf16_graphs, nested_graphs,
+        independent_graphs, peft_bf16_compiled, nested_bf16_compiled, pairs,
         clones, clones_apart,
     )
 }  # fmt: skip

@@ -470,7 +470,7 @@ def test_search_dataloaders_of_streams(stream):
     splits = load_splits(stream())
     loaders = search_dataloaders(splits, numbers, TrainingConfig(batch_size=16, num_workers=2), 0)
     train, validation = (list(loader) for loader in loaders)
-    assert {len(batch) for batch in train + validation} == {16}, "as joint passes need them"
+    assert {len(batch) for batch in train + validation} == {16}
     for name, batches in (("train", train), ("validation", validation)):
         rows = numbers(splits[name])
         assert len(set(chain(*batches)) & set(rows)) == len(rows) - len(rows) % 16
@@ -516,16 +516,13 @@ def test_a_search_on_streams_keeps_validation_rows_out_of_the_weights(stream):
     assert seen[True] == set(numbers(parts["validation"]))
 
 
-def test_a_joint_search_on_streams_takes_whole_batches_and_goes_on_exactly(stream, tmp_path):
+def test_a_search_on_streams_goes_on_exactly(stream, tmp_path):
     """Over several epochs of validation rows, whose number is no multiple of a batch's."""
     parts = load_splits(stream(max_train_samples=40))
     training = TrainingConfig(max_steps=30, batch_size=8, logging_steps=8, save_steps=12)
 
-    def halves_loss(model, batch):
-        return [y.pow(2).mean() for y in model(batch["x"]).chunk(2)]
-
     def search(folder):
-        whole = {"search_fraction": 1.0, "arch_every": 1, "joint": True}
+        whole = {"search_fraction": 1.0, "arch_every": 1}
         supernet = Supernet(residual(), SearchConfig(ranks=(0, 1, 2), budget_rank=1, **whole))
         return RankSearch(
             supernet,
@@ -533,7 +530,6 @@ def test_a_joint_search_on_streams_takes_whole_batches_and_goes_on_exactly(strea
             training=training,
             output_dir=str(folder),
             loss_fn=lambda model, batch: model(batch["x"]).pow(2).mean(),
-            joint_loss_fn=halves_loss,
         )
 
     assert len(numbers(parts["validation"])) % 8

@@ -25,8 +25,6 @@ def test_a_narrow_layer_has_the_branches_that_fit(branches):
     assert layer.membership.sum(0).tolist() == [0, 1, 2, 2, 2]
     used = layer.membership.any(1)
     assert layer.lora_A[~used].eq(0).all() and layer.lora_A[used].ne(0).all()
-    with pytest.raises(InputError, match="rank=4"):
-        layer.branch_weights(4)
 
 
 @pytest.mark.parametrize("branches", ["nested", "independent"])

@@ -27,7 +27,7 @@ PUBLISHED = BENCHMARK / "results" / "quality"
 CPU = torch.device("cpu")
 METHODS = {"uniform", "one_run", "search", "search_independent"}
 METHODS |= {"search_descent", "search_no_prior", "search_seed_0", "search_seed_1"}
-METHODS |= {"search_gumbel", "search_softmax", "search_order2"}
+METHODS |= {"search_gumbel", "search_softmax"}
 METHODS |= {"adalora", "eva", "eva_init", "svd", "gradient", "fisher", "attention", "mlp"}
 METHODS |= {f"random_{number}" for number in range(5)}
 

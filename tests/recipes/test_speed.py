@@ -21,7 +21,6 @@ def test_every_way_that_a_cpu_can_run(launch, tmp_path):
         "peft_autocast": ["weights"],
         **dict.fromkeys(("nested_bf16", "nested", "independent", "pairs"), bilevel),
         **dict.fromkeys(("clones", "clones_apart"), bilevel),
-        "nested_joint": ["bilevel"],
     }
     assert "over PEFT" in done.stdout and done.stdout.count("\nnested weights: ") == 2
 

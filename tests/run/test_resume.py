@@ -41,7 +41,7 @@ def folder(tmp_path_factory):
         ({"learning_rate": 0.02}, "learning_rate=0.02: the search to resume has .*=0.01;"),
         ({"max_steps": 20}, "max_steps=20: the search to resume has max_steps=12;"),
         ({"budget_rank": None}, "budget_rank=None: the search to resume has budget_rank=2;"),
-        ({"order": 2}, "order=2: the search to resume has order=1;"),
+        ({"arch_every": 3}, "arch_every=3: the search to resume has arch_every=1;"),
         ({"model": residual(seed=1)}, "base_weights='.*': the search to resume has base_weig"),
         ({"dropout": 0.1}, "dropout=0.1: the search to resume has dropout=0.0;"),
         (

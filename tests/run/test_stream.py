@@ -1,7 +1,6 @@
 """BatchStream: endless batches, each epoch in its own order, from any position.
 Not here: the search that resumes from one (test_search.py)."""
 
-import itertools
 from functools import partial
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import DataLoaderConfiguration
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from darts_lora import InputError
 from darts_lora.run.stream import BatchStream, check_batches
@@ -78,29 +77,11 @@ def test_a_loader_without_a_batch_for_each_process(monkeypatch):
     monkeypatch.setitem(PartialState._shared_state, "num_processes", 2)
     prepare = partial(prepare_data_loader, num_processes=2, process_index=1)
     whole = DataLoader(range(2 * BATCH), BATCH, drop_last=True)
-    check_batches("train", whole, prepare(whole), joint=True)
+    check_batches("train", whole, prepare(whole))
     for split, other in (("train", "lower"), ("validation", "raise")):
         few = DataLoader(range(2 * BATCH - 1), BATCH, drop_last=True)
         text = f"num_processes=2, batch_size=4: the {split} split has a whole batch for 1 of"
         with pytest.raises(InputError, match=f"^{text} .*, or {other} validation_fraction$"):
-            check_batches(split, few, prepare(few), joint=False)
+            check_batches(split, few, prepare(few))
     few = DataLoader(range(1), BATCH)  # filled up by accelerate
-    check_batches("train", few, prepare(few), joint=True)
-
-
-@pytest.mark.parametrize("endless", [False, True])
-def test_a_loader_with_an_incomplete_batch_is_none_for_joint_passes(endless):
-    rows = Endless() if endless else range(BATCH + 1)
-    loader = DataLoader(rows, BATCH)
-    check_batches("train", loader, loader, joint=False)
-    with pytest.raises(InputError, match=r"^joint=true: .*train split's .*batch_size=4; use"):
-        check_batches("train", loader, loader, joint=True)
-    whole = DataLoader(rows, BATCH, drop_last=True)
-    check_batches("train", whole, whole, joint=True)
-    whole = DataLoader(range(2 * BATCH), BATCH)
-    check_batches("train", whole, whole, joint=True)
-
-
-class Endless(IterableDataset):
-    def __iter__(self):
-        return itertools.count()
+    check_batches("train", few, prepare(few))

@@ -27,11 +27,6 @@ def token_loss(logits, labels):
     return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 
-def halves(model, batch):
-    logits = model(**batch)["logits"]
-    return tuple(map(token_loss, logits.chunk(2), batch["labels"].chunk(2)))
-
-
 def rows(learnt, seed=0):
     """One row for each number of learnt tokens."""
     generator = torch.Generator().manual_seed(seed)
@@ -43,9 +38,9 @@ def rows(learnt, seed=0):
     return made
 
 
-def search(data, batch_size, parts, joint=False, loss_fn=model_loss):
+def search(data, batch_size, parts, loss_fn=model_loss):
     torch.manual_seed(0)
-    options = {"ranks": (0, 1, 2), "budget_rank": 1, "relaxation": "softmax", "joint": joint}
+    options = {"ranks": (0, 1, 2), "budget_rank": 1, "relaxation": "softmax"}
     supernet = Supernet(Tagger(WIDTH), SearchConfig(**options))
     randomise(supernet)
     loader = DataLoader(data, batch_size=batch_size)
@@ -56,7 +51,6 @@ def search(data, batch_size, parts, joint=False, loss_fn=model_loss):
         loader,
         training=TrainingConfig(**options),
         loss_fn=loss_fn,
-        joint_loss_fn=halves,
     )
     made.weights.update = lambda: None  # the gradients stay
     return made
@@ -64,7 +58,7 @@ def search(data, batch_size, parts, joint=False, loss_fn=model_loss):
 
 def gradients(*args, **options):
     made = search(*args, **options)
-    loss, _ = made.weights.step(itertools.cycle(made.train_stream.dataloader))
+    loss = made.weights.step(itertools.cycle(made.train_stream.dataloader))
     return [loss, *[w.grad for w in made.supernet.weight_parameters()]]
 
 
@@ -81,21 +75,6 @@ def test_losses_of_ones_own_weigh_batches_alike():
     mine = lambda model, batch: model_loss(model, batch)  # noqa: E731
     whole, parts = gradients(data, 2, 1), gradients(data, 1, 2, loss_fn=mine)
     assert not torch.allclose(whole[0], parts[0], rtol=1e-3)
-
-
-def test_the_training_half_of_a_joint_pass_weighs_tokens_alike():
-    """The validation half is one batch."""
-    found = []
-    for sizes in ([4], [2, 2]):
-        made = search(rows((1, 7, 2, 3)), 4, len(sizes), joint=True)
-        batch = next(iter(made.train_stream.dataloader))
-        parts = zip(*(value.split(sizes) for value in batch.values()), strict=True)
-        parts = [dict(zip(batch, part, strict=True)) for part in parts]
-        last = {name: value[: sizes[-1]] for name, value in batch.items()}
-        loss, _ = made.bilevel.joint.step(iter(parts), iter([last]))
-        found.append([loss, *[w.grad for w in made.supernet.weight_parameters()]])
-    for one, other in zip(*found, strict=True):
-        assert torch.allclose(one, other, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize(
