@@ -57,37 +57,30 @@ from darts_lora.views.trackers import Trackers, check_trackers
 class RankSearch:
     """Bilevel search: LoRA weights on training batches, alpha on validation batches.
 
-        It is the first part (search_fraction) of a run of training.max_steps weight steps, on the
-        learning rate of the whole run: a finetune goes on from its weights with the rest. After
-        `warmup_steps`, every `arch_every`-th weight step is followed by an architecture step.
+    It is the first part (search_fraction) of a run of training.max_steps weight steps, on the
+    learning rate of the whole run: a finetune goes on from its weights with the rest. After
+    `warmup_steps`, every `arch_every`-th weight step is followed by an architecture step.
 
-        Args:
-            supernet: the model with its rank branches.
-            train_dataloader, val_dataloader: batches of two disjoint splits, for `loss_fn`.
-            training: steps of the whole run, learning rate and the like of the weights.
-            output_dir: checkpoints/, tensorboard/, metrics.jsonl, supernet.safetensors and
-                genotype.json go there; None: nothing is written.
-            loss_fn: (model, batch) -> scalar loss. Accumulated batches and those of other processes
-                count by their learnt tokens with the default, alike with any other.
-            accelerator: default: one made from `training`.
-            course: further options that decide what is computed (of the model, of the data), name to
-                value; a checkpoint holds them, and a search with others does not resume from it.
-            cuda_graphs: launch the forward and backward of each step as one CUDA graph for each shape
-                of batch. What cannot be captured runs as ever, after one line that says why.
-            report_to: trackers of the figures, which need an output_dir: one or several that accelerate
-                knows, "all" that are installed, or "none". Those of an `accelerator` get them, too.
+    Args:
+        supernet: the model with its rank branches.
+        train_dataloader, val_dataloader: batches of two disjoint splits, for `loss_fn`.
+        training: steps of the whole run, learning rate and the like of the weights.
+        output_dir: checkpoints/, tensorboard/, metrics.jsonl, supernet.safetensors and
+            genotype.json go there; None: nothing is written.
+        loss_fn: (model, batch) -> scalar loss. Accumulated batches and those of other processes
+            count by their learnt tokens with the default, alike with any other.
+        accelerator: default: one made from `training`.
+        course: further options that decide what is computed (of the model, of the data), name to
+            value; a checkpoint holds them, and a search with others does not resume from it.
+        cuda_graphs: launch the forward and backward of each step as one CUDA graph for each shape
+            of batch. What cannot be captured runs as ever, after one line that says why.
+        report_to: trackers of the figures, which need an output_dir: one or several that accelerate
+            knows, "all" that are installed, or "none". Those of an `accelerator` get them, too.
 
-        Raises:
-    <<<<<<< HEAD
-            InputError: a data loader without a batch for each process, or with config.joint an
-                incomplete one; a warm-up that leaves no architecture step, an output_dir that cannot be
-                written; DeepSpeed, Megatron-LM or FSDP's first version; a tracker that is not
-                installed.
-    =======
-            InputError: a data loader without a batch for each process; a warm-up that leaves no
-                architecture step; an output_dir that cannot be written; DeepSpeed, Megatron-LM or
-                FSDP's first version.
-    >>>>>>> main
+    Raises:
+        InputError: a data loader without a batch for each process; a warm-up that leaves no
+            architecture step; an output_dir that cannot be written; DeepSpeed, Megatron-LM or
+            FSDP's first version; a tracker that is not installed.
     """
 
     def __init__(

@@ -32,33 +32,28 @@ from darts_lora.views.console import show
 class RankSearchCallback(TrainerCallback):
     """Turns a training of a supernet's model by a Trainer into a search; it adds itself.
 
-        The trainer trains the LoRA weights on train_dataset, with its optimizer, schedule, precision
-        and learning rate as they are; behind its steps this trains alpha on eval_dataset, which must
-        hold other rows. After search_fraction of the steps the found ranks are handed over: plain PEFT
-        layers take the supernet's place, with what it learnt, and the training goes on with them to its
-        end. `trainer.model` is a PeftModel then, and trainer.save_model() saves its adapter. The
-        trainer's log also gets validation_loss, alpha_entropy and expected_parameters. What the trainer
-        saves before is the supernet's own state (see Supernet), without the base. A search that is cut
-        off starts anew: RankSearch resumes.
+    The trainer trains the LoRA weights on train_dataset, with its optimizer, schedule, precision
+    and learning rate as they are; behind its steps this trains alpha on eval_dataset, which must
+    hold other rows. After search_fraction of the steps the found ranks are handed over: plain PEFT
+    layers take the supernet's place, with what it learnt, and the training goes on with them to its
+    end. `trainer.model` is a PeftModel then, and trainer.save_model() saves its adapter. The
+    trainer's log also gets validation_loss, alpha_entropy and expected_parameters. What the trainer
+    saves before is the supernet's own state (see Supernet), without the base. A search that is cut
+    off starts anew: RankSearch resumes.
 
-        Args:
-            trainer: a Trainer whose model is `supernet.model`, with an eval_dataset.
-            supernet: the model with its rank branches.
-            loss_fn: (model, batch) -> scalar loss on a batch of the trainer's evaluation data loader;
-                default: the trainer's own loss, with all that its arguments add to it.
+    Args:
+        trainer: a Trainer whose model is `supernet.model`, with an eval_dataset.
+        supernet: the model with its rank branches.
+        loss_fn: (model, batch) -> scalar loss on a batch of the trainer's evaluation data loader;
+            default: the trainer's own loss, with all that its arguments add to it.
 
-        Attributes:
-            genotype: the result, from the handover on.
+    Attributes:
+        genotype: the result, from the handover on.
 
-        Raises:
-            InputError: the trainer has another model, no eval_dataset or several GPUs in one process;
-    <<<<<<< HEAD
-                order 2, joint, DeepSpeed, vLLM, several sets of evaluation rows; on training: a warm-up
-                that leaves no architecture step, a resumption.
-    =======
-                DeepSpeed, several sets of evaluation rows; on training: a warm-up that
-                leaves no architecture step, a resumption.
-    >>>>>>> main
+    Raises:
+        InputError: the trainer has another model, no eval_dataset or several GPUs in one process;
+            DeepSpeed, vLLM, several sets of evaluation rows; on training: a warm-up that
+            leaves no architecture step, a resumption.
     """
 
     def __init__(
