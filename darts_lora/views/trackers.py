@@ -93,11 +93,11 @@ class Trackers:
             named = {RUN_NAMES[name]: run} if name in RUN_NAMES else {}
             tracker = maker(os.environ.get("WANDB_PROJECT", PROJECT), *folder, **named)
             tracker.start()
-        self.own.append(tracker)
-        self.open.append(tracker)
         plain = bool | int | float | str | None
         values = {n: v if isinstance(v, plain) else str(v) for n, v in options.items()}
         tracker.store_init_configuration(values)
+        self.own.append(tracker)
+        self.open.append(tracker)
 
     def log(self, values: dict[str, float | str], step: int) -> None:
         """Numbers and texts by tag, to all of them."""
