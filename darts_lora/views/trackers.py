@@ -26,7 +26,7 @@ RUN_NAMES = {
 }
 
 # Whose log_images takes batches of images, and what it must be told of them.
-TAKE_IMAGES = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}, "swanlab": {}}
+TAKE_IMAGES = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
 
 
 def check_trackers(report_to: str | Sequence[str]) -> list[str]:
