@@ -7,8 +7,7 @@ import math
 import os
 import sys
 import time
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -54,6 +53,8 @@ from darts_lora.run.schedule import derive_genotype, search_steps
 from darts_lora.run.stream import open_streams, row_loader
 from darts_lora.run.tokens import model_loss
 from darts_lora.supernet import Supernet
+from darts_lora.views.search_views import SearchViews
+from darts_lora.views.trackers import Trackers, check_trackers
 
 
 class RankSearch:
@@ -76,10 +77,13 @@ class RankSearch:
             value; a checkpoint holds them, and a search with others does not resume from it.
         cuda_graphs: launch the forward and backward of each step as one CUDA graph for each shape
             of batch. What cannot be captured runs as ever, after one line that says why.
+        report_to: trackers of the figures, which need an output_dir: one or several that accelerate
+            knows, "all" that are installed, or "none". Those of an `accelerator` get them, too.
 
     Raises:
         InputError: a data loader without a batch for each process; an output_dir that cannot be
-            written; DeepSpeed, Megatron-LM or FSDP's first version.
+            written; DeepSpeed, Megatron-LM or FSDP's first version; a tracker that is not
+            installed.
     """
 
     def __init__(
@@ -94,9 +98,10 @@ class RankSearch:
         accelerator: Accelerator | None = None,
         course: dict[str, Any] | None = None,
         cuda_graphs: bool = False,
+        report_to: str | Sequence[str] = "tensorboard",
     ):
         self.supernet, self.training = supernet, training or TrainingConfig()
-        self.output_dir = output_dir
+        self.output_dir, self.report_to = output_dir, check_trackers(report_to)
         config = supernet.config
         self.steps = search_steps(supernet, self.training.max_steps)
         if output_dir is not None:
@@ -178,7 +183,7 @@ class RankSearch:
                 bar.set_postfix_str(progress_text(record, self.supernet.budget), refresh=False)
                 if self.metrics is not None:
                     self.metrics.write(record)
-                self._view("write", record)
+                    self.views.write(record)
             if save and self.output_dir is not None:
                 self._save_checkpoint()
             if status:
@@ -197,7 +202,8 @@ class RankSearch:
         return stop.agreed(self.accelerator)
 
     def _stop(self, reason: str, status: int) -> None:
-        self._view("close")
+        if self.views is not None:
+            self.views.close()
         if self.accelerator.is_main_process:
             print(
                 f"{reason}: stopped after step {self.step} of {self.steps}; {self._kept()}",
@@ -260,29 +266,15 @@ class RankSearch:
         if self.step == 0:
             remove_search(self.output_dir)
         self.metrics = Metrics(self.output_dir, self.supernet, self.step)
-        try:
-            from darts_lora.views.tensorboard import SearchViews
-
-            self.views = SearchViews(self.output_dir, self.supernet, self.step, self.steps)
-        except Exception as error:
-            self._no_views(error)
-
-    def _view(self, method: str, *args) -> None:
-        """Call a method of the views. Where they fail, the search goes on without them."""
-        if self.views is None:
-            return
-        try:
-            getattr(self.views, method)(*args)
-        except Exception as error:
-            self.views = None
-            self._no_views(error)
-
-    def _no_views(self, error: Exception) -> None:
-        warnings.warn(
-            f"TensorBoard is left out from step {self.step} on ({type(error).__name__}: {error}); "
-            f"{os.path.join(self.output_dir, 'metrics.jsonl')} has all figures",
-            stacklevel=3,
+        trackers = Trackers(
+            self.report_to,
+            self.output_dir,
+            asdict(self.supernet.config) | asdict(self.training),
+            first_step=self.step,
+            more=self.accelerator.trackers,
+            otherwise=f"{self.metrics.path} has all figures",
         )
+        self.views = SearchViews(trackers, self.output_dir, self.supernet, self.step, self.steps)
 
     def _finish(self) -> Genotype:
         genotype = derive_genotype(self.supernet, self.architect, self.training.max_steps)
@@ -293,10 +285,8 @@ class RankSearch:
             path = os.path.join(self.output_dir, "supernet.safetensors")
             write_whole(path, lambda temporary: save_file(state, temporary))
             genotype.save(os.path.join(self.output_dir, "genotype.json"))
-        self._view(
-            "finish", genotype, asdict(self.supernet.config) | asdict(self.training), self.step
-        )
-        self._view("close")
+        if self.views is not None:
+            self.views.finish(genotype, self.step)
         self.accelerator.wait_for_everyone()
         return genotype
 

@@ -356,7 +356,7 @@ def test_without_tensorboard_the_search_goes_on(monkeypatch, tmp_path, fault):
     if fault == "missing":
         monkeypatch.setitem(sys.modules, "darts_lora.views.tensorboard", None)
     else:
-        method = "__init__" if fault == "at the start" else "add_image"
+        method = "__init__" if fault == "at the start" else "add_images"
         monkeypatch.setattr(torch.utils.tensorboard.SummaryWriter, method, fail)
     search = make(tmp_path)
     with pytest.warns(UserWarning, match=r"TensorBoard is left out from step \d .*has all") as told:

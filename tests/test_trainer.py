@@ -224,12 +224,14 @@ KINDS = {  # trainer, configuration, model, rows, further options of the trainer
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_trainers_of_trl(kind, tmp_path):
-    """Their losses are their own; validation rows are no part of what they log of training."""
+    """Their losses are their own, before and behind the handover; validation rows are no part of
+    what they log of training."""
     cls, rows, options, more = KINDS[kind]
-    config = SearchConfig(ranks=(0, 1, 2), budget_rank=1, **WHOLE | {"warmup_steps": 1})
+    course = {"search_fraction": 0.5, "arch_every": 1, "warmup_steps": 1}
+    config = SearchConfig(ranks=(0, 1, 2), budget_rank=1, **course)
     supernet = Supernet(text_model(cls, num_labels=1), config)
     args = getattr(trl, f"{kind}Config")(
-        str(tmp_path), **{"max_steps": 4, "logging_steps": 2, "save_strategy": "no"}, bf16=False,
+        str(tmp_path), **{"max_steps": 6, "logging_steps": 2, "save_strategy": "no"}, bf16=False,
         per_device_train_batch_size=4, per_device_eval_batch_size=4, report_to=[], use_cpu=True,
         disable_tqdm=True, **options,
     )  # fmt: skip
@@ -244,11 +246,13 @@ def test_trainers_of_trl(kind, tmp_path):
     if hasattr(trainer, "_metrics"):
         trainer.add_callback(Count(trainer, counts))
     trainer.train()
-    assert search.architect.steps == 3 and search.architect.gradient_sums.any()
+    assert search.architect.steps == 2 and search.architect.gradient_sums.any()
     assert max(counts, default=0) <= 2, "an entry for each training step since the last log"
     losses = [log for log in trainer.state.log_history if "loss" in log]
-    assert [log["step"] for log in losses] == [2, 4]
+    assert [log["step"] for log in losses] == [2, 4, 6]
     assert search.genotype.num_parameters <= supernet.budget
+    assert isinstance(trainer.model, PeftModel)
+    assert all(log["grad_norm"] > 0 for log in losses), "what was handed over is trained"
 
 
 @pytest.mark.parametrize("name", ["packing", "padding_free"])
@@ -359,7 +363,10 @@ def test_what_cannot_be_searched(tmp_path):
     trainer.args._n_gpu = 2  # what one process on a machine of two GPUs has
     with pytest.raises(InputError, match=r"n_gpu=2: .*`accelerate launch`.*CUDA_VISIBLE_DEVICES=0"):
         RankSearchCallback(trainer, supernet)
-    trainer.args._n_gpu = 1
+    trainer.args._n_gpu, trainer.args.use_vllm = 1, True  # as GRPO's arguments may have
+    with pytest.raises(InputError, match=r"use_vllm=True: .* \(use_vllm=False\)"):
+        RankSearchCallback(trainer, supernet)
+    trainer.args.use_vllm = False
     RankSearchCallback(trainer, supernet, model_loss)
     with pytest.raises(InputError, match="warmup_steps=8: must be below the search's 8 steps"):
         trainer.train()
