@@ -85,6 +85,11 @@ def test_what_the_user_sees(searched):
     assert f"recipes/finetune.py --genotype {folder}/genotype.json" in done.stdout
     assert re.search(r"8/8 \[\d+:\d+<00:00", done.stderr), "a bar with the time left"
     assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    bars = r"(images|tokens|search|Loading weights|Map|Generating .*|Saving .*): +[\d?]"
+    notice = r"The following values were not|\t`--|To avoid this warning|\t"
+    other = [line for line in lines if not re.match(f"{notice}|{bars}", line)]
+    assert not other, "what nobody can act on"
 
 
 def test_resume_ends_as_the_run_in_one_go(searched, launch, vision_folder, data_folder, tmp_path):
