@@ -119,6 +119,17 @@ class Architect:
             "expected_parameters": self.supernet.expected_parameters(),
         }
 
+    def first_non_finite(self) -> int | None:
+        """The weight step behind which something that is infinite or NaN was measured first; None:
+        there is none."""
+        every, last = self.supernet.config.arch_every, self.measured
+        due = math.ceil((self.steps - self.steps // 2) / every)
+        bad = (~last.gains.isfinite().all(-1)).nonzero()
+        if len(bad):
+            return self.steps - (due - 1 - int(bad[0])) * every
+        whole = all(part.isfinite().all() for part in (last.energies, last.losses, last.growth))
+        return None if whole and last.cut.isfinite().all() else self.steps
+
     def path(self, loss_fn: Callable[[Any], Tensor], batch: Any) -> tuple[Tensor, list[Tensor]]:
         """The loss and [gains, (N,)]: minus its gradient of a gate for each layer, at a place
         between 0 and 1 that is another for each row. Its mean over places and rows is the layer's

@@ -85,7 +85,7 @@ def test_the_sum_of_the_gains_is_what_the_adapter_takes_off_the_loss():
         by_hand(supernet, (x, y), [part * d for d in adapted]).mean() for part in (0, 1)
     )
     gain = float(torch.stack(found).mean(0).sum())
-    assert gain == pytest.approx(float(without - with_it), rel=1e-4)
+    assert gain == pytest.approx(float(without - with_it), rel=1e-3)
     few = [float(architect.path(loss_of(supernet), (x, y))[1][0].sum()) for _ in range(300)]
     few = torch.tensor(few)  # without a bias also of a batch by itself
     assert abs(float(few.mean()) - gain) < 4 * float(few.std()) / 300**0.5 + 1e-6

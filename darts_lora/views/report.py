@@ -98,7 +98,8 @@ def _saved(figure: Figure) -> bytes:
 
 
 def _draw_losses(panel, search: Search) -> None:
-    for name, label in (("train_loss", "training rows"), ("validation_loss", "validation rows")):
+    curves = {"train_loss": "training rows", "validation_gain": "taken off on validation rows"}
+    for name, label in curves.items():
         points = [(r["step"], r[name]) for r in search.records if r[name] is not None]
         panel.plot(*zip(*points, strict=True), label=label) if points else None
     panel.set(xlabel="step", ylabel="loss")

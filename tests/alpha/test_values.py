@@ -116,7 +116,9 @@ def test_where_nothing_was_gained_ranks_are_even(gain):
     supernet, values = make(ranks=(0, 1, 2, 3, 4, 5), budget_rank=3)
     for energies in (None, torch.zeros(4, 8)):
         found = measured([gain] * 4, energies, growth=1.0)
-        torch.testing.assert_close(values.shares(found), supernet.unit_costs / supernet.unit_costs.sum())
+        torch.testing.assert_close(
+            values.shares(found), supernet.unit_costs / supernet.unit_costs.sum()
+        )
         assert choose(values.table(found), supernet.costs, supernet.budget) == [3] * 4
 
 
@@ -156,7 +158,9 @@ def test_each_rank_counts_from_its_middle():
 
 def test_folds_part_the_batches():
     whole = measured([1.0, 2.0, 3.0, 4.0], EDGES, batches=8)
-    whole = dataclasses.replace(whole, losses=torch.arange(8.0), gains=torch.arange(32.0).view(8, 4))
+    whole = dataclasses.replace(
+        whole, losses=torch.arange(8.0), gains=torch.arange(32.0).view(8, 4)
+    )
     assert whole.only(1, 4).losses.tolist() == [1, 5]
     assert whole.without(1, 4).losses.tolist() == [0, 2, 3, 4, 6, 7]
     assert torch.equal(whole.only(1, 4).gains, whole.gains[[1, 5]])

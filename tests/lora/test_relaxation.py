@@ -51,11 +51,12 @@ def test_the_price_gives_the_values_back():
 
 
 def test_of_all_of_its_cost_and_value_it_has_the_most_entropy():
-    """Any small step along both keeps neither entropy nor gains any."""
+    """No small step that keeps both gains any."""
     costs, values = rank_costs(SHAPES, RANKS), table()
     alpha, _ = distribution(values, costs, 0.4 * float(costs[:, -1].sum()))
     p = alpha.softmax(-1)
-    slope = -(p.log() + 1)  # of the entropy; a step that keeps sums, cost and value is at a right angle
+    # the slope of the entropy is at a right angle to each step that keeps sums, cost and value
+    slope = -(p.log() + 1)
     rows = torch.block_diag(*[torch.ones(1, len(RANKS), dtype=torch.float64)] * len(SHAPES))
     constraints = torch.cat([rows, costs.reshape(1, -1), values.reshape(1, -1)])
     solved = torch.linalg.lstsq(constraints.T, slope.reshape(-1, 1)).solution
