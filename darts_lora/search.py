@@ -119,7 +119,6 @@ class RankSearch:
         if cuda_graphs:
             self.bilevel.capture()
         self.step, self.seconds = 0, 0.0
-        self.validation_gain: Tensor | None = None  # of the last architecture step
 
     def resume(self) -> None:
         """Go on from the newest checkpoint in output_dir that is whole.
@@ -218,9 +217,7 @@ class RankSearch:
 
     def _one_step(self, step: int) -> Tensor:
         """A weight step and, where it is due, an architecture step; the training loss."""
-        loss, metrics = self.bilevel.step(self.train_stream, self.val_stream)
-        if metrics is not None:
-            self.validation_gain = metrics["gain"]
+        loss, _ = self.bilevel.step(self.train_stream, self.val_stream)
         return loss
 
     def _record(self, losses: list[Tensor], seconds: float) -> dict[str, Any]:
@@ -232,9 +229,9 @@ class RankSearch:
         for step, loss in enumerate(train_losses, start=first):
             if not math.isfinite(loss):
                 self._stop_non_finite("training loss", step)
-        gain = self.validation_gain
-        if gain is not None and not math.isfinite(gain):
-            self._stop_non_finite("validation loss", self.step)
+        if (step := self.architect.first_non_finite()) is not None:
+            self._stop_non_finite("validation loss", step)
+        gains = self.architect.gains
         figures = alpha_figures(self.supernet)
         if not math.isfinite(figures["expected_parameters"]):
             self._stop_non_finite("alpha", self.step)
@@ -244,7 +241,7 @@ class RankSearch:
         return figures | {
             "step": self.step,
             "train_loss": sum(train_losses) / len(train_losses),
-            "validation_gain": number(gain),
+            "validation_gain": float(gains[-1].sum()) if gains else None,
             "learning_rate": self.weights.scheduler.get_last_lr()[0],
             "gradient_norm": number(full(self.weights.gradient_norm)),
             "samples_per_second": round(rows / pace, 2),

@@ -65,7 +65,8 @@ def finished(tmp_path_factory):
 def test_a_finished_search(finished):
     folder, genotype = finished
     page = make_page(folder)
-    assert "<td>arch_learning_rate</td><td>0.03</td>" in page and "<td>max_steps</td>" in page
+    assert "Too early to tell: 5 architecture steps say nothing" in page
+    assert "<td>arch_every</td><td>2</td>" in page and "<td>max_steps</td>" in page
     assert "Finetuned models" not in page
     for name, rank in genotype.ranks.items():
         assert f'<td>{name}</td><td class="number">16 x 16</td><td class="number">{rank}<' in page
@@ -144,7 +145,7 @@ def test_a_resumed_search_has_each_step_once_and_the_same_curves(finished, tmp_p
     whole, resumed = (Search.load(str(folder)) for folder in (finished[0], tmp_path))
     steps = [record["step"] for record in resumed.records]
     assert steps == sorted(set(steps)) == [record["step"] for record in whole.records]
-    for name in ("train_loss", "validation_loss", "expected_parameters", "expected_ranks"):
+    for name in ("train_loss", "validation_gain", "expected_parameters", "expected_ranks"):
         assert [r[name] for r in resumed.records] == [r[name] for r in whole.records], name
 
 
@@ -173,7 +174,7 @@ def test_many_modules_without_numbers_take_no_minutes(tmp_path):
     """Each had a table, a picture and a panel of its own."""
     names = [f"part{i}_x" for i in range(2000)]
     shapes, parts = dict.fromkeys(names, (4, 4)), dict.fromkeys(names, "language")
-    record = {"step": 1, "seconds": 1, "train_loss": 1, "validation_loss": 1}
+    record = {"step": 1, "seconds": 1, "train_loss": 1, "validation_gain": 1}
     record |= {"expected_parameters": 1, "expected_ranks": [1] * 2000}
     records = [record, record | {"step": 2}]
     genotype = Genotype(dict.fromkeys(names, 2), shapes=shapes, candidates=[0, 2])
