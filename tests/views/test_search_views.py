@@ -59,13 +59,9 @@ def test_every_scalar_is_the_searchs_own_record(searched):
     folder, genotype = searched
     events, records = read(folder), read_metrics(folder / "metrics.jsonl")
     assert [r["step"] for r in records] == list(range(5, 41, 5))
-<<<<<<< HEAD:tests/views/test_search_views.py
     figures = genotype.found_by["verdict"]
     results = {f"result/{n}" for n, value in figures.items() if isinstance(value, int | float)}
     assert results <= set(events.Tags()["scalars"])
-=======
-    results = {"result/entropy", "result/predicted_gain", "result/chosen_parameters"}
->>>>>>> rule:tests/views/test_tensorboard.py
     absent = set() if torch.cuda.is_available() else {"speed/peak_memory_gib"}
     tags = set(events.Tags()["scalars"]) - results
     worth = {"worth/blocks.0", "worth/blocks.1", "worth/blocks.2", "worth/blocks.3"}
