@@ -3,8 +3,10 @@ Not here: what needs a model or a data set to check (supernet.py, loaders.py), n
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from typing import Any, Literal
 
 from darts_lora.base.bounds import check_bounds, check_modules, check_ranks, is_real, require
 from darts_lora.base.errors import InputError
@@ -295,3 +297,19 @@ class TrainingConfig:
     def scheduler_type(self) -> str:
         """transformers' name of lr_scheduler: the one that it calls constant has no warm-up."""
         return self.lr_scheduler + ("_with_warmup" if self.lr_scheduler == "constant" else "")
+
+
+def split_options(options: Mapping[str, Any], *classes: type) -> list[Any]:
+    """One object of each class from the options that are its own.
+
+    Raises:
+        InputError: an option that no class has, or a value out of its bounds.
+    """
+    names = {c: {f.name for f in fields(c)} for c in classes}
+    for name in options:
+        known = sorted(set().union(*names.values()))
+        if name not in known:
+            near = get_close_matches(name, known, 1)
+            hint = f"; nearest name: {near[0]}" if near else ""
+            raise InputError(f"{name}: is no option{hint}")
+    return [c(**{n: v for n, v in options.items() if n in names[c]}) for c in classes]

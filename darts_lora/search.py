@@ -16,28 +16,31 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
+from torch.utils.data import DataLoader, Dataset
+from transformers import default_data_collator
 
 from darts_lora.base.errors import DivergedError
 from darts_lora.base.files import check_writable, locked, write_whole
 from darts_lora.base.interruption import Stopped, StopRequest, told_as_input_errors
-from darts_lora.config import TrainingConfig
+from darts_lora.config import SearchConfig, TrainingConfig, split_options
 from darts_lora.genotype import Genotype
-from darts_lora.lora.models import frozen_digest, weights_digest
+from darts_lora.lora.models import weights_digest
+from darts_lora.lora.parts import task_type
 from darts_lora.run.bilevel import BilevelStep
 from darts_lora.run.checkpoint import kept, load_checkpoint, save_checkpoint
 from darts_lora.run.course import check_same_course
-from darts_lora.run.launch import (
-    check_accumulation,
-    check_distribution,
-    check_replays,
-    prepare_loaders,
-    search_accelerator,
+from darts_lora.run.launch import check_replays, search_accelerator
+from darts_lora.run.records import (
+    Metrics,
+    alpha_figures,
+    number,
+    peak_memory,
+    progress_bar,
+    progress_text,
 )
-from darts_lora.run.records import Metrics, alpha_figures, number, peak_memory, progress_text
 from darts_lora.run.resume import (
     capture,
     check_alpha_is_one,
@@ -48,8 +51,8 @@ from darts_lora.run.resume import (
     restore,
 )
 from darts_lora.run.schedule import Schedule, derive_genotype
-from darts_lora.run.stream import BatchStream, check_batches
-from darts_lora.run.tokens import learnt_tokens, model_loss
+from darts_lora.run.stream import open_streams, row_loader
+from darts_lora.run.tokens import model_loss
 from darts_lora.supernet import Supernet
 
 
@@ -100,25 +103,17 @@ class RankSearch:
         if output_dir is not None:
             check_writable(output_dir)
         precision = self.training.mixed_precision
-        if precision == "no" and getattr(supernet.model, "dtype", None) == torch.float16:
-            precision = "fp16"  # as in a finetune: small gradients would be 0 without loss scaling
-        self.accelerator = accelerator or search_accelerator(precision)
-        check_distribution(self.accelerator)
-        check_accumulation(self.accelerator)
+        self.accelerator = search_accelerator(supernet.model, precision, accelerator)
         set_seed(config.seed, device_specific=True)
-        self.base_digest = frozen_digest(supernet.model)  # before anything shards it
-        count = learnt_tokens if loss_fn is model_loss else None  # what others are means of?
-        self.bilevel = BilevelStep(supernet, self.accelerator, self.training, loss_fn, count)
+        self.course = course_options(self, course or {})
+        self.bilevel = BilevelStep(supernet, self.accelerator, self.training, loss_fn)
         self.weights, self.architect = self.bilevel.weights, self.bilevel.architect
         self.model = self.weights.model
-        given = train_dataloader, val_dataloader
-        loaders = prepare_loaders(self.accelerator, given, config.seed, output_dir is not None)
-        for split, *pair in zip(("train", "validation"), given, loaders, strict=True):
-            check_batches(split, *pair)
-        self.streams = self.train_stream, self.val_stream = tuple(map(BatchStream, loaders))
+        self.streams = self.train_stream, self.val_stream = open_streams(
+            self.accelerator, train_dataloader, val_dataloader, config.seed, output_dir is not None
+        )
         self.arch_scheduler = self.schedule.arch_scheduler(self.architect.optimizer)
         self.schedulers = self.weights.scheduler, self.arch_scheduler
-        self.course = course_options(self, course or {})
         if cuda_graphs:
             self.bilevel.capture()
         self.step, self.seconds = 0, 0.0
@@ -173,15 +168,7 @@ class RankSearch:
         """Step until the last one, or until a stop is asked for."""
         self.model.train()
         started, losses = time.monotonic() - self.seconds, []
-        bar = tqdm(
-            range(self.step, self.schedule.steps),
-            initial=self.step,
-            total=self.schedule.steps,
-            desc="search",
-            unit="step",
-            disable=not self.accelerator.is_main_process,
-            mininterval=0.5 if sys.stderr.isatty() else 10,  # few lines in a file
-        )
+        bar = progress_bar(self.step, self.schedule.steps, self.accelerator.is_main_process)
         for step in bar:
             losses.append(self._one_step(step))
             self.step = step + 1
@@ -336,3 +323,38 @@ class RankSearch:
         state = capture(self)
         if self.accelerator.is_main_process:
             save_checkpoint(self.output_dir, state, self.course)
+
+
+def find_ranks(
+    model: torch.nn.Module,
+    train_dataset: Dataset,
+    eval_dataset: Dataset,
+    *,
+    data_collator: Callable[[list], Any] = default_data_collator,
+    loss_fn: Callable[[torch.nn.Module, Any], Tensor] = model_loss,
+    **options: Any,
+) -> LoraConfig:
+    """The LoRA rank of every layer, as a configuration for peft.get_peft_model.
+
+    Args:
+        model: comes out as it went in, on the device of the search.
+        train_dataset: rows that the LoRA weights learn.
+        eval_dataset: other rows, by which the ranks are chosen.
+        data_collator: list of rows -> batch.
+        loss_fn: (model, batch) -> scalar loss; default: the one that a transformers model gives.
+        options: of SearchConfig (budget_rank, ranks, target_modules, ...) and of TrainingConfig
+            (max_steps, batch_size, learning_rate, ...). max_steps is of the whole run, of which
+            the search takes search_fraction.
+
+    Raises:
+        InputError: an unknown option, or of Supernet and RankSearch.
+    """
+    search, training = split_options(options, SearchConfig, TrainingConfig)
+    supernet = Supernet(model, search)
+    try:
+        given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        loaders = [row_loader(*pair, training, data_collator) for pair in given.items()]
+        genotype = RankSearch(supernet, *loaders, training=training, loss_fn=loss_fn).run()
+    finally:
+        supernet.remove()
+    return genotype.to_lora_config(model, task_type=task_type(model))

@@ -1,65 +1,7 @@
-"""The derive recipe: another genotype from a finished search, without searching again.
-Not here: the choice itself (darts_lora/discretize.py)."""
+"""The derive recipe: python recipes/derive.py, the same as darts-lora derive.
+Not here: what it does (darts_lora/cli/derive.py)."""
 
-import os
-from dataclasses import dataclass
-from typing import Literal
-
-from darts_lora import Genotype, InputError, discretize
-from darts_lora.base.bounds import check_bounds
-from darts_lora.base.options import command, run
-from darts_lora.views.console import show
-
-
-@dataclass
-class DeriveRun:
-    """Which search, and which choice."""
-
-    search_dir: str = "runs/search"
-    """Folder of a finished search: its genotype.json holds the probabilities."""
-    method: Literal["argmax", "budget", "proportional"] | None = None
-    """argmax: the most probable rank of each layer; budget: the candidates within the budget that
-    share most parameters with a drawn architecture; proportional: ranks within it in proportion to
-    the expected ones, of nested branches between the candidates too; default: argmax without a
-    budget, else that of the two which suits the search's arch_update."""
-    budget_rank: float | None = None
-    """Budget: as many trainable parameters as a uniform LoRA of this rank."""
-    budget_parameters: int | None = None
-    """Budget: trainable parameters (count); default of both: the budget of the search."""
-    output: str | None = None
-    """File for the new genotype; default: genotype_<choice>.json in search_dir."""
-
-    def __post_init__(self):
-        check_bounds(self, above={"budget_rank": 0.0, "budget_parameters": 0})
-
-
-def main(options: DeriveRun) -> None:
-    """Derive another genotype from a search: another budget, or the argmax."""
-    source = os.path.join(options.search_dir, "genotype.json")
-    if not os.path.isfile(source):
-        raise InputError(
-            f"search_dir={options.search_dir!r}: has no genotype.json; "
-            "run accelerate launch recipes/search.py first"
-        )
-    genotype = discretize(
-        Genotype.load(source),
-        options.method,
-        budget_rank=options.budget_rank,
-        budget_parameters=options.budget_parameters,
-    )
-    output = options.output or os.path.join(options.search_dir, f"genotype_{_choice(options)}.json")
-    genotype.save(output)
-    show(genotype)
-    print(f"Genotype: {output}. Next: {command('finetune', genotype=output)}")
-
-
-def _choice(options: DeriveRun) -> str:
-    if options.budget_rank is not None:
-        return f"rank{options.budget_rank:g}"
-    if options.budget_parameters is not None:
-        return f"{options.budget_parameters}"
-    return options.method or "derived"
-
+from darts_lora.cli.derive import start
 
 if __name__ == "__main__":
-    run(main, DeriveRun)
+    start()

@@ -1,33 +1,12 @@
-"""Retrains what a search found as a plain PEFT adapter: arguments, and what the user sees.
-Not here: the training (darts_lora/finetune.py).
+"""The finetune recipe: accelerate launch recipes/finetune.py, the same as darts-lora finetune.
+Not here: what it does (darts_lora/cli/finetune.py).
 
 accelerate launch recipes/finetune.py                       # what recipes/search.py left
 accelerate launch recipes/finetune.py --init inherit        # from the searched weights
 accelerate launch recipes/finetune.py --rank 4 --output_dir runs/uniform4    # a baseline
 """
 
-from darts_lora.base.options import command, is_main_process, run
-from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
-from darts_lora.finetune import FinetuneConfig, finetune
-
-
-def main(
-    options: FinetuneConfig, model: ModelConfig, data: DataConfig, training: TrainingConfig
-) -> None:
-    """Retrain a genotype as a plain PEFT adapter, on training and validation rows together.
-
-    Model, data and training options default to those of the search that found the genotype.
-    """
-    if is_main_process():
-        print(f"Model {model.model_name_or_path}, data {data.dataset}", flush=True)
-    _, record = finetune(options, model, data, training)
-    if is_main_process():
-        print(
-            f"{record['trainable_parameters']:,} trainable parameters, loss {record['loss']:.4f} "
-            f"after {record['steps']} steps ({record['seconds']:.0f} s); adapter in "
-            f"{options.output_dir}\nNext: {command('evaluate', model, adapter=options.output_dir)}"
-        )
-
+from darts_lora.cli.finetune import start
 
 if __name__ == "__main__":
-    run(main, FinetuneConfig, ModelConfig, DataConfig, TrainingConfig, previous="genotype")
+    start()

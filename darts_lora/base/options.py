@@ -275,13 +275,17 @@ def _refuse_rights(inherited: dict[str, Any], source: str) -> None:
 
 
 def command(recipe: str, *configs, **options: str) -> str:
-    """A command to copy: the recipe with these options, each value as one word of the shell, and
-    the flags of the rights that `configs` (dataclass objects) have: a run inherits none of them."""
+    """A command to copy, of the kind that runs now: the recipe with these options, each value as
+    one word of the shell, and the flags of the rights that `configs` (dataclass objects) have: a
+    run inherits none of them."""
     values = {name: value for config in configs for name, value in asdict(config).items()}
     granted = [n for n, harmless in RIGHTS.items() if values.get(n, harmless) != harmless]
     words = [f"--{name} {shlex.quote(value)}" for name, value in options.items()]
     words += [f"--{name}" for name in granted]
-    return " ".join([f"accelerate launch recipes/{recipe}.py", *words])
+    start = f"accelerate launch recipes/{recipe}.py"
+    if sys.argv[0].startswith("darts-lora "):
+        start = f"darts-lora {recipe}"
+    return " ".join([start, *words])
 
 
 def load_config(path: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from darts_lora.architect import Architect
 from darts_lora.config import TrainingConfig
 from darts_lora.run.graphs import Graphed
-from darts_lora.run.tokens import shares
+from darts_lora.run.tokens import learnt_tokens, model_loss, shares
 from darts_lora.run.weight_step import WeightStep
 from darts_lora.supernet import Supernet
 
@@ -26,8 +26,8 @@ class BilevelStep:
         supernet: whose weights and alpha are trained.
         accelerator: prepares the model, averages gradients over processes.
         training: learning rate, accumulation and clipping of the weights.
-        loss_fn: (model, batch) -> scalar loss.
-        count: batch -> how many tokens its loss is the mean of, as of WeightStep.
+        loss_fn: (model, batch) -> scalar loss. Batches count by their learnt tokens with
+            model_loss, alike with any other.
 
     Attributes:
         weights, architect: the steps, which own the optimizers.
@@ -39,8 +39,8 @@ class BilevelStep:
         accelerator: Accelerator,
         training: TrainingConfig,
         loss_fn: Callable[[nn.Module, Any], Tensor],
-        count: Callable[[Any], Tensor | None] | None = None,
     ):
+        count = learnt_tokens if loss_fn is model_loss else None  # what others are means of?
         self.supernet, self.accelerator = supernet, accelerator
         self.weights = WeightStep(supernet, accelerator, training, loss_fn, count)
         several = accelerator.num_processes > 1

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.data_loader import SeedableRandomSampler
 from accelerate.utils import (
@@ -19,6 +20,7 @@ from accelerate.utils import (
     DistributedType,
     GradientAccumulationPlugin,
 )
+from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
 from darts_lora.base.errors import InputError, one_line
@@ -92,12 +94,22 @@ def check_accumulation(accelerator: Accelerator) -> None:
         )
 
 
-def search_accelerator(precision: str) -> Accelerator:
-    """The accelerator of a search whose caller brings none.
+def search_accelerator(model: nn.Module, precision: str, own: Accelerator | None) -> Accelerator:
+    """The accelerator of a search: its caller's own, or one for the precision.
 
     Raises:
-        InputError: a bad environment variable of accelerate's.
+        InputError: a bad environment variable of accelerate's, or a way to train or to accumulate
+            that a search does not go.
     """
+    accelerator = own or _accelerator(model, precision)
+    check_distribution(accelerator)
+    check_accumulation(accelerator)
+    return accelerator
+
+
+def _accelerator(model: nn.Module, precision: str) -> Accelerator:
+    if precision == "no" and getattr(model, "dtype", None) == torch.float16:
+        precision = "fp16"  # as in a finetune: small gradients would be 0 without loss scaling
     with explained():
         return Accelerator(
             mixed_precision=precision,

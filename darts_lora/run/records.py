@@ -6,10 +6,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from darts_lora.base.errors import InputError, one_line
 from darts_lora.base.files import check_lock, parse_json, write_json, write_text
@@ -43,6 +45,19 @@ def peak_memory(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     return round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
+
+
+def progress_bar(first: int, steps: int, shown: bool) -> tqdm:
+    """The bar of a search, over its steps from `first` on."""
+    return tqdm(
+        range(first, steps),
+        initial=first,
+        total=steps,
+        desc="search",
+        unit="step",
+        disable=not shown,
+        mininterval=0.5 if sys.stderr.isatty() else 10,  # few lines in a file
+    )
 
 
 def progress_text(record: dict[str, Any], budget: float | None) -> str:

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 from darts_lora.base.errors import InputError, one_line
 from darts_lora.base.files import remove
 from darts_lora.base.interruption import lacks_memory
+from darts_lora.lora.models import frozen_digest
 from darts_lora.run.checkpoint import checkpoints, remove_checkpoints, steps_done
 from darts_lora.run.course import training_options
 from darts_lora.run.launch import launched
@@ -26,12 +27,13 @@ from darts_lora.run.records import number
 
 
 def course_options(search: Any, more: dict[str, Any]) -> dict[str, Any]:
-    """All options that decide the course of a search, as JSON gives them back."""
+    """All options that decide the course of a search, as JSON gives them back; to be called before
+    anything shards the model."""
     options = asdict(search.supernet.config) | training_options(search.training) | more
     options["search_steps"] = search.schedule.steps
     options |= launched(search.accelerator)
     # of the first process: with FSDP2 the others may have no weights yet
-    options["base_weights"] = broadcast_object_list([search.base_digest])[0]
+    options["base_weights"] = broadcast_object_list([frozen_digest(search.supernet.model)])[0]
     return json.loads(json.dumps(options))
 
 

@@ -3,14 +3,16 @@ rows it gives. Not here: what is in a batch (collator.py) and how rows are split
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain, islice
 from typing import Any
 
-from accelerate import PartialState, skip_first_batches
-from torch.utils.data import DataLoader, IterableDataset
+from accelerate import Accelerator, PartialState, skip_first_batches
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from darts_lora.base.errors import InputError
+from darts_lora.config import TrainingConfig
+from darts_lora.run.launch import prepare_loaders
 
 
 class BatchStream:
@@ -74,6 +76,37 @@ def taken_rows(dataloader: DataLoader, batches: int) -> list[int]:
     shared = dataloader.batch_sampler
     whole = getattr(shared, "batch_sampler", shared)  # shared out to processes
     return [*chain.from_iterable(islice(whole, (taken + 1) * PartialState().num_processes))]
+
+
+def row_loader(
+    name: str, rows: Dataset, training: TrainingConfig, collate: Callable[[list], Any]
+) -> DataLoader:
+    """A data loader of the rows, shuffled unless they are a stream.
+
+    Raises:
+        InputError: there are none; `name` is what it calls them.
+    """
+    unsized = isinstance(rows, IterableDataset)
+    if not unsized and len(rows) == 0:
+        raise InputError(f"{name}: has no rows")
+    options = {"shuffle": not unsized, "num_workers": training.num_workers}
+    return DataLoader(rows, training.batch_size, collate_fn=collate, **options)
+
+
+def open_streams(
+    accelerator: Accelerator, train: DataLoader, val: DataLoader, seed: int, resumable: bool
+) -> tuple[BatchStream, BatchStream]:
+    """Streams of both data loaders, prepared as by prepare_loaders.
+
+    Raises:
+        InputError: of check_batches.
+    """
+    given = train, val
+    prepared = prepare_loaders(accelerator, given, seed, resumable)
+    for split, *pair in zip(("train", "validation"), given, prepared, strict=True):
+        check_batches(split, *pair)
+    train_stream, val_stream = map(BatchStream, prepared)
+    return train_stream, val_stream
 
 
 def check_batches(split: str, given: DataLoader, prepared: DataLoader) -> None:

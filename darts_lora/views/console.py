@@ -90,6 +90,8 @@ def show(genotype: Genotype, console: Console | None = None) -> None:
     console = console or Console()
     plain = console.options.ascii_only
     for table in rank_tables(genotype, PLAIN_BARS if plain else BARS):
+        if not (console.is_terminal or console.is_jupyter):
+            table.box = None  # few lines in a file
         console.print(table)
     if genotype.shapes is not None:
         adapted = sum(rank > 0 for rank in genotype.ranks.values())

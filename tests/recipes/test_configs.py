@@ -16,7 +16,7 @@ CLASSES = (SearchConfig, ModelConfig, DataConfig, TrainingConfig)
 
 def test_there_is_one_for_each_case():
     names = {path.stem for path in CONFIGS}
-    wanted = {"embedded", "smollm2", "llama_3_2_11b_vision_ocrvqa", "qwen2_5_vl", "qlora"}
+    wanted = {"smollm2", "llama_3_2_11b_vision_ocrvqa", "qwen2_5_vl", "qlora"}
     assert names == wanted
 
 
