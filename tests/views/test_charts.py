@@ -9,7 +9,7 @@ from darts_lora.views.charts import MOST_BARS, parameters_by_part, pictures
 
 def search_of(ranks, steps=(1, 2)):
     shapes = dict.fromkeys(ranks, (4, 6))
-    record = {"seconds": 1, "train_loss": 1.0, "validation_loss": 1.0, "expected_parameters": 1}
+    record = {"seconds": 1, "train_loss": 1.0, "validation_gain": 1.0, "expected_parameters": 1}
     record |= {"expected_ranks": list(ranks.values())}
     records = [record | {"step": step} for step in steps]
     return Search("runs", shapes, [0, 2, 4], None, dict.fromkeys(ranks, "language"), records)
