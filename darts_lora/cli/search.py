@@ -136,9 +136,13 @@ def _search(
     if options.finetune_dir is not None:
         del rank_search
         accelerator.free_memory()
-        where = {"output_dir": options.finetune_dir, "report_to": options.report_to}
-        config = FinetuneConfig(path, seed=search.seed, **where)
-        config.resume = options.resume and goes_on(options.finetune_dir, genotype)
+        config = FinetuneConfig(
+            path,
+            output_dir=options.finetune_dir,
+            resume=options.resume and goes_on(options.finetune_dir, genotype),
+            report_to=options.report_to,
+            seed=search.seed,
+        )
         finetune(config, model, data, training, supernet)
         following = command("evaluate", model, adapter=options.finetune_dir)
     if accelerator.is_main_process:

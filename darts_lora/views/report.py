@@ -63,18 +63,16 @@ def write_report(search: Search, finetunes: list[dict[str, Any]], output: str) -
 
 def _page(search: Search, finetunes: list[dict[str, Any]], drawn: dict[str, bytes]) -> str:
     source = resources.files("darts_lora.views").joinpath("report.html").read_text("utf-8")
-    options = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
-    return (
-        jinja2.Environment(**options, undefined=jinja2.StrictUndefined)
-        .from_string(source)
-        .render(
-            title=f"LoRA ranks found by {os.path.basename(os.path.abspath(search.folder))}",
-            card=_card(search, finetunes),
-            pictures={name: _inline(content) for name, content in drawn.items()},
-            types=_types(search),
-            finetunes=_finetunes(finetunes) if finetunes else None,
-            details=_details(search),
-        )
+    page = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    return page.from_string(source).render(
+        title=f"LoRA ranks found by {os.path.basename(os.path.abspath(search.folder))}",
+        card=_card(search, finetunes),
+        pictures={name: _inline(content) for name, content in drawn.items()},
+        types=_types(search),
+        finetunes=_finetunes(finetunes) if finetunes else None,
+        details=_details(search),
     )
 
 

@@ -178,7 +178,7 @@ def _groups(names: list[str]) -> dict[str, list[int]]:
     parts = by_part(names)
     titles = short_names(parts)
     groups = {
-        f"worth/{titles[part]}" + ("" if kind == "-" else f".{kind}"): layers.values()
+        f"worth/{titles[part]}" + ("" if kind == "-" else f".{kind}"): list(layers.values())
         for part, kinds in parts.items()
         for kind, layers in kinds.items()
     }

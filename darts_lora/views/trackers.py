@@ -78,7 +78,8 @@ class Trackers:
         otherwise: str = "",
     ):
         self.otherwise, self.step = otherwise, first_step
-        self.own, self.open = [], list(more)
+        self.own: list[Any] = []
+        self.open: list[Any] = list(more)
         for name in names:
             self._guarded(name, self._start, name, output_dir, options)
 
