@@ -103,7 +103,7 @@ def test_energies_are_those_of_single_rows_and_gates():
     x, y = batch(rows=5)
     _, energies = architect.directions(loss_of(supernet), (x, y))
     scaling, columns = supernet.config.scaling, supernet.mean_gates().shape[1]
-    for n, layer in enumerate(supernet.layers.values()):
+    for n in range(len(supernet.layers)):
         for r in range(columns):
             squares = []
             for row in range(5):

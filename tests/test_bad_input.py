@@ -64,7 +64,7 @@ SEARCH = {
     "a scaling of 0": ("--scaling 0", "scaling=0.0: must be a number > 0.0"),
     "branches of its own": ("--branches nestd", '"branches": Expected a typing.Literal['),
     "no architecture step": ("--arch_every 0", "arch_every=0: must be an integer >= 1"),
-    "more than all": ("--search_fraction 1.5", "search_fraction=1.5: must be above 0 and at most 1"),
+    "more than all": ("--search_fraction 1.5", "search_fraction=1.5: must be above 0 and at"),
     "a seed above 32 bits": ("--seed 4294967296", "seed=4294967296: must be an integer <="),
     "no step": ("--max_steps 0", "max_steps=0: must be an integer > 0"),
     "steps above 64 bits": ("--max_steps 1" + 20 * "0", "must be an integer <="),

@@ -27,7 +27,7 @@ def searched(**options):
 
 
 def test_of_all_choices_the_most_probable_one_at_alphas_price():
-    """Each parameter less is worth the price: without it, small choices would be the likely ones."""
+    """Each parameter counts for the price: without it, small choices would be the likely ones."""
     supernet = searched(budget_rank=1.5)
     supernet.price = 0.01
     log_p, costs = supernet.alpha.detach().double().log_softmax(-1), supernet.costs
@@ -161,5 +161,5 @@ def test_a_file_does_not_decide_how_much_memory_is_taken():
 
 @pytest.mark.parametrize("price", ["much", float("nan"), 1e31, True])
 def test_a_price_that_is_no_number_is_refused(price):
-    with pytest.raises(InputError, match="price=.*must be a number"):
+    with pytest.raises(InputError, match=r"price=.*must be a number"):
         Genotype({"a": 1}, found_by={"price": price})

@@ -108,10 +108,8 @@ def test_a_plain_backward_trains_weights_only():
 @pytest.mark.parametrize("branches", ["independent", "nested"])
 def test_weights_train_the_mean_mixture_of_the_even_distribution(branches):
     """Whatever alpha is: in each forward the same, in training and in evaluation."""
-    supernet, x = (
-        Supernet(residual(), config(branches=branches, budget_rank=1.5)),
-        torch.ones(2, 16),
-    )
+    supernet = Supernet(residual(), config(branches=branches, budget_rank=1.5))
+    x = torch.ones(2, 16)
     probabilities = supernet.held.softmax(-1)
     ranks = torch.tensor([0.0, 1.0, 2.0, 4.0])
     torch.testing.assert_close(probabilities @ ranks, torch.full((4,), 1.5))

@@ -20,14 +20,14 @@ from small_models import make_tokenizer, randomise
 
 
 class Regression(nn.Module):
-    """Three linear layers and a squared loss, as a Trainer wants a model."""
+    """Three linear layers, bent between, and a squared loss, as a Trainer wants a model."""
 
     def __init__(self, width=24):
         super().__init__()
         self.layers = nn.Sequential(*[nn.Linear(width, width) for _ in range(3)])
 
     def forward(self, x, labels=None):
-        y = self.layers(x)
+        y = self.layers[2](torch.tanh(self.layers[1](torch.tanh(self.layers[0](x)))))
         return {"loss": (y - labels).pow(2).mean(), "logits": y}
 
 
@@ -49,8 +49,8 @@ def problem():
     model, width = Regression(), 24
     x, change = torch.randn(768, width), torch.randn(width, 2) @ torch.randn(2, width) / 6
     with torch.no_grad():
-        hidden = model.layers[0](x)
-        y = model.layers[2](model.layers[1](hidden) + hidden @ change)
+        hidden = torch.tanh(model.layers[0](x))
+        y = model.layers[2](torch.tanh(model.layers[1](hidden) + hidden @ change))
     return model, TensorDataset(x[:512], y[:512]), TensorDataset(x[512:], y[512:])
 
 

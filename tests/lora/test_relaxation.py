@@ -13,9 +13,10 @@ RANKS = (0, 1, 2, 4, 8)
 SHAPES = [(16, 16), (16, 48), (64, 64), (99, 7), (16, 16), (30, 30)]
 
 
-def table(seed=0, layers=len(SHAPES)):
+def table(seed=0):
     """Values that rise with the rank, of layers that are worth unlike much."""
     generator = torch.Generator().manual_seed(seed)
+    layers = len(SHAPES)
     steps = torch.rand(layers, len(RANKS), generator=generator, dtype=torch.float64)
     return (steps * torch.rand(layers, 1, generator=generator, dtype=torch.float64)).cumsum(-1)
 
