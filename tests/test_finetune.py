@@ -590,7 +590,7 @@ def test_a_full_disk_at_the_end_is_told_and_leaves_no_half_adapter(
             finetune(config, base_config, data, TRAINING)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert {*os.listdir(tmp_path)} - {"runs"} == {"checkpoints", "config.yaml"}
+    assert {*os.listdir(tmp_path)} - {"tensorboard"} == {"checkpoints", "config.yaml"}
 
 
 class Signalled:
