@@ -50,6 +50,8 @@ def option_classes(monkeypatch):
         monkeypatch.setitem(sys.modules, spec.name, module)
         monkeypatch.syspath_prepend(str(path.parent))
         spec.loader.exec_module(module)
+        if hasattr(module, "start"):  # a command of the package
+            module = sys.modules[module.start.__module__]
         signature = inspect.signature(module.main, eval_str=True)
         return [parameter.annotation for parameter in signature.parameters.values()]
 
