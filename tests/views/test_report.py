@@ -87,16 +87,18 @@ def test_an_unfinished_search(tmp_path):
     with pytest.raises(Killed):
         search_in(tmp_path, kill_at=15)
     search = Search.load(str(tmp_path))
-    assert search.genotype is None and search.records[-1]["step"] == 8
+    assert search.genotype is None and search.records[-1]["step"] == 12
     assert list(search.ranks.values()) == search.records[-1]["expected_ranks"]
     (tmp_path / "out").mkdir()
     page = make_page(tmp_path)
-    assert "Not finished: step 8 of a run of 20. Ranks are the expected ones." in page
+    assert "Not finished: step 12 of a run of 20. Ranks are the expected ones." in page
 
 
 def test_a_resumed_search_has_each_step_once_and_the_same_curves(finished, tmp_path):
     with pytest.raises(Killed):
-        search_in(tmp_path, kill_at=20)  # behind the checkpoint at step 6 and the record of step 8
+        search_in(
+            tmp_path, kill_at=20
+        )  # behind the checkpoint at step 12 and record 14
     search_in(tmp_path, resume=True)
     whole, resumed = (Search.load(str(folder)) for folder in (finished[0], tmp_path))
     steps = [record["step"] for record in resumed.records]
