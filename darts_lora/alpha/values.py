@@ -11,6 +11,7 @@ from torch import Tensor
 from darts_lora.alpha.prior import smoother
 from darts_lora.supernet import Supernet
 
+LEAST = 1e-6  # of the loss: where nothing can be told, the shares decide
 GROWTH = 0.5  # what a factor of e on all ranks is worth, of what twice the steps are
 
 
@@ -97,7 +98,8 @@ class Values:
         compare it to, 1."""
         if not len(measured.growth):
             return 1.0
-        return GROWTH * max(float(measured.growth.double().mean()), 0.0)
+        least = LEAST * max(abs(float(measured.losses.double().mean())), 1e-30)
+        return max(GROWTH * float(measured.growth.double().mean()), least)
 
     def shares(self, measured: Measured) -> Tensor:
         """Of the growth, (N,) float64, sum 1; even over the parameters where nothing was gained."""
