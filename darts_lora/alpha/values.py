@@ -11,7 +11,7 @@ from torch import Tensor
 from darts_lora.alpha.prior import smoother
 from darts_lora.supernet import Supernet
 
-LEAST = 1e-6  # of the loss: where nothing can be told, the shares decide
+LEAST = 1e-9  # of the loss: where nothing can be told, the shares decide
 GROWTH = 0.5  # what a factor of e on all ranks is worth, of what twice the steps are
 
 
