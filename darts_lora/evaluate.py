@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from transformers import GenerationConfig
 
 from darts_lora.base.bounds import check_bounds
 from darts_lora.base.errors import InputError, one_line
-from darts_lora.base.files import write_json
+from darts_lora.base.files import is_main_process, write_json
 from darts_lora.base.options import CONFIG_NAME, load_config
 from darts_lora.config import DataConfig, ModelConfig
 from darts_lora.data.collator import IGNORED, Collator
@@ -38,7 +38,11 @@ from darts_lora.data.loaders import (
 )
 from darts_lora.lora.models import load_model, sample_of, weight_samples
 from darts_lora.lora.targets import check_fresh
+from darts_lora.run.hub import check_hub_options, open_repository, upload
 from darts_lora.run.launch import explained
+from darts_lora.run.runs import load_finetune
+from darts_lora.run.together import other_task, task_of
+from darts_lora.views.card import update_figures
 
 # Which rows of the training split are held back as test rows (test_split null).
 HELD_BACK_BY = ("test_split", "test_fraction", "split_seed", "split_by", "max_train_samples")
@@ -59,8 +63,16 @@ class EvaluateConfig:
     """Generate answers and count those that are the reference's; false: the loss alone, faster."""
     max_new_tokens: int | None = None
     """Longest generated answer (tokens); default: just enough for the batch's reference answers."""
+    baseline: str | None = None
+    """Folder of another finetune that was evaluated on these rows, of a uniform rank as a rule: its
+    figures stand in the model card too."""
+    push_to_hub: bool = False
+    """Upload the adapter and its card, with these figures, to the hub, as you are logged in."""
+    hub_model_id: str | None = None
+    """Repository for that, NAME/MODEL; where it is not there yet, a private one is made."""
 
     def __post_init__(self):
+        check_hub_options(self.push_to_hub, self.hub_model_id)
         check_bounds(self, at_least={"eval_batch_size": 1, "max_new_tokens": 1})
 
 
@@ -84,6 +96,9 @@ def evaluate(
             "`accelerate launch recipes/finetune.py` first, or name the folder with --adapter"
         )
     _check_unseen(config.adapter, data)
+    beside = _figures_beside(config.baseline, model, data)
+    if config.push_to_hub and is_main_process():
+        open_repository(config.hub_model_id)
     with explained():
         accelerator = Accelerator()
     rows = load_splits(data, ["test"])["test"]
@@ -113,9 +128,28 @@ def evaluate(
     if accelerator.is_main_process:
         try:
             write_json(os.path.join(config.adapter, "evaluation.json"), results)
+            update_figures(config.adapter, {**results, **beside})
         except InputError as error:  # an adapter of others, or no space: the figures are there
             warnings.warn(f"{error}: what was measured is in no file", stacklevel=2)
+        if config.push_to_hub:
+            upload(config.adapter, config.hub_model_id)
     return results
+
+
+def _figures_beside(
+    folder: str | None, model: ModelConfig, data: DataConfig
+) -> dict[str, dict[str, Any]]:
+    """Name -> figures of another finetune; InputError where they are of other rows or not there."""
+    if folder is None:
+        return {}
+    ours, theirs = {**asdict(model), **asdict(data)}, task_of(folder)
+    if name := other_task(ours, theirs):
+        raise InputError(
+            f"baseline={folder!r}: has {name}={theirs[name]!r}, this adapter has "
+            f"{name}={ours[name]!r}: their losses cannot be compared"
+        )
+    found = load_finetune(folder)
+    return {f"baseline {found['name']}": found}
 
 
 def _check_unseen(adapter: str, data: DataConfig) -> None:

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
@@ -43,6 +44,7 @@ from darts_lora.genotype import Genotype
 from darts_lora.lora.frozen import hold_statistics
 from darts_lora.lora.models import frozen_digest, load_model
 from darts_lora.lora.padded import save_padded
+from darts_lora.lora.variants import check_quantized, eva_weights
 from darts_lora.run.beginning import (
     RECORD_NAME,
     FinetuneConfig,
@@ -65,13 +67,17 @@ from darts_lora.run.callbacks import (
 )
 from darts_lora.run.checkpoint import FINETUNE, LENGTHS, find_checkpoint, kept
 from darts_lora.run.course import check_same_course, digest, task_options, training_options
+from darts_lora.run.hub import open_repository, upload
 from darts_lora.run.launch import check_launch, explained, launched
 from darts_lora.run.together import check_not_anothers
 from darts_lora.supernet import Supernet
+from darts_lora.views.card import remove_card, write_card
 
 # all that a finetune leaves, removed before another one trains
 RESULTS = (RECORD_NAME, "evaluation.json", SAFETENSORS_WEIGHTS_NAME, "adapter_config.json")
 RESULTS += ("padded",)
+# options that change no weight
+WHERE = ("output_dir", "resume", "push_to_hub", "hub_model_id")
 
 
 def finetune(
@@ -126,7 +132,10 @@ def _finetune(
     training: TrainingConfig,
     supernet: Supernet | None,
 ) -> tuple[PeftModel, dict[str, Any]]:
+    check_quantized(config.init_lora_weights, config.use_dora, model.quantization)
     genotype = _load_genotype(config.genotype)
+    if config.push_to_hub and PartialState().is_main_process:
+        open_repository(config.hub_model_id)
     config = replace(config, init=resolve_init(config, genotype))
     first = first_step(config, genotype, training)
     collator = make_collator(model, data)
@@ -141,6 +150,8 @@ def _finetune(
     collator.limits.of_model(base)
     set_seed(config.seed)
     adapted = add_adapter(base, config, genotype, supernet)
+    if config.init_lora_weights == "eva":
+        eva_weights(adapted, rows, collator, training.batch_size)
     record = {"genotype": config.genotype, "rank": config.rank, "init": config.init}
     record["supernet_digest"] = genotype and genotype.found_by.get("supernet_digest")
     record |= {"rows": None if data.streaming else len(rows), "supervised_share": share}
@@ -149,20 +160,25 @@ def _finetune(
     def begin() -> None:
         for name in RESULTS:
             remove(os.path.join(config.output_dir, name))
+        remove_card(config.output_dir)
         save_config(config.output_dir, replace(config, resume=False), model, data, training)
 
     def describe(folder: str, figures: dict[str, Any]) -> None:
         record.update(figures)
         if config.pad_to_max:
-            save_padded(folder, os.path.join(folder, "padded"))
+            save_padded(adapted, folder, os.path.join(folder, "padded"))
+        write_card(folder, adapted, model, data, training, genotype, record)
         write_json(os.path.join(folder, RECORD_NAME), record)
 
     figures = train(
         adapted, rows, collator, training, config.output_dir,
         seed=config.seed, first_step=first, first_rows=begins_with, resume=config.resume,
+        loraplus_lr_ratio=config.loraplus_lr_ratio,
         course=_course(config, genotype, model, data, training, rows, begins_with),
         begin=begin, describe=describe,
     )  # fmt: skip
+    if config.push_to_hub and PartialState().is_main_process:
+        record["uploaded"] = upload(config.output_dir, config.hub_model_id)
     return adapted, record | figures
 
 
@@ -180,7 +196,7 @@ def _course(
         which = split_record({}, data)
     else:
         which = {"rows": list(rows[ROW]), "first": begins_with, "digest": rows_digest([rows])}
-    own = {n: v for n, v in asdict(config).items() if n not in ("output_dir", "resume")}
+    own = {name: value for name, value in asdict(config).items() if name not in WHERE}
     own["genotype"] = genotype and digest(asdict(genotype))
     return own | task_options(model, data, which, training) | training_options(training)
 
@@ -218,6 +234,7 @@ def train(
     resume: bool = False,
     course: dict[str, Any] | None = None,
     begin: Callable[[], None] = lambda: None,
+    loraplus_lr_ratio: float | None = None,
     describe: Callable[[str, dict[str, Any]], None] = lambda folder, figures: None,
 ) -> dict[str, Any]:
     """Train the adapter in place with transformers' Trainer and save it to output_dir.
@@ -228,6 +245,7 @@ def train(
         resume: go on from the newest checkpoint; where the training has ended, take what it left.
         course: options that decide what is computed, name to value, which one to resume must share.
         begin: called on the first process when nothing can be wrong any more.
+        loraplus_lr_ratio: the rate of B over that of A; None: 1.
         describe: (folder, what this returns) -> writes what else belongs to the adapter, which is
             in that folder, there; on the first process.
 
@@ -258,6 +276,7 @@ def train(
     with contextlib.suppress(OSError):
         os.rmdir(trainer.args.output_dir)  # which the Trainer makes; an empty one
     trainer.training, trainer.first_step, trainer.first_rows = training, first_step, first_rows
+    trainer.loraplus_lr_ratio = loraplus_lr_ratio
     course |= {LENGTHS[FINETUNE]: trainer.args.max_steps} | launched(trainer.accelerator)
     course = json.loads(json.dumps(course))
     path, seconds = None, 0.0

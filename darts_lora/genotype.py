@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from darts_lora.base.bounds import MAX_RANK, NAMES, check_ranks, is_name
 from darts_lora.base.errors import InputError, one_line
 from darts_lora.base.files import read_json, write_json
-from darts_lora.lora.adapter import lora_config
+from darts_lora.lora.adapter import lora_config, save_fresh
 from darts_lora.lora.cost import parameters_per_rank
 from darts_lora.lora.experts import peft_names, stacked_tensors, to_peft
 from darts_lora.lora.handover import cut, fold
 from darts_lora.lora.mixed_linear import linear_shape
 from darts_lora.lora.models import weights_digest
+from darts_lora.lora.parts import task_type
 from darts_lora.lora.targets import check_matches, current_names
 
 if TYPE_CHECKING:
@@ -200,18 +201,14 @@ class Genotype:
             renamed["probabilities"] = {names[n]: p for n, p in self.probabilities.items()}
         return Genotype(**renamed)
 
-    def to_lora_config(
-        self, model: nn.Module | None = None, *, pad_to_max: bool = False, **options
-    ) -> LoraConfig:
+    def to_lora_config(self, model: nn.Module | None = None, **options) -> LoraConfig:
         """A PEFT LoraConfig that gives each module its rank, with the same scaling for all.
 
-        The scaling is lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora=True`; lora_alpha is
-        chosen so that it is this genotype's, and constant over the modules, in both.
+        The scaling is lora_alpha / r. With `use_rslora=True` it is lora_alpha / sqrt(r) instead, of
+        one lora_alpha for all: this genotype's at the mean of the ranks above 0, less above it.
 
         Args:
             model: where given, every module must be in it and every key must match one module.
-            pad_to_max: the largest rank for every adapted module and no patterns, for engines that
-                ignore patterns; pad_to_max_rank makes the weights for it.
             options: further LoraConfig fields (lora_dropout, task_type ...).
 
         Raises:
@@ -227,10 +224,21 @@ class Genotype:
             options.setdefault("fan_in_fan_out", True)  # transformers' Conv1D stores W transposed
         if self.modules_to_save:
             options.setdefault("modules_to_save", list(self.modules_to_save))  # PEFT extends it
-        config = lora_config(ranks, stacked, self.scaling, model, pad_to_max=pad_to_max, **options)
+        config = lora_config(ranks, stacked, self.scaling, model, **options)
         if model is not None:
             check_matches(model, config, ranks, genotype.modules_to_save)
         return config
+
+    def save_untrained(self, base: nn.Module, folder: str | os.PathLike) -> None:
+        """An adapter of these ranks as PEFT begins it (B = 0), in PEFT's format: what trainers that
+        know one rank alone resume from. `base` stays as it is.
+
+        Raises:
+            InputError: as to_lora_config's, or the folder cannot be written.
+        """
+        genotype = self.with_shapes(base)
+        config = genotype.to_lora_config(base, task_type=task_type(base))
+        save_fresh(base, config, genotype.ranks, genotype.modules_to_save, folder)
 
     def inherited_state(self, source: Supernet | str | os.PathLike) -> dict[str, Tensor]:
         """The searched weights, for peft.set_peft_model_state_dict: of each layer's mean mixture

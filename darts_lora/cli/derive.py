@@ -1,16 +1,22 @@
 """darts-lora derive: another genotype from a finished search, without searching again.
-Not here: the choice itself (darts_lora/discretize.py)."""
+Not here: the choice itself (darts_lora/discretize.py), the forms for others (formats.py)."""
 
 import os
+import sys
 from dataclasses import dataclass
 from typing import Literal
+
+from rich.console import Console
 
 from darts_lora.base.bounds import check_bounds
 from darts_lora.base.errors import InputError
 from darts_lora.base.options import command, run
 from darts_lora.discretize import discretize
+from darts_lora.formats import axolotl_yaml, peft_json
 from darts_lora.genotype import Genotype
 from darts_lora.views.console import show
+
+FORMATS = {"table": lambda genotype: "", "axolotl": axolotl_yaml, "peft": peft_json}
 
 
 @dataclass
@@ -30,6 +36,10 @@ class DeriveRun:
     """Budget: trainable parameters (count); default of both: the budget of the search."""
     output: str | None = None
     """File for the new genotype; default: genotype_<choice>.json in search_dir."""
+    format: Literal["table", "axolotl", "peft"] = "table"
+    """What is printed: tables of the ranks; the lora options of an axolotl configuration (YAML); or
+    the arguments of PEFT's LoraConfig (JSON). Of the last two nothing else is on the standard
+    output."""
 
     def __post_init__(self):
         check_bounds(self, above={"budget_rank": 0.0, "budget_parameters": 0})
@@ -50,9 +60,13 @@ def main(options: DeriveRun) -> None:
         budget_parameters=options.budget_parameters,
     )
     output = options.output or os.path.join(options.search_dir, f"genotype_{_choice(options)}.json")
+    text = FORMATS[options.format](genotype)
     genotype.save(output)
-    show(genotype)
-    print(f"Genotype: {output}. Next: {command('finetune', genotype=output)}")
+    other = sys.stderr if text else sys.stdout
+    show(genotype, Console(file=other))
+    print(f"Genotype: {output}. Next: {command('finetune', genotype=output)}", file=other)
+    if text:
+        print(text)
 
 
 def _choice(options: DeriveRun) -> str:

@@ -3,11 +3,13 @@ trial, after every injection on the model. Not here: where the ranks come from (
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
+import os
 import re
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from peft import (
@@ -18,11 +20,12 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.lora import LoraLayer, ParamWrapper
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 
 from darts_lora.base.errors import InputError, one_line
+from darts_lora.base.files import write_into
 from darts_lora.lora.parts import layer_type
 
 PREFIX = "base_model.model."
@@ -33,49 +36,47 @@ def lora_config(
     stacked: Collection[str],
     scaling: float,
     model: nn.Module | None = None,
-    *,
-    pad_to_max: bool = False,
     **options: Any,
 ) -> LoraConfig:
-    """What gives each layer its rank and the same scaling to all; lora_alpha is chosen for that.
+    """What gives each layer its rank and the same scaling, lora_alpha / r, to all. With use_rslora
+    the same lora_alpha to all: a layer of the mean rank has that scaling, as lora_alpha / sqrt(r).
 
     Args:
         ranks: name -> rank, all above 0.
         stacked: the names among them that are 3-D parameters, of experts.
         model: where given, ways around what PEFT rewrites for it are taken.
-        pad_to_max: the largest rank for all, no patterns.
         options: further LoraConfig fields.
     """
-    divisor = math.sqrt if options.get("use_rslora") else float
-    largest = max(ranks.values())
+    largest, mean = max(ranks.values()), sum(ranks.values()) / len(ranks)
+    shared = scaling * math.sqrt(mean) if options.get("use_rslora") else None
     keys = {name: name for name in ranks}
     modules = [name for name in ranks if name not in stacked]
     # a string is matched in full, a list would match suffixes of other names as well
     targets: str | list[str] = "|".join(map(re.escape, modules)) or []
-    if model is not None and modules and not _survives(model, targets):
+    if model is not None and modules and not survives(model, targets):
         leaves = {name.rpartition(".")[2] for name in modules}
-        lost = {leaf for leaf in leaves if not _survives(model, [leaf])}
+        lost = {leaf for leaf in leaves if not survives(model, [leaf])}
         # what PEFT takes for the name of an expert: by its weight, a parameter like any other
         keys |= {n: f"{n}.weight" for n in modules if n.rpartition(".")[2] in lost}
         targets = [name for name in modules if keys[name] == name]
     parameters = [keys[n] for n in ranks if n in stacked or keys[n] != n]
     pattern = {f"^{re.escape(keys[name])}$": rank for name, rank in ranks.items()}
-    pattern = {key: r for key, r in pattern.items() if r != largest and not pad_to_max}
+    pattern = {key: r for key, r in pattern.items() if r != largest}
     return LoraConfig(
         r=largest,
-        lora_alpha=scaling * divisor(largest),
+        lora_alpha=shared or scaling * largest,
         target_modules=targets,
         target_parameters=parameters or None,
         rank_pattern=pattern,
-        alpha_pattern={key: scaling * divisor(rank) for key, rank in pattern.items()},
+        alpha_pattern={} if shared else {key: scaling * rank for key, rank in pattern.items()},
         **options,
     )
 
 
-def _survives(model: nn.Module, targets: str | list[str]) -> bool:
-    """Whether PEFT leaves these target_modules as they are. For models whose experts were modules
-    before transformers 5 it makes a regular expression a list of name endings, and makes names that
-    experts had then into those of the experts' parameters."""
+def survives(model: nn.Module, targets: str | list[str]) -> bool:
+    """Whether PEFT leaves these target_modules as they are. It rewrites them for models whose
+    experts were modules before transformers 5. A regular expression becomes a list of name endings,
+    and names that experts had then become those of the experts' parameters."""
     config = LoraConfig(target_modules=targets)
     before = copy.copy(config.target_modules)
     try:
@@ -100,6 +101,7 @@ def add_lora(
     try:
         with warnings.catch_warnings():  # of the keys of parameters, which do have their rank
             warnings.filterwarnings("ignore", ".*did not match any targeted module", RuntimeWarning)
+            warnings.filterwarnings("ignore", ".*low_cpu_mem_usage=False")  # EVA, in an empty model
             adapted = get_peft_model(model, config)
     except (ValueError, NotImplementedError, TypeError) as error:
         raise InputError(f"genotype: PEFT refuses it ({one_line(error)})") from error
@@ -107,9 +109,37 @@ def add_lora(
     return adapted
 
 
+def save_fresh(
+    model: nn.Module,
+    config: LoraConfig,
+    ranks: Mapping[str, int],
+    saved: Collection[str],
+    folder: str | os.PathLike,
+) -> None:
+    """An adapter as PEFT begins it (B = 0), saved into `folder`. The model stays as it is.
+
+    Raises:
+        InputError: as add_lora's, or the folder cannot be written.
+    """
+    with _same_flags(model):
+        adapted = add_lora(_shell(model, {}), config, ranks, saved)
+        write_into(folder, adapted.save_pretrained, SAFETENSORS_WEIGHTS_NAME)
+
+
+@contextlib.contextmanager
+def _same_flags(model: nn.Module) -> Iterator[None]:
+    """What of the model is trained is the same behind this block as before it."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
 def check_adapter(model: nn.Module, ranks: Mapping[str, int], saved: Collection[str]) -> None:
-    """PEFT's adapter on `model` has these ranks and no others, and what is trained is its A and B
-    and the modules in `saved`, and nothing else.
+    """PEFT's adapter on `model` has these ranks and no others. What is trained is its A and B,
+    DoRA's magnitudes and the modules in `saved`, and nothing else.
 
     Raises:
         InputError: it is another adapter.
@@ -122,8 +152,9 @@ def check_adapter(model: nn.Module, ranks: Mapping[str, int], saved: Collection[
             )
     names = [name.removeprefix(PREFIX) for name, p in model.named_parameters() if p.requires_grad]
     in_full = tuple(f"{name}.modules_to_save." for name in saved)
+    own = re.compile(r"\.lora_([AB]|magnitude_vector)\.")
     for name in names:
-        if not re.search(r"\.lora_[AB]\.", name) and not name.startswith(in_full):
+        if not own.search(name) and not name.startswith(in_full):
             raise InputError(f"genotype: PEFT trains {name}, which it does not name")
     modules = dict(model.named_modules())
     modules = {name.removeprefix(PREFIX): module for name, module in modules.items()}
@@ -174,9 +205,8 @@ def _refusal(model: nn.Module, names: list[str], stacked: Collection[str]) -> st
     again; None where it does."""
     ranks = {name: 1 + i % 2 for i, name in enumerate(names)}
     config = lora_config(ranks, stacked, 1.0, model)
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _same_flags(model):
             warnings.simplefilter("ignore")
             shell = get_peft_model(_shell(model, {}), config, low_cpu_mem_usage=True)
             check_adapter(shell, ranks, ())
@@ -189,9 +219,6 @@ def _refusal(model: nn.Module, names: list[str], stacked: Collection[str]) -> st
         return str(error).removeprefix("genotype: ")
     except Exception as error:  # of any kind: PEFT has many layers, and the packages behind them
         return one_line(error)
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
     return None
 
 

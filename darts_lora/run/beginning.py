@@ -19,6 +19,7 @@ from darts_lora.data.places import ROW
 from darts_lora.data.sources import Rows
 from darts_lora.genotype import Genotype, read_tensors
 from darts_lora.lora.adapter import add_lora
+from darts_lora.lora.padded import check_servable
 from darts_lora.lora.parts import task_type
 from darts_lora.lora.targets import (
     check_fresh,
@@ -28,8 +29,10 @@ from darts_lora.lora.targets import (
     match_saved_modules,
     outside,
 )
+from darts_lora.lora.variants import check_variants, keep_function, variant_options
 from darts_lora.run.checkpoint import FINETUNE, LENGTHS, sealed, steps_done
 from darts_lora.run.course import digest
+from darts_lora.run.hub import check_hub_options
 from darts_lora.run.together import other_task, task_of
 from darts_lora.supernet import SUPERNET_NAME, Supernet
 
@@ -54,29 +57,47 @@ class FinetuneConfig:
     init: Literal["scratch", "inherit"] | None = None
     """inherit: go on from the weights that the search left beside the genotype, with the steps and
     the learning rate that it left of the run; scratch: fresh LoRA weights, all of max_steps.
-    Default: inherit where the search took a part of the run (search_fraction)."""
+    Default: inherit where the search took a part of the run (search_fraction), and
+    init_lora_weights is not given."""
+    init_lora_weights: str | None = None
+    """Where fresh LoRA weights begin (init scratch), as in PEFT: gaussian; pissa: the base's
+    largest singular parts, which the base loses, so that no engine can follow; eva: A along what
+    the layers' inputs are on training rows. Default: PEFT's own."""
+    use_rslora: bool = False
+    """rsLoRA, as in PEFT: one lora_alpha for all layers, over the square root of each rank. A layer
+    of the mean rank keeps the genotype's scaling."""
+    use_dora: bool = False
+    """DoRA, as in PEFT: a magnitude for each output is trained too, which no budget counts."""
+    loraplus_lr_ratio: float | None = None
+    """LoRA+: B learns at this many times the learning rate of A. Default: 1, at the same rate."""
     adapter_dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the LoRA weights. float32 on a base in 16 bits trains under autocast."""
     pad_to_max: bool = False
-    """Save the adapter a second time, with zeros up to the largest rank for all layers, in
-    output_dir/padded: for engines that ignore rank_pattern."""
+    """Save the adapter a second time, in output_dir/padded, as all engines that serve read it: with
+    zeros up to the largest rank for all layers of the types that are adapted."""
     output_dir: str = "runs/finetune"
-    """Folder for the adapter, finetune.json, config.yaml and checkpoints."""
+    """Folder for the adapter, its card (README.md), finetune.json, config.yaml and checkpoints."""
     resume: bool = False
     """Go on from the newest checkpoint in output_dir."""
+    push_to_hub: bool = False
+    """Upload the adapter and its card to the hub when it is trained, as you are logged in there."""
+    hub_model_id: str | None = None
+    """Repository for that, NAME/MODEL; where it is not there yet, a private one is made."""
     seed: int = 0
     """Seed of the LoRA weights and of the data order."""
 
     def __post_init__(self):
         check_bounds(
             self,
-            at_least={"rank": 1, "seed": 0},
+            at_least={"rank": 1, "seed": 0, "loraplus_lr_ratio": 1.0},
             above={"scaling": 0.0},
         )
         if self.rank is None and self.genotype is None:
             raise InputError("genotype=None: give a genotype, or a rank for a uniform baseline")
         if self.rank is not None and self.init == "inherit":
             raise InputError("init='inherit': a search leaves weights for its genotype alone")
+        check_hub_options(self.push_to_hub, self.hub_model_id)
+        check_variants(self.init, self.init_lora_weights, self.use_dora, self.pad_to_max)
 
 
 def add_adapter(
@@ -101,13 +122,13 @@ def add_adapter(
     if config.rank is not None:
         genotype = replace(genotype, ranks=dict.fromkeys(genotype.ranks, config.rank))
     genotype = genotype.with_shapes(base)
-    if config.pad_to_max and genotype.stacked:
-        raise InputError(
-            f"pad_to_max=true: {genotype.stacked[0]} is a parameter of experts, which engines that "
-            "ignore rank_pattern do not read either; leave pad_to_max out"
-        )
+    if config.pad_to_max:
+        check_servable(None, False, genotype.stacked)
     source = (supernet or _weights_path(config)) if config.init == "inherit" else None
-    model = plain_adapter(base, genotype, source, f"genotype={config.genotype!r}")
+    variant = variant_options(
+        config.use_rslora, config.use_dora, config.init_lora_weights, genotype.stacked
+    )
+    model = plain_adapter(base, genotype, source, f"genotype={config.genotype!r}", **variant)
     if config.adapter_dtype == "bfloat16":
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -116,13 +137,18 @@ def add_adapter(
 
 
 def plain_adapter(
-    base: nn.Module, genotype: Genotype, source: Supernet | str | None, name: str = "genotype"
+    base: nn.Module,
+    genotype: Genotype,
+    source: Supernet | str | None,
+    name: str = "genotype",
+    **variant: Any,
 ) -> PeftModel:
     """`base` as a PEFT model of the genotype's ranks, with what the supernet (itself, or its file)
-    learnt as its weights, or with fresh ones; `name` is what errors call the genotype."""
+    learnt as its weights, or with fresh ones; `name` is what errors call the genotype, `variant`
+    are fields of the LoraConfig (variants.py)."""
     genotype = genotype.with_shapes(base)
     check_unshared(base, [name for name, rank in genotype.ranks.items() if rank])
-    lora_config = genotype.to_lora_config(base, task_type=task_type(base))
+    lora_config = genotype.to_lora_config(base, task_type=task_type(base), **variant)
     model = add_lora(base, lora_config, genotype.ranks, genotype.modules_to_save)
     check_fresh(model, name)
     if source is not None:
@@ -131,24 +157,28 @@ def plain_adapter(
 
 
 def inherit(model: PeftModel, genotype: Genotype, source: Supernet | str) -> None:
-    """Copy what the supernet learnt (itself, or its file) into the adapter: all, or InputError."""
+    """Copy what the supernet learnt (itself, or its file) into the adapter, whatever its variant:
+    all, or InputError."""
     name = source if isinstance(source, str) else "the supernet"
-    _fill(model, genotype.inherited_state(source), f"init='inherit': {name}")
+    own = (".lora_A.", ".lora_B.")  # no magnitudes: a search has none
+    _fill(model, genotype.inherited_state(source), f"init='inherit': {name}", own)
+    keep_function(model, genotype.scaling)
 
 
 def load_adapter(model: PeftModel, path: str) -> None:
     """Copy an adapter's weights (safetensors) into a model that has one of the same shape: all, or
     InputError."""
-    _fill(model, read_tensors(path, "adapter"), path)
+    _fill(model, read_tensors(path, "adapter"), path, (".lora_",))
 
 
-def _fill(model: PeftModel, state: dict[str, Tensor], name: str) -> None:
+def _fill(model: PeftModel, state: dict[str, Tensor], name: str, own: tuple[str, ...]) -> None:
+    """`own` are parts of the keys that must all be there."""
     try:
         result = set_peft_model_state_dict(model, state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{name} is of another model ({reason})") from error
-    missing = [key for key in result.missing_keys if "lora_" in key]
+    missing = [key for key in result.missing_keys if any(part in key for part in own)]
     if missing or result.unexpected_keys:
         raise InputError(f"{name} does not fill {missing + result.unexpected_keys}")
 
@@ -163,7 +193,7 @@ def _searched_part(genotype: Genotype | None) -> int:
 
 def resolve_init(config: FinetuneConfig, genotype: Genotype | None) -> str:
     """Where the weights come from."""
-    if config.init is not None or config.rank is not None:
+    if config.init is not None or config.rank is not None or config.init_lora_weights is not None:
         return config.init or "scratch"
     return "inherit" if _searched_part(genotype) else "scratch"
 

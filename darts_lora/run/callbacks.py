@@ -17,6 +17,7 @@ import peft
 import torch
 import transformers
 from accelerate import PartialState
+from peft.optimizers import create_loraplus_optimizer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -90,11 +91,25 @@ class FinetuneTrainer(Trainer):
         training: the options of the whole run.
         first_step: steps of the run that the search took.
         first_rows: numbers of the rows that come first; None: all alike.
+        loraplus_lr_ratio: the rate of B over that of A (LoRA+); None: 1.
     """
 
     training: TrainingConfig
     first_step = 0
     first_rows: Sequence[int] | None = None
+    loraplus_lr_ratio: float | None = None
+
+    def create_optimizer(self, model=None):
+        if self.loraplus_lr_ratio is not None and self.optimizer is None:
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = create_loraplus_optimizer(
+                self.model,
+                kind,
+                loraplus_lr_ratio=self.loraplus_lr_ratio,
+                loraplus_weight_decay=self.args.weight_decay,
+                **options,
+            )
+        return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         stand_in, args = torch.optim.SGD([torch.zeros(1)], lr=1.0), self.args

@@ -14,7 +14,7 @@ COMMON = {"help", "config"}
 OWN = {
     "search": {"output_dir", "resume", "finetune_dir", "cuda_graphs", "dry_run"},
     "report": {"search_dir", "finetune_dir", "output"},
-    "derive": {"search_dir", "method", "budget_rank", "budget_parameters", "output"},
+    "derive": {"search_dir", "method", "budget_rank", "budget_parameters", "output", "format"},
     "finetune": set(),
     "evaluate": set(),
 }

@@ -1,7 +1,6 @@
 """What recipes/README.md shows: its commands parse, its options exist, its Python runs.
 Not here: what the commands do (the files beside this one), the other README (../test_readme.py)."""
 
-import ast
 import importlib.util
 import inspect
 import re
@@ -14,6 +13,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from recipes.conftest import ROOT
 
+from darts_lora import Genotype
 from darts_lora.base.options import parse
 from darts_lora.config import ModelConfig
 from darts_lora.lora.models import load_model
@@ -33,7 +33,7 @@ def blocks(language):
 def commands():
     """Every command in a block of shell, as its parts: without comments, line ends, `&&`."""
     joined = [re.sub(r"\\\n\s*", "", block) for block in blocks("bash")]
-    lines = [part for block in joined for part in re.split(r"\n|&&", block)]
+    lines = [part for block in joined for part in re.split(r"\n|&&|>+ \S+", block)]
     return [parts for line in lines if (parts := shlex.split(line, comments=True))]
 
 
@@ -86,13 +86,26 @@ def test_files_that_it_names_exist():
     assert named and all((ROOT / "recipes" / n).exists() or (ROOT / n).exists() for n in named)
 
 
-def test_the_python_on_a_finetuned_adapter(tmp_path, monkeypatch):
-    (example,) = blocks("python")
-    assert ast.parse(example)
-    adapted = get_peft_model(load_model(ModelConfig()), LoraConfig(r=2, target_modules=["fc1"]))
-    adapted.save_pretrained(tmp_path / "runs" / "finetune")
+@pytest.fixture
+def in_runs(tmp_path, monkeypatch):
+    """The folder runs of an empty working folder."""
     monkeypatch.chdir(tmp_path)
+    return tmp_path / "runs"
+
+
+def test_the_python_on_a_finetuned_adapter(in_runs):
+    example, _ = blocks("python")
+    adapted = get_peft_model(load_model(ModelConfig()), LoraConfig(r=2, target_modules=["fc1"]))
+    adapted.save_pretrained(in_runs / "finetune")
     exec(compile(example, "recipes/README.md", "exec"), {})
     merged = load_model(ModelConfig("runs/merged"))
     assert [name for name, _ in merged.named_parameters() if "lora" in name] == []
-    assert (tmp_path / "runs" / "finetune" / "padded" / "adapter_config.json").is_file()
+    assert (in_runs / "finetune" / "padded" / "adapter_config.json").is_file()
+
+
+def test_the_python_on_a_genotype(in_runs):
+    _, example = blocks("python")
+    names = [n for n, _ in load_model(ModelConfig()).named_modules() if n.endswith("fc1")]
+    Genotype(dict.fromkeys(names, 3)).save(in_runs / "search" / "genotype.json")
+    exec(compile(example, "recipes/README.md", "exec"), {})
+    assert LoraConfig.from_pretrained(in_runs / "untrained").r == 3
