@@ -26,8 +26,7 @@ class SearchConfig:
     """Candidate ranks of each layer; 0 means no adapter. Narrow layers get those that fit."""
     target_modules: str | list[str] = "all-linear"
     """Layers to search, as in PEFT: all-linear, a list of name suffixes, or a regex. Or parts of
-    the model: vision, audio, language, connector (with cross-attention); several as vision+language.
-    """
+    the model: vision, audio, language, connector (with cross-attention), vision+language."""
     target_parameters: str | list[str] | None = None
     """Experts to search whose weights are 3-D parameters; all experts of a parameter get one rank.
     Ends of names as in PEFT, such as experts.down_proj; or all-experts. Default: none."""
@@ -153,9 +152,9 @@ class DataConfig:
     pad_to_multiple_of: int = 1
     """Pad the sequences of a batch to a multiple of this many tokens: fewer shapes of batches."""
     split_by: Literal["image", "prompt", "row"] = "image"
-    """What stays on one side of a split: all rows of an image (of a prompt where there is none), all
-    rows of a prompt with its images, or each row by itself. Alpha must not learn on images or
-    prompts that the weights know."""
+    """What stays on one side of a split: all rows of an image (of a prompt, without one), all rows
+    of a prompt with its images, or each row by itself. Alpha must not learn on images or prompts
+    that the weights know."""
     split_seed: int = 0
     """Seed of the split into training and validation rows."""
 
@@ -199,7 +198,7 @@ class TrainingConfig:
     max_grad_norm: float = 1.0
     """Clip the norm of the weights' gradient to this; 0 switches clipping off."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    """Autocast of the forward pass. fp16 scales the loss; a model in float16 needs it."""
+    """Autocast of the forward pass. fp16, with loss scaling, is for models in float16."""
     logging_steps: int = 10
     """Steps between two log entries."""
     save_steps: int = 500
