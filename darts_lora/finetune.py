@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -60,7 +59,6 @@ from darts_lora.run.callbacks import (
     Checkpoints,
     FinetuneTrainer,
     Progress,
-    Views,
     remove_unfinished,
     training_arguments,
     training_record,
@@ -72,12 +70,13 @@ from darts_lora.run.launch import check_launch, explained, launched
 from darts_lora.run.together import check_not_anothers
 from darts_lora.supernet import Supernet
 from darts_lora.views.card import remove_card, write_card
+from darts_lora.views.trackers import Views, check_trackers
 
 # all that a finetune leaves, removed before another one trains
 RESULTS = (RECORD_NAME, "evaluation.json", SAFETENSORS_WEIGHTS_NAME, "adapter_config.json")
 RESULTS += ("padded",)
 # options that change no weight
-WHERE = ("output_dir", "resume", "push_to_hub", "hub_model_id")
+WHERE = ("output_dir", "resume", "report_to", "push_to_hub", "hub_model_id")
 
 
 def finetune(
@@ -106,6 +105,7 @@ def finetune(
         DivergedError: a loss that is not finite.
         Stopped: SIGTERM, SIGINT or max_runtime, as of RankSearch.run; a checkpoint was written.
     """
+    check_trackers(config.report_to)
     check_finetune(config.output_dir, model, data)
     with locked(config.output_dir):
         check_finetune_start(config.output_dir, config.resume)
@@ -173,7 +173,7 @@ def _finetune(
     figures = train(
         adapted, rows, collator, training, config.output_dir,
         seed=config.seed, first_step=first, first_rows=begins_with, resume=config.resume,
-        loraplus_lr_ratio=config.loraplus_lr_ratio,
+        loraplus_lr_ratio=config.loraplus_lr_ratio, report_to=config.report_to,
         course=_course(config, genotype, model, data, training, rows, begins_with),
         begin=begin, describe=describe,
     )  # fmt: skip
@@ -236,6 +236,7 @@ def train(
     begin: Callable[[], None] = lambda: None,
     loraplus_lr_ratio: float | None = None,
     describe: Callable[[str, dict[str, Any]], None] = lambda folder, figures: None,
+    report_to: str | Sequence[str] = "tensorboard",
 ) -> dict[str, Any]:
     """Train the adapter in place with transformers' Trainer and save it to output_dir.
 
@@ -248,6 +249,7 @@ def train(
         loraplus_lr_ratio: the rate of B over that of A; None: 1.
         describe: (folder, what this returns) -> writes what else belongs to the adapter, which is
             in that folder, there; on the first process.
+        report_to: trackers of the losses, as of RankSearch.
 
     Returns:
         trainable_parameters (count), losses ([step, mean since the entry before] pairs), loss (mean
@@ -297,8 +299,7 @@ def train(
     trainer.add_callback(saved)
     trainer.remove_callback(ProgressCallback)  # prints whole dictionaries
     trainer.add_callback(Progress)
-    if find_spec("tensorboard"):
-        trainer.add_callback(Views(output_dir))
+    trainer.add_callback(Views(check_trackers(report_to), output_dir, asdict(training)))
     with (
         stop,
         told_as_input_errors(lambda: kept(output_dir, FINETUNE)),

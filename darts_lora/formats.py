@@ -45,14 +45,16 @@ def _arguments(genotype: Genotype) -> dict[str, Any]:
     are whole."""
     config = genotype.to_lora_config()
     whole = {key: _whole(alpha) for key, alpha in config.alpha_pattern.items()}
-    arguments = {"r": config.r, "lora_alpha": _whole(config.lora_alpha)}
-    arguments |= {"target_modules": config.target_modules, "rank_pattern": config.rank_pattern}
-    arguments |= {"alpha_pattern": whole}
+    arguments: dict[str, Any] = {
+        "r": config.r,
+        "lora_alpha": _whole(config.lora_alpha),
+        "target_modules": config.target_modules or [],  # none: experts alone
+        "rank_pattern": config.rank_pattern,
+        "alpha_pattern": whole,
+    }
     for name in ("target_parameters", "modules_to_save"):
         if value := getattr(config, name):
             arguments[name] = sorted(value)
-    if not arguments["target_modules"]:  # experts alone
-        arguments["target_modules"] = []
     return arguments
 
 

@@ -7,8 +7,7 @@ import math
 import os
 import sys
 import time
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -54,6 +53,8 @@ from darts_lora.run.schedule import derive_genotype, search_steps
 from darts_lora.run.stream import open_streams, row_loader
 from darts_lora.run.tokens import model_loss
 from darts_lora.supernet import Supernet
+from darts_lora.views.search_views import SearchViews
+from darts_lora.views.trackers import Trackers, check_trackers
 
 
 class RankSearch:
@@ -76,10 +77,13 @@ class RankSearch:
             value; a checkpoint holds them, and a search with others does not resume from it.
         cuda_graphs: launch the forward and backward of each step as one CUDA graph for each shape
             of batch. What cannot be captured runs as ever, after one line that says why.
+        report_to: trackers of the figures, which need an output_dir: one or several that accelerate
+            knows, "all" that are installed, or "none". Those of an `accelerator` get them, too.
 
     Raises:
         InputError: a data loader without a batch for each process; an output_dir that cannot be
-            written; DeepSpeed, Megatron-LM or FSDP's first version.
+            written; DeepSpeed, Megatron-LM or FSDP's first version; a tracker that is not
+            installed.
     """
 
     def __init__(
@@ -94,9 +98,10 @@ class RankSearch:
         accelerator: Accelerator | None = None,
         course: dict[str, Any] | None = None,
         cuda_graphs: bool = False,
+        report_to: str | Sequence[str] = "tensorboard",
     ):
         self.supernet, self.training = supernet, training or TrainingConfig()
-        self.output_dir = output_dir
+        self.output_dir, self.report_to = output_dir, check_trackers(report_to)
         config = supernet.config
         self.steps = search_steps(supernet, self.training.max_steps)
         if output_dir is not None:
@@ -114,7 +119,6 @@ class RankSearch:
         if cuda_graphs:
             self.bilevel.capture()
         self.step, self.seconds = 0, 0.0
-        self.validation_gain: Tensor | None = None  # of the last architecture step
 
     def resume(self) -> None:
         """Go on from the newest checkpoint in output_dir that is whole.
@@ -178,7 +182,7 @@ class RankSearch:
                 bar.set_postfix_str(progress_text(record, self.supernet.budget), refresh=False)
                 if self.metrics is not None:
                     self.metrics.write(record)
-                self._view("write", record)
+                    self.views.write(record)
             if save and self.output_dir is not None:
                 self._save_checkpoint()
             if status:
@@ -197,7 +201,8 @@ class RankSearch:
         return stop.agreed(self.accelerator)
 
     def _stop(self, reason: str, status: int) -> None:
-        self._view("close")
+        if self.views is not None:
+            self.views.close()
         if self.accelerator.is_main_process:
             print(
                 f"{reason}: stopped after step {self.step} of {self.steps}; {self._kept()}",
@@ -212,9 +217,7 @@ class RankSearch:
 
     def _one_step(self, step: int) -> Tensor:
         """A weight step and, where it is due, an architecture step; the training loss."""
-        loss, metrics = self.bilevel.step(self.train_stream, self.val_stream)
-        if metrics is not None:
-            self.validation_gain = metrics["gain"]
+        loss, _ = self.bilevel.step(self.train_stream, self.val_stream)
         return loss
 
     def _record(self, losses: list[Tensor], seconds: float) -> dict[str, Any]:
@@ -226,9 +229,9 @@ class RankSearch:
         for step, loss in enumerate(train_losses, start=first):
             if not math.isfinite(loss):
                 self._stop_non_finite("training loss", step)
-        gain = self.validation_gain
-        if gain is not None and not math.isfinite(gain):
-            self._stop_non_finite("validation loss", self.step)
+        if (step := self.architect.first_non_finite()) is not None:
+            self._stop_non_finite("validation loss", step)
+        gains = self.architect.gains
         figures = alpha_figures(self.supernet)
         if not math.isfinite(figures["expected_parameters"]):
             self._stop_non_finite("alpha", self.step)
@@ -238,7 +241,7 @@ class RankSearch:
         return figures | {
             "step": self.step,
             "train_loss": sum(train_losses) / len(train_losses),
-            "validation_gain": number(gain),
+            "validation_gain": float(gains[-1].sum()) if gains else None,
             "learning_rate": self.weights.scheduler.get_last_lr()[0],
             "gradient_norm": number(full(self.weights.gradient_norm)),
             "samples_per_second": round(rows / pace, 2),
@@ -260,29 +263,15 @@ class RankSearch:
         if self.step == 0:
             remove_search(self.output_dir)
         self.metrics = Metrics(self.output_dir, self.supernet, self.step)
-        try:
-            from darts_lora.views.tensorboard import SearchViews
-
-            self.views = SearchViews(self.output_dir, self.supernet, self.step, self.steps)
-        except Exception as error:
-            self._no_views(error)
-
-    def _view(self, method: str, *args) -> None:
-        """Call a method of the views. Where they fail, the search goes on without them."""
-        if self.views is None:
-            return
-        try:
-            getattr(self.views, method)(*args)
-        except Exception as error:
-            self.views = None
-            self._no_views(error)
-
-    def _no_views(self, error: Exception) -> None:
-        warnings.warn(
-            f"TensorBoard is left out from step {self.step} on ({type(error).__name__}: {error}); "
-            f"{os.path.join(self.output_dir, 'metrics.jsonl')} has all figures",
-            stacklevel=3,
+        trackers = Trackers(
+            self.report_to,
+            self.output_dir,
+            asdict(self.supernet.config) | asdict(self.training),
+            first_step=self.step,
+            more=self.accelerator.trackers,
+            otherwise=f"{self.metrics.path} has all figures",
         )
+        self.views = SearchViews(trackers, self.output_dir, self.supernet, self.step, self.steps)
 
     def _finish(self) -> Genotype:
         genotype = derive_genotype(self.supernet, self.architect, self.training.max_steps)
@@ -293,10 +282,8 @@ class RankSearch:
             path = os.path.join(self.output_dir, "supernet.safetensors")
             write_whole(path, lambda temporary: save_file(state, temporary))
             genotype.save(os.path.join(self.output_dir, "genotype.json"))
-        self._view(
-            "finish", genotype, asdict(self.supernet.config) | asdict(self.training), self.step
-        )
-        self._view("close")
+        if self.views is not None:
+            self.views.finish(genotype, self.step)
         self.accelerator.wait_for_everyone()
         return genotype
 

@@ -68,7 +68,7 @@ class RankSearchCallback(TrainerCallback):
 
     Raises:
         InputError: the trainer has another model, no eval_dataset or several GPUs in one process;
-            DeepSpeed, several sets of evaluation rows; on training: a handover in several
+            DeepSpeed, vLLM, several sets of evaluation rows; on training: a handover in several
             processes, a checkpoint that is of another search or not whole, one of FSDP.
     """
 
@@ -87,6 +87,11 @@ class RankSearchCallback(TrainerCallback):
                 f"n_gpu={trainer.args.n_gpu}: one process would copy the model to all GPUs in each "
                 "step (DataParallel), without the branches; start one process for each GPU by "
                 "`accelerate launch`, or show it one by CUDA_VISIBLE_DEVICES=0"
+            )
+        if getattr(trainer.args, "use_vllm", False):
+            raise InputError(
+                "use_vllm=True: vLLM loads whole weights by name and knows no rank branches; let "
+                "the model itself generate (use_vllm=False)"
             )
         if trainer.eval_dataset is None:
             raise InputError("eval_dataset=None: the trainer needs rows to train alpha on")

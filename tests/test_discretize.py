@@ -1,5 +1,5 @@
-"""The choice of ranks against exhaustive search.
-Not here: what a genotype can do (test_genotype.py)."""
+"""From alpha to ranks: the most probable ones, under a budget, again under another.
+Not here: the choice itself (alpha/test_choice.py), what a genotype can do (test_genotype.py)."""
 
 import itertools
 import time
@@ -9,130 +9,74 @@ import pytest
 import torch
 
 from darts_lora import Genotype, InputError, SearchConfig, Supernet, discretize
-from darts_lora.discretize import choose, proportional_values, shared_parameters
-from darts_lora.lora.cost import rank_costs
+from darts_lora.alpha.choice import choose
+from darts_lora.lora.relaxation import distribution
 from small_models import randomise, residual
 
-
-@pytest.mark.parametrize("share", [0.02, 0.4, 0.8])
-@pytest.mark.parametrize("seed", range(10))
-@pytest.mark.parametrize("kind", ["shared", "proportional", "any"])
-def test_best_within_the_budget_is_the_exhaustive_best(seed, share, kind):
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(5, 4, generator=generator, dtype=torch.float64).mul(2).log_softmax(-1)
-    shapes = torch.randint(3, 40, (5, 2), generator=generator).tolist()
-    costs = rank_costs(shapes, (0, 1, 2, 3) if kind == "proportional" else (0, 1, 2, 4))
-    if kind == "shared":
-        values = shared_parameters(values.exp(), costs)
-    elif kind == "proportional":
-        values = proportional_values(values.exp()[:, 0], costs)
-    budget = float(costs[:, 3].sum()) * share
-    best = max(
-        (c for c in itertools.product(range(4), repeat=5) if _total(costs, c) <= budget),
-        key=lambda c: _total(values, c),
-    )
-    choice = choose(values, costs, budget)
-    assert _total(costs, choice) <= budget
-    assert _total(values, choice) == pytest.approx(_total(values, best), rel=1e-4)
+RANKS = (0, 1, 2, 4)
 
 
-def test_shared_parameters_are_those_of_drawn_architectures():
-    probabilities = torch.tensor([[0.5, 0.0, 0.2, 0.3]], dtype=torch.float64)
-    costs = rank_costs([(3, 4)], (0, 1, 2, 4))
-    drawn = torch.multinomial(probabilities[0], 100_000, replacement=True)
-    shared = torch.minimum(costs[0][:, None], costs[0][drawn]).mean(-1)
-    torch.testing.assert_close(shared_parameters(probabilities, costs)[0], shared, rtol=0, atol=0.1)
-    assert shared_parameters(probabilities, costs)[0].tolist() == pytest.approx([0, 3.5, 7, 11.2])
-
-
-def test_certain_layers_keep_their_ranks_and_undecided_ones_share_what_is_left():
-    """Their most probable rank, 4, would fit one of them alone."""
-    likely = {"a": [0.0, 0.0, 0.0, 1.0], "b": [1.0, 0.0, 0.0, 0.0]}
-    likely |= {name: [0.3, 0.1, 0.2, 0.4] for name in ("c", "d")}
-    searched = Genotype(
-        dict.fromkeys(likely, 0),
-        shapes=dict.fromkeys(likely, (8, 8)),
-        candidates=[0, 1, 2, 4],
-        probabilities=likely,
-    )
-    for budget, ranks in ((64, [4, 0, 0, 0]), (128, [4, 0, 2, 2]), (192, [4, 0, 4, 4])):
-        derived = discretize(searched, budget_parameters=budget)
-        assert list(derived.ranks.values()) == ranks
-
-
-def test_whole_ranks_are_shared_out_as_seats_are_by_sainte_lague():
-    """0.6, 3.4 and 5 of 9: to the nearest; by d'Hondt's divisors they would be 0, 4 and 5."""
-    costs = rank_costs([(4, 4)] * 3, range(10))
-    wanted = 8 * torch.tensor([0.6, 3.4, 5.0], dtype=torch.float64)
-    assert choose(proportional_values(wanted, costs), costs, 9 * 8.0) == [1, 3, 5]
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_whole_ranks_are_in_proportion_to_what_is_wanted(seed):
-    generator = torch.Generator().manual_seed(seed)
-    names = [f"layers.{i}.linear" for i in range(200)]
-    log_p = torch.randn(200, 6, generator=generator, dtype=torch.float64)
-    probabilities = (log_p + torch.randn(200, 1, generator=generator) * torch.arange(6)).softmax(-1)
-    shapes = torch.randint(64, 640, (200, 2), generator=generator).tolist()
-    searched = Genotype(
-        dict.fromkeys(names, 0),
-        shapes=dict(zip(names, map(tuple, shapes), strict=True)),
-        candidates=[0, 1, 2, 4, 8, 32],
-        probabilities=dict(zip(names, probabilities.tolist(), strict=True)),
-        branches="nested",
-    )
-    derived = discretize(searched, "proportional", budget_rank=4)
-    assert derived.found_by["discretize"] == "proportional"
-    assert 0.9995 < derived.num_parameters / derived.found_by["budget_parameters"] <= 1
-    wanted = probabilities @ torch.tensor(searched.candidates, dtype=torch.float64)
-    ranks = torch.tensor(list(derived.ranks.values()), dtype=torch.float64)
-    free = ranks < 32
-    large = free & (ranks >= 4)  # what is wanted below half a rank is rounded to none
-    share = wanted * (ranks[large].sum() / wanted[large].sum())
-    # rounding, and the 0.01 % of the value that a choice may lack
-    assert (ranks - share)[free].abs().max() < 1.5
-    assert (share[~free] > 31).all()
-    assert set(derived.ranks.values()) - set(searched.candidates)
-
-
-def test_values_that_are_no_numbers_are_refused():
-    """A NaN is never the smallest: the bisection of the price would not end."""
-    costs = rank_costs([(4, 4)] * 3, (0, 1, 2))
-    for bad in (float("nan"), float("inf")):
-        values = torch.ones(3, 3, dtype=torch.float64)
-        values[1, 2] = bad
-        with pytest.raises(InputError, match="infinite or NaN"):
-            choose(values, costs, 10.0)
-
-
-def _total(table, choice):
+def total(table, choice):
     return sum(float(table[i, k]) for i, k in enumerate(choice))
 
 
 def searched(**options):
-    supernet = Supernet(residual(), SearchConfig(**{"ranks": (0, 1, 2, 4)} | options))
+    supernet = Supernet(residual(), SearchConfig(**{"ranks": RANKS} | options))
     randomise(supernet)
     return supernet
 
 
-def test_argmax_without_a_budget_and_as_alpha_moved_with_one():
-    supernet = searched()
-    genotype = discretize(supernet)
-    best = supernet.alpha.argmax(-1).tolist()
-    assert list(genotype.ranks.values()) == [(0, 1, 2, 4)[k] for k in best]
-    assert genotype.found_by["discretize"] == "argmax"
-    for arch_update, method in (("gradient", "budget"), (None, "proportional")):
-        supernet = searched(budget_rank=1.5, arch_update=arch_update)
-        genotype = discretize(supernet)
-        assert genotype.found_by["discretize"] == method
+def test_of_all_choices_the_most_probable_one_at_alphas_price():
+    """Each parameter counts for the price: without it, small choices would be the likely ones."""
+    supernet = searched(budget_rank=1.5)
+    supernet.price = 0.01
+    log_p, costs = supernet.alpha.detach().double().log_softmax(-1), supernet.costs
+    values = log_p + 0.01 * costs
+    for method in (None, "budget"):
+        genotype = discretize(supernet, method)
+        assert genotype.found_by["discretize"] == "budget"
+        assert genotype.found_by["price"] == 0.01
         assert genotype.num_parameters <= supernet.budget == 1.5 * 4 * 32
+        best = max(
+            (c for c in itertools.product(range(4), repeat=4) if total(costs, c) <= 192),
+            key=lambda c: total(values, c),
+        )
+        assert list(genotype.ranks.values()) == [RANKS[k] for k in best]
+    best = supernet.alpha.argmax(-1).tolist()
+    genotype = discretize(supernet, "argmax")
+    assert list(genotype.ranks.values()) == [RANKS[k] for k in best]
+    assert genotype.found_by["discretize"] == "argmax"
+
+
+@pytest.mark.parametrize("budget_rank", [0.5, 1, 1.5, 3])
+def test_another_budget_chooses_as_from_the_values_themselves(budget_rank, tmp_path):
+    """The price and the probabilities hold all that the values said, also in a file."""
+    supernet = searched(budget_rank=2)
+    values = torch.rand(4, 4, dtype=torch.float64).cumsum(-1)
+    alpha, supernet.price = distribution(values, supernet.costs, supernet.budget)
+    supernet.alpha.data.copy_(alpha)
+    discretize(supernet).save(tmp_path / "g.json")
+    derived = discretize(Genotype.load(tmp_path / "g.json"), budget_rank=budget_rank)
+    direct = choose(values, supernet.costs, budget_rank * 4 * 32)
+    found = [RANKS.index(rank) for rank in derived.ranks.values()]
+    assert total(values, found) == pytest.approx(total(values, direct), rel=2e-4)
+    assert derived.num_parameters <= budget_rank * 4 * 32
 
 
 @pytest.mark.parametrize("branches", ["independent", "nested"])
-def test_proportional_ranks_of_independent_branches_are_candidates(branches):
+def test_ranks_are_candidates(branches):
     supernet = searched(ranks=(0, 8), budget_rank=3, branches=branches)
-    ranks = set(discretize(supernet, "proportional").ranks.values())
-    assert (ranks <= {0, 8}) == (branches == "independent")
+    assert set(discretize(supernet).ranks.values()) <= {0, 8}
+
+
+def test_without_a_budget_a_genotype_of_other_hands_is_discretized_by_argmax():
+    likely = {"a": [0.1, 0.9], "b": [0.8, 0.2]}
+    genotype = Genotype(
+        {"a": 0, "b": 0}, shapes=dict.fromkeys(likely, (8, 8)), candidates=[0, 4],
+        probabilities=likely,
+    )  # fmt: skip
+    found = discretize(genotype)
+    assert found.ranks == {"a": 4, "b": 0} and found.found_by["discretize"] == "argmax"
 
 
 def test_a_genotype_can_be_discretized_again(tmp_path):
@@ -144,7 +88,7 @@ def test_a_genotype_can_be_discretized_again(tmp_path):
         {"budget_rank": 1},
         {"budget_parameters": 300},
         {"method": "argmax"},
-        {"method": "proportional"},
+        {"method": "budget"},
     ):
         again, direct = discretize(loaded, **options), discretize(supernet, **options)
         assert again.ranks == direct.ranks and again.found_by == direct.found_by
@@ -152,8 +96,9 @@ def test_a_genotype_can_be_discretized_again(tmp_path):
 
 
 def test_errors():
-    with pytest.raises(InputError, match="method='proportional': give budget_rank"):
-        discretize(searched(), "proportional")
+    likely = {"candidates": [0, 1], "shapes": {"a": (4, 4)}, "probabilities": {"a": [0.5, 0.5]}}
+    with pytest.raises(InputError, match="method='budget': give budget_rank"):
+        discretize(Genotype({"a": 1}, **likely), "budget")
     for budget in ({"budget_rank": 1}, {"budget_parameters": 300}):
         with pytest.raises(InputError, match="method='argmax': keeps to no budget; leave out"):
             discretize(searched(), "argmax", **budget)
@@ -200,7 +145,6 @@ def test_the_verdict_of_a_derived_genotype_is_of_its_own_ranks():
 
 
 def test_a_file_does_not_decide_how_much_memory_is_taken():
-    """Ranks between the candidates are choices as well, up to the largest, of all layers."""
     names = [f"layers.{i}" for i in range(1000)]
     genotype = Genotype(
         dict.fromkeys(names, 0),
@@ -210,8 +154,12 @@ def test_a_file_does_not_decide_how_much_memory_is_taken():
         probabilities={name: [0.5, 0.5] for name in names},
         found_by={"budget_parameters": 2**20},
     )
-    with pytest.raises(InputError, match=r"candidates: 1,000 layers with ranks up to 65,536 are"):
-        discretize(genotype, "proportional")
     assert len(discretize(genotype, "budget").ranks) == 1000
     with pytest.raises(InputError, match=r"ranks=\[0, 65537\]: must be at most 65536"):
         replace(genotype, candidates=[0, 2**16 + 1])
+
+
+@pytest.mark.parametrize("price", ["much", float("nan"), 1e31, True])
+def test_a_price_that_is_no_number_is_refused(price):
+    with pytest.raises(InputError, match=r"price=.*must be a number"):
+        Genotype({"a": 1}, found_by={"price": price})

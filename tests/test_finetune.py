@@ -519,7 +519,7 @@ def test_a_tensorboard_that_cannot_write_is_left_out_with_one_warning(
         patch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", full)
         finetune(config, base_config, data, TRAINING)
     (tmp_path / "file").mkdir()
-    (tmp_path / "file" / "runs").write_text("a file where the folder would be")
+    (tmp_path / "file" / "tensorboard").write_text("a file where the folder would be")
     with pytest.warns(UserWarning) as also:
         finetune(replace(config, output_dir=str(tmp_path / "file")), base_config, data, TRAINING)
     for warned in (told, also):

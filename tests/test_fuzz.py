@@ -172,8 +172,9 @@ def configurations(draw):
         "ranks": draw(candidate_lists), "scaling": draw(st.floats(1e-3, 1e3)),
         "target_modules": draw(st.just("all-linear") | st.lists(names, max_size=3)),
         "modules_to_save": draw(st.none() | st.lists(names, max_size=2)),
-        "dropout": draw(st.floats(0, 0.99)), "order": draw(st.sampled_from([1, 2])),
-        "temperature": (draw(st.floats(1e-5, 9)), draw(st.floats(1e-5, 9))),
+        "dropout": draw(st.floats(0, 0.99)),
+        "branches": draw(st.sampled_from(["independent", "nested"])),
+        "search_fraction": draw(st.floats(1e-5, 1)), "arch_every": draw(st.integers(1, 99)),
         "budget_rank": draw(st.none() | st.floats(1e-5, 1e5)),
         "seed": draw(st.integers(0, 2**31 - 1)),
     }  # fmt: skip

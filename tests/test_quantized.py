@@ -1,8 +1,6 @@
 """Bases in 4 and 8 bits: what they compute, and gradients through them.
 Not here: the other ways to load a model (test_models.py)."""
 
-import contextlib
-
 import pytest
 import torch
 from families import TEXT_FAMILIES, bert, deberta, make_family
@@ -47,24 +45,26 @@ def unquantized(folder, quantized):
 
 
 def supernet_over(model):
-    """Softmax gates: each branch of each layer takes part in each forward."""
-    supernet = Supernet(model, SearchConfig(ranks=(0, 1, 2, 4), relaxation="softmax"))
+    supernet = Supernet(model, SearchConfig(ranks=(0, 1, 2, 4)))
     randomise(supernet)
     return supernet
 
 
-def gradients(model, parameters, around=contextlib.nullcontext):
+def gradients(model, parameters):
     """All of them there, finite and not zero."""
     ids = IDS.to(model.device)
-    with around():
-        found = torch.autograd.grad(model(input_ids=ids, labels=ids).loss, parameters)
+    found = torch.autograd.grad(model(input_ids=ids, labels=ids).loss, parameters)
     assert all(g.isfinite().all() and g.abs().max() > 0 for g in found)
     return found
 
 
 def of_supernet(supernet):
-    parameters = [*supernet.weight_parameters(), supernet.alpha]
-    return gradients(supernet.model, parameters, supernet.arch_gradients)
+    """Of the weights, and of a gate for each layer and row."""
+    gates = supernet.mean_gates()
+    places = torch.ones(len(gates), len(IDS), device=gates.device, requires_grad=True)
+    found = gradients(supernet.model, supernet.weight_parameters())
+    with supernet.probing(lambda rows: places[..., None] * gates[:, None]):
+        return found + gradients(supernet.model, [places])
 
 
 def evaluate(model):

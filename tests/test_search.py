@@ -3,6 +3,7 @@ Not here: a single architecture step (test_architect.py), the recipe (recipes/te
 
 import itertools
 import json
+import math
 import os
 import re
 import resource
@@ -30,7 +31,7 @@ from darts_lora import (
 )
 from darts_lora.base.interruption import Stopped
 from darts_lora.config import TrainingConfig
-from darts_lora.run.checkpoint import checkpoints
+from darts_lora.run.checkpoint import checkpoints, load_checkpoint
 from darts_lora.run.resume import remove_search
 from darts_lora.run.tokens import model_loss
 from small_models import residual
@@ -61,11 +62,7 @@ def make(output_dir=None, loss=loss_fn, train=None, course=None, model=None, **o
     names = TrainingConfig.__dataclass_fields__
     training = {key: options.pop(key) for key in list(options) if key in names}
     training = {"max_steps": 12, "learning_rate": 0.01, "logging_steps": 4, **training}
-    whole = {
-        "search_fraction": 1.0,
-        "arch_every": 1,
-        "warmup_steps": 3 * (training["max_steps"] > 3),
-    }
+    whole = {"search_fraction": 1.0, "arch_every": 1}
     config = SearchConfig(**{"ranks": (0, 1, 2, 4), "budget_rank": 2, **whole, **options})
     return RankSearch(
         Supernet(residual(WIDTH) if model is None else model, config),
@@ -92,7 +89,7 @@ def test_no_validation_sample_ever_enters_a_weight_step():
     search = None
 
     def recording(model, batch):
-        step = "alpha" if search.supernet._arch_gradients else "weights"
+        step = "weights" if search.supernet._probe is None else "alpha"
         seen[step] |= set(batch[0].tolist())
         return loss_fn(model, batch)
 
@@ -100,25 +97,23 @@ def test_no_validation_sample_ever_enters_a_weight_step():
     architecture_steps = []
     step_of_alpha = search.architect.step
 
-    def watched(loss, val_batch):
+    def watched(loss, val_batches):
         before = snapshot(search)
-        metrics = step_of_alpha(loss, val_batch)
+        metrics = step_of_alpha(loss, val_batches)
         assert all(torch.equal(b, a) for b, a in zip(before, snapshot(search), strict=True))
-        assert min(val_batch[0]) >= 1000
-        architecture_steps.append(val_batch)
+        architecture_steps.append(metrics)
         return metrics
 
     search.architect.step = watched
     search.run()
-    assert len(architecture_steps) == 9, "12 steps, the first quarter warms up"
+    assert [m is not None for m in architecture_steps] == 6 * [False] + 6 * [True]
     assert max(seen["weights"]) < 1000
     assert min(seen["alpha"]) >= 1000
 
 
 @pytest.mark.filterwarnings("error:Detected call of `lr_scheduler.step")
-@pytest.mark.parametrize("arch_update", ["gradient", "proportional"])
-def test_alpha_rests_during_warm_up_and_in_every_weight_step(arch_update):
-    search = make(warmup_steps=5, arch_update=arch_update)
+def test_alpha_rests_in_the_first_half_and_in_every_weight_step():
+    search = make()
     alphas, weight_step = [], search.weights.step
 
     def watched(batches):
@@ -131,28 +126,53 @@ def test_alpha_rests_during_warm_up_and_in_every_weight_step(arch_update):
 
     search.weights.step = watched
     search.run()
-    assert all(torch.equal(alpha, alphas[0]) for alpha in alphas[:6])
-    assert not torch.equal(alphas[6], alphas[0])
+    assert all(torch.equal(alpha, alphas[0]) for alpha in alphas[:7])
+    assert all(not torch.equal(*pair) for pair in itertools.pairwise(alphas[6:]))
     expected = alphas[0].softmax(-1) @ torch.tensor([0.0, 1.0, 2.0, 4.0])
-    begins = {"gradient": 7 / 4, "proportional": 2.0}[arch_update]  # alike, or at the budget
-    torch.testing.assert_close(expected, torch.full_like(expected, begins), rtol=1e-4, atol=0)
+    torch.testing.assert_close(expected, torch.full((4,), 2.0), rtol=1e-4, atol=0)
 
 
-def test_warm_up_draws_every_rank_alike_whatever_the_relaxation():
-    drawn = []
+@pytest.mark.parametrize("fraction", [0.25, 0.5, 1.0])
+def test_a_search_is_the_first_part_of_a_run(fraction):
+    search = make(search_fraction=fraction, max_steps=20)
+    genotype = search.run()
+    assert search.step == search.architect.taken == 20 * fraction
+    assert len(search.architect.gains) == math.ceil(10 * fraction)
+    assert genotype.found_by["verdict"]["early"] == (10 * fraction < 8)
 
-    def recording(model, batch):
-        loss = loss_fn(model, batch)
-        drawn.append(search.supernet.layers["blocks.0"].gates.ne(0).sum(-1))
-        return loss
 
-    search = make(
-        loss=recording, relaxation="softmax", max_steps=301, warmup_steps=300, budget_rank=None
+def planted(rows=2048, width=32):
+    """A base model, and rows of one that differs from it by ranks 16, 4, 4 and 8 of 32."""
+    model, other = (residual(width, seed=3) for _ in range(2))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for block, rank in zip(other.blocks, (16, 4, 4, 8), strict=True):
+            up, down = (
+                torch.linalg.qr(torch.randn(width, rank, generator=generator))[0] for _ in "ud"
+            )
+            block.weight += up @ down.T
+        x = torch.randn(rows, width, generator=generator)
+        return model, TensorDataset(torch.arange(rows), x, other(x))
+
+
+def test_default_options_find_what_is_planted():
+    """The budget, half of the largest candidate, is what the planted ranks take: 32 of 4 x 8."""
+    model, data = planted()
+    train, validation = torch.utils.data.random_split(
+        data, [1536, 512], torch.Generator().manual_seed(0)
     )
-    search.run()
-    counts = torch.stack(drawn[:300]).flatten()  # as many gates on as the rank
-    shares = torch.stack([(counts == rank).float().mean() for rank in (0, 1, 2, 4)])
-    assert (shares - 0.25).abs().max() < 0.05
+    search = RankSearch(
+        Supernet(model, SearchConfig()),
+        DataLoader(train, 64, shuffle=True),
+        DataLoader(validation, 64, shuffle=True),
+        training=TrainingConfig(max_steps=2400, learning_rate=5e-3),
+        loss_fn=loss_fn,
+    )
+    genotype = search.run()
+    assert list(genotype.ranks.values()) == [16, 4, 4, 8]
+    verdict = genotype.found_by["verdict"]
+    assert verdict["learnt"] and verdict["chance"] <= 0.01
+    assert genotype.num_parameters == 32 * 64
 
 
 def test_the_same_seed_gives_the_same_genotype_twice(tmp_path):
@@ -181,15 +201,21 @@ def at_call(count, act):
     return loss
 
 
-def test_a_resumed_search_ends_as_one_in_one_go(tmp_path):
-    options = {"save_steps": 5, "dropout": 0.1, "arch_average": 0.5}
+@pytest.mark.parametrize(("call", "saved"), [(4, 2), (8, 6), (14, 8), (20, 10)])
+def test_a_resumed_search_ends_as_one_in_one_go(tmp_path, call, saved):
+    """From the first half, from its end, from the second half; killed in the last measurement."""
+    options = {"save_steps": 2, "dropout": 0.1}
     whole = make(tmp_path / "whole", **options).run()
 
     def kill():
         raise Killed
 
-    with pytest.raises(Killed):  # in step 8: steps 4 and on call twice
-        make(tmp_path / "cut", loss=at_call(12, kill), **options).run()
+    with pytest.raises(Killed):  # steps 7 and on call twice
+        make(tmp_path / "cut", loss=at_call(call, kill), **options).run()
+    state, _ = load_checkpoint(str(tmp_path / "cut"))
+    architect = state["architect"]
+    assert (state["step"], len(architect["gains"])) == (saved, max(saved - 6, 0))
+    assert bool(architect["half"]) == (saved >= 6)
     resumed = make(tmp_path / "cut", **options).run(resume=True)
     assert resumed == whole
     of_whole, of_cut = (
@@ -206,8 +232,8 @@ def test_a_resumed_search_ends_as_one_in_one_go(tmp_path):
 def test_a_search_stopped_between_two_architecture_steps_records_what_one_in_one_go_does(tmp_path):
     options = {"arch_every": 5, "logging_steps": 1}
     whole = make(tmp_path / "whole", **options).run()
-    with pytest.raises(Stopped):  # behind step 6: the next architecture step is the ninth
-        make(tmp_path / "cut", loss=at_call(7, ask_to_stop), **options).run()
+    with pytest.raises(Stopped):  # behind step 8: architecture steps are the seventh and the last
+        make(tmp_path / "cut", loss=at_call(9, ask_to_stop), **options).run()
     assert make(tmp_path / "cut", **options).run(resume=True) == whole
     clock = {"seconds": 0, "samples_per_second": 0}
     of_whole, of_cut = (
@@ -233,22 +259,22 @@ def test_a_search_that_is_asked_to_stop_goes_on_later(
             os.kill(os.getpid(), number)
 
     folder = tmp_path / "stopped"
-    search = make(folder, loss=at_call(5, ask), dropout=0.1, max_runtime=None if number else 1.5)
-    with pytest.raises(Stopped) as stopped:  # in step 4, with an architecture step behind it
+    search = make(folder, loss=at_call(8, ask), dropout=0.1, max_runtime=None if number else 1.5)
+    with pytest.raises(Stopped) as stopped:  # in step 7, in the architecture step behind it
         search.run()
-    assert stopped.value.code == status and search.step == 4
-    assert [os.path.basename(path) for path in checkpoints(str(folder))] == ["step-0000004"]
+    assert stopped.value.code == status and search.step == 7
+    assert [os.path.basename(path) for path in checkpoints(str(folder))] == ["step-0000007"]
     told = [line for line in capsys.readouterr().err.splitlines() if "stopped" in line]
     reason = "max_runtime=1.5 minutes are over" if number is None else number.name
     assert told == [
-        f"{reason}: stopped after step 4 of 12; the last checkpoint is "
-        f"{folder}/checkpoints/step-0000004, --resume goes on from it"
+        f"{reason}: stopped after step 7 of 12; the last checkpoint is "
+        f"{folder}/checkpoints/step-0000007, --resume goes on from it"
     ]
     assert make(folder, dropout=0.1).run(resume=True) == whole
 
 
 def test_a_request_in_the_last_step_comes_too_late(tmp_path):
-    search = make(tmp_path, max_steps=2, warmup_steps=1, loss=at_call(3, ask_to_stop))
+    search = make(tmp_path, max_steps=2, loss=at_call(3, ask_to_stop))
     assert search.run() == Genotype.load(tmp_path / "genotype.json")
 
 
@@ -260,7 +286,7 @@ def test_an_unfinished_search_is_not_overwritten_and_a_finished_one_leaves_nothi
     with pytest.raises(Stopped):
         make(tmp_path, loss=at_call(5, ask_to_stop)).run()
     with pytest.raises(
-        InputError, match=r"an unfinished search is there \(step 4 of 12\); go on w"
+        InputError, match=r"an unfinished search is there \(step 5 of 12\); go on w"
     ):
         make(tmp_path, seed=1).run()
     make(tmp_path).run(resume=True)
@@ -274,7 +300,7 @@ def test_an_unfinished_search_is_not_overwritten_and_a_finished_one_leaves_nothi
     with pytest.raises(Stopped):
         make(tmp_path, seed=1, loss=at_call(5, ask_to_stop)).run()
     assert not any(path.exists() for path in results)
-    assert [os.path.basename(path) for path in checkpoints(str(tmp_path))] == ["step-0000004"]
+    assert [os.path.basename(path) for path in checkpoints(str(tmp_path))] == ["step-0000005"]
 
 
 def run_out_of_memory():
@@ -301,7 +327,7 @@ class Dying(TensorDataset):
 def test_a_data_worker_that_dies_names_the_last_checkpoint(tmp_path):
     train = DataLoader(Dying(*split(40, 0, 0).tensors), 8, num_workers=1)
     with pytest.raises(InputError) as error:
-        make(tmp_path, train=train, save_steps=1, warmup_steps=11).run()
+        make(tmp_path, train=train, save_steps=1).run()
     error = str(error.value)
     assert re.search(r"^num_workers: a data worker died .*step-000000\d, --resume goes on", error)
 
@@ -335,7 +361,7 @@ def test_what_a_data_worker_meets_while_a_search_resumes_is_one_line(tmp_path, r
 def test_a_full_disk_stops_and_keeps_the_checkpoints_before(tmp_path):
     search = make(tmp_path, save_steps=2)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    counted = at_call(8, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard)))
+    counted = at_call(6, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard)))
     search.weights.loss_fn = counted
     search.bilevel.val_loss_fn = partial(counted, search.supernet.model)
     try:
@@ -356,7 +382,7 @@ def test_without_tensorboard_the_search_goes_on(monkeypatch, tmp_path, fault):
     if fault == "missing":
         monkeypatch.setitem(sys.modules, "darts_lora.views.tensorboard", None)
     else:
-        method = "__init__" if fault == "at the start" else "add_image"
+        method = "__init__" if fault == "at the start" else "add_images"
         monkeypatch.setattr(torch.utils.tensorboard.SummaryWriter, method, fail)
     search = make(tmp_path)
     with pytest.warns(UserWarning, match=r"TensorBoard is left out from step \d .*has all") as told:
@@ -372,10 +398,7 @@ def test_accumulated_batches_train_as_one_large_batch():
         search = make(
             train=loader(batch_size=batch_size, shuffle=False),
             gradient_accumulation_steps=parts,
-            relaxation="softmax",
             max_steps=2,
-            warmup_steps=0,
-            arch_every=5,
         )
         search.run()
         models.append([w.detach() for w in search.supernet.weight_parameters()])
@@ -422,21 +445,21 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_
     def exploding(model, batch):
         return loss_fn(model, batch) * (float("nan") if next(calls) == 7 else 1.0)
 
-    search = make(tmp_path, loss=exploding, save_steps=4, warmup_steps=11)
+    search = make(tmp_path, loss=exploding, save_steps=4)
     message = r"learning_rate=0\.01: the training loss .* at step 7;"
     with pytest.raises(DivergedError, match=message):
         search.run()
     (kept,) = checkpoints(str(tmp_path))
     assert kept.endswith("step-0000004")
-    assert make(tmp_path, save_steps=4, warmup_steps=11).run(resume=True).num_parameters > 0
+    assert make(tmp_path, save_steps=4).run(resume=True).num_parameters > 0
 
 
 def test_a_validation_loss_that_is_not_finite_is_told_with_its_own_step(tmp_path):
     def exploding(model, batch):
-        alone = search.supernet._arch_gradients and search.step == 6
+        alone = search.supernet._probe is not None and search.step == 6
         return loss_fn(model, batch) * (float("nan") if alone else 1.0)
 
-    search = make(tmp_path, loss=exploding, logging_steps=12, warmup_steps=0)
+    search = make(tmp_path, loss=exploding, logging_steps=12)
     with pytest.raises(DivergedError, match=r"the validation loss is infinite or NaN at step 7;"):
         search.run()
 
@@ -458,14 +481,13 @@ def test_nothing_of_a_finished_search_is_left_when_another_one_begins(tmp_path):
     assert not checkpoints(str(tmp_path))
 
 
-@pytest.mark.parametrize("relaxation", ["gumbel_hard", "gumbel", "softmax"])
 @pytest.mark.parametrize("branches", ["independent", "nested"])
-def test_the_genotype_keeps_its_budget(relaxation, branches, tmp_path):
-    search = make(tmp_path, relaxation=relaxation, branches=branches, max_steps=30)
+def test_the_genotype_keeps_its_budget(branches, tmp_path):
+    search = make(tmp_path, branches=branches, max_steps=30)
     genotype = search.run()
     assert genotype.num_parameters <= search.supernet.budget == 2 * 4 * 2 * WIDTH
     found_by = genotype.found_by
-    assert (found_by["relaxation"], found_by["steps"], found_by["seed"]) == (relaxation, 30, 0)
+    assert (found_by["steps"], found_by["run_steps"], found_by["seed"]) == (30, 30, 0)
     assert found_by["verdict"]["chosen_parameters"] == genotype.num_parameters
     # the weights beside it are the searched ones
     inherited = genotype.inherited_state(tmp_path / "supernet.safetensors")
@@ -485,8 +507,6 @@ def test_a_plain_model_without_a_loss_fn_is_told_so():
 
 
 def test_options_that_cannot_work_are_refused_before_any_step(tmp_path):
-    with pytest.raises(InputError, match=r"warmup_steps=12: must be below the search's 12 steps"):
-        make(warmup_steps=12)
     with pytest.raises(InputError, match=r"train data loader: gives no batch"):
         make(train=loader(rows=4))
     (tmp_path / "file").write_text("")

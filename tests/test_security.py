@@ -180,7 +180,7 @@ def test_names_are_no_paths_and_no_commands_to_the_screen(tmp_path, name, capsys
     found.save(run / "genotype.json")
     about = {"shapes": shapes, "candidates": [0, 2], "budget": None, "parts": {name: "vision"}}
     (run / "layers.json").write_text(json.dumps(about))
-    record = {"step": 1, "seconds": 1, "train_loss": 1, "validation_loss": 1}
+    record = {"step": 1, "seconds": 1, "train_loss": 1, "validation_gain": 1}
     record |= {"expected_parameters": 1, "expected_ranks": [1]}
     (run / "metrics.jsonl").write_text(json.dumps(record) + "\n")
     show(found)
@@ -198,7 +198,7 @@ def test_names_are_no_markup(tmp_path, name, capsys):
     show(genotype)
     assert name.split(".")[0] in capsys.readouterr().out
     assert len(rank_tables(genotype)) == 1
-    records = [{"step": 1, "seconds": 1, "train_loss": 1, "validation_loss": 1}]
+    records = [{"step": 1, "seconds": 1, "train_loss": 1, "validation_gain": 1}]
     records[0] |= {"expected_parameters": 1, "expected_ranks": [1]}
     parts, shapes = {name: "vision"}, genotype.shapes
     search = Search(str(tmp_path), shapes, [0, 2], None, parts, records, {name: name}, genotype)

@@ -103,36 +103,88 @@ def test_a_plain_backward_trains_weights_only():
     supernet.model(torch.randn(3, 16)).sum().backward()
     assert all(p.grad is not None for p in supernet.weight_parameters())
     assert supernet.alpha.grad is None
-    with supernet.arch_gradients():
-        supernet.model(torch.randn(3, 16)).sum().backward()
-    assert supernet.alpha.grad is not None
 
 
 @pytest.mark.parametrize("branches", ["independent", "nested"])
-def test_each_row_has_its_own_architecture(branches):
+def test_weights_train_the_mean_mixture_of_the_even_distribution(branches):
+    """Whatever alpha is: in each forward the same, in training and in evaluation."""
+    supernet = Supernet(residual(), config(branches=branches, budget_rank=1.5))
+    x = torch.ones(2, 16)
+    probabilities = supernet.held.softmax(-1)
+    ranks = torch.tensor([0.0, 1.0, 2.0, 4.0])
+    torch.testing.assert_close(probabilities @ ranks, torch.full((4,), 1.5))
+    assert torch.equal(supernet.alpha, supernet.held)
+    wanted = torch.stack(
+        [2.0 * layer.membership @ p
+         for layer, p in zip(supernet.layers.values(), probabilities, strict=True)]
+    )  # fmt: skip
+    randomise(supernet)
+    torch.testing.assert_close(supernet.mean_gates(), wanted)
+    for training in (True, False):
+        supernet.model.train(training)(x)
+        for layer, gates in zip(supernet.layers.values(), wanted, strict=True):
+            torch.testing.assert_close(layer.gates, gates)
+
+
+def test_without_a_budget_it_is_half_of_the_largest_candidate():
+    supernet = Supernet(residual(), config())
+    assert supernet.budget == Supernet(residual(), config(budget_rank=2)).budget == 2 * 4 * 32
+    assert float(supernet.expected_parameters()) == pytest.approx(supernet.budget)
+
+
+@pytest.mark.parametrize("branches", ["independent", "nested"])
+def test_each_row_has_the_gates_that_are_probed(branches):
     supernet = Supernet(residual(), config(branches=branches))
     randomise(supernet)
-    x = torch.randn(8, 16)
-    together = supernet.model(x)
-    gates = [layer.gates for layer in supernet.layers.values()]
-    assert all(g.shape[0] == 8 for g in gates)
-    for hook in supernet._hooks:
-        hook.remove()
+    x, gates = torch.randn(8, 16), torch.rand(4, 8, 8)
+    with supernet.probing(lambda rows: gates[:, :rows]):
+        together = supernet.model(x)
     for row in range(8):
-        for layer, layer_gates in zip(supernet.layers.values(), gates, strict=True):
-            layer.gates = layer_gates[row]
-        assert torch.allclose(supernet.model(x[row : row + 1]), together[row : row + 1], atol=1e-5)
+        with supernet.probing(lambda rows, row=row: gates[:, row]):
+            alone = supernet.model(x[row : row + 1])
+        assert torch.allclose(alone, together[row : row + 1], atol=1e-5)
+    assert not torch.allclose(supernet.model(x), together, atol=1e-2)
 
 
-def test_one_architecture_a_forward_and_a_new_one_each_time():
-    supernet = Supernet(residual(), config(sampling="batch"))
-    seen = set()
-    for _ in range(20):
-        supernet.model(torch.randn(3, 16))
-        gates = torch.stack([layer.gates for layer in supernet.layers.values()])
-        assert gates.shape == (4, 8) and set(gates.unique().tolist()) <= {0.0, 2.0}
-        seen.add(tuple(gates.flatten().tolist()))
-    assert len(seen) > 10
+def test_gates_are_probed_once_for_each_number_of_rows():
+    supernet, asked = Supernet(residual(), config()), []
+
+    def gates(rows):
+        asked.append(rows)
+        return torch.rand(4, rows, 8)
+
+    with supernet.probing(gates):
+        for rows in (3, 5, 3, 5, 3):
+            supernet.model(torch.randn(rows, 16))
+    assert asked == [3, 5]
+    supernet.model(torch.randn(3, 16))
+    assert asked == [3, 5] and supernet.calls == 6
+
+
+@pytest.mark.parametrize("budget_rank", [0.7, 2])
+@pytest.mark.parametrize("branches", ["independent", "nested"])
+def test_in_its_directions_the_model_is_the_same(branches, budget_rank):
+    model = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 3))  # the last is narrow
+    supernet = Supernet(model, config(branches=branches, budget_rank=budget_rank))
+    supernet.model.double()
+    supernet._place_alpha(supernet.alpha.device, torch.float64)
+    randomise(supernet)
+    x = torch.randn(5, 16, dtype=torch.float64)
+    mean, weights = model(x), supernet.weight_parameters()
+    before = [w.detach().clone() for w in weights]
+    with pytest.raises(ZeroDivisionError), supernet.in_directions():
+        whole = torch.full_like(supernet.mean_gates(), supernet.config.scaling)
+        with supernet.probing(lambda rows: whole):
+            assert (model(x) - mean).abs().max() < 1e-12
+        for layer in supernet.layers.values():
+            b = layer.lora_B.T @ layer.lora_B
+            a = layer.lora_A @ layer.lora_A.T
+            for gram in (a, b):
+                assert (gram - gram.diagonal().diag()).abs().max() < 1e-12, "at right angles"
+            sizes = (a.diagonal() * b.diagonal()).sqrt()
+            assert (sizes.diff() <= 1e-12).all(), "the largest first"
+        1 / 0  # noqa: B018
+    assert all(map(torch.equal, weights, before)) and torch.equal(model(x), mean)
 
 
 class Checkpointed(nn.Module):
@@ -144,6 +196,14 @@ class Checkpointed(nn.Module):
         return checkpoint(self.inner, x, use_reentrant=self.reentrant)
 
 
+def probed(supernet, loss):
+    """Gradients of a gate for each layer and row, of five rows."""
+    gates = supernet.mean_gates()
+    places = torch.linspace(0.1, 0.9, 5).expand(len(gates), -1).clone().requires_grad_()
+    with supernet.probing(lambda rows: places[..., None] * gates[:, None]):
+        return torch.autograd.grad(loss(), places)[0]
+
+
 @pytest.mark.parametrize("forwards", [1, 2])
 def test_recomputation_sees_the_gates_of_its_forward(forwards):
     """Also of a loss over several forwards, as those of preferences are."""
@@ -152,47 +212,16 @@ def test_recomputation_sees_the_gates_of_its_forward(forwards):
         supernet = Supernet(wrap(), config())
         randomise(supernet)
         torch.manual_seed(3)
-        inputs = torch.randn(forwards, 5, 16)
-        with supernet.arch_gradients():
-            sum(supernet.model(x).pow(2).sum() for x in inputs).backward()
-        parameters = (*supernet.weight_parameters(), supernet.alpha)
-        gradients.append([p.grad for p in parameters])
+        inputs = torch.randn(forwards, 5, 16, requires_grad=True)
+
+        def loss(supernet=supernet, inputs=inputs):
+            return sum(supernet.model(x).pow(2).sum() for x in inputs)
+
+        loss().backward()
+        found = [p.grad for p in supernet.weight_parameters()]
+        gradients.append([*found, probed(supernet, loss)])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-
-
-def test_a_draw_lasts_as_long_as_a_loss_waits_for_its_backward():
-    supernet, x = Supernet(residual(), config()), torch.randn(3, 16)
-    randomise(supernet)
-    first = supernet.model(x)
-    assert torch.equal(supernet.model(x), first)
-    first.sum().backward()  # from now on `first` only lies about
-    second = supernet.model(x)
-    assert not torch.equal(second, first)
-    kept = second.detach()
-    del second
-    assert not torch.equal(supernet.model(x), kept)
-    with torch.no_grad():
-        assert not torch.equal(supernet.model(x), supernet.model(x))
-
-
-@pytest.mark.parametrize("relaxation", ["gumbel_hard", "gumbel"])
-def test_an_evaluation_sees_the_mean_of_what_is_drawn(relaxation):
-    supernet, x = Supernet(residual(depth=1), config(relaxation=relaxation)), torch.randn(1, 16)
-    randomise(supernet)
-    supernet.model.eval()
-    seen = []
-    for _ in range(5):  # models are loaded in this mode, and some loops train them in it
-        supernet.model(x).sum().backward()
-        seen.append(supernet.layers["blocks.0"].gates)
-    assert not all(torch.equal(gates, seen[0]) for gates in seen)
-    with torch.no_grad():
-        found = supernet.model(x)
-        gates = supernet.layers["blocks.0"].gates
-        assert torch.equal(supernet.model(x), found)
-        supernet.model.train()
-        supernet.model(x.expand(20_000, 16))
-        drawn = supernet.layers["blocks.0"].gates
-    assert (drawn.mean(0) - gates).abs().max() < (0.05 if relaxation == "gumbel_hard" else 0.3)
+    assert gradients[0][-1].all()
 
 
 class WithoutGradients(Checkpointed):
@@ -223,9 +252,7 @@ class Refined(Checkpointed):
 def test_layers_that_have_gradients_in_one_of_several_calls_are_searched():
     supernet = Supernet(Refined(), config())
     randomise(supernet)
-    with supernet.arch_gradients():
-        supernet.model(torch.randn(5, 16)).sum().backward()
-    assert supernet.alpha.grad.any(-1).all()
+    assert probed(supernet, lambda: supernet.model(torch.randn(5, 16)).sum()).all()
 
 
 def test_probabilities_and_expected_parameters():
@@ -262,7 +289,17 @@ def test_rows_come_from_the_text_not_from_packed_images():
     patches, ids = torch.randn(12, 8), torch.zeros(4, 7, dtype=torch.long)
     supernet.model(pixel_values=patches, input_ids=ids)
     (layer,) = supernet.layers.values()
-    assert isinstance(layer, MixedRankLinear) and layer.gates.shape[0] == 4
+    assert isinstance(layer, MixedRankLinear)
+    randomise(supernet)
+    gates = torch.rand(1, 4, 8)
+    with supernet.probing(lambda rows: gates[:, :rows]):
+        tiles = supernet.model(pixel_values=patches, input_ids=ids)
+        assert layer.gates.shape[0] == 4, "three patches a row"
+        packed = supernet.model(pixel_values=patches[:10], input_ids=ids)
+    for rows, found in ((gates[0].repeat_interleave(3, 0), tiles), (gates[0, :1], packed)):
+        x = patches[: len(found)]
+        wanted = layer.base_layer(x) + (x @ layer.lora_A.T * rows) @ layer.lora_B.T
+        torch.testing.assert_close(found, wanted)
 
 
 def test_a_classifiers_head_is_trained_in_a_copy_and_the_original_comes_back():
@@ -330,25 +367,24 @@ def test_the_state_holds_the_modules_trained_in_full():
     assert len(state) == 4 * len(one.layers) + 2
     other.load_state_dict(state)
     ids = torch.randint(0, 64, (4, 7))
-    one.relaxation = other.relaxation = "softmax"
     assert torch.equal(one.model(ids).logits, other.model(ids).logits)
     del state["classifier.bias"]
     with pytest.raises(InputError, match="names or shapes"):
         other.load_state_dict(state)
 
 
-def test_an_architecture_step_wants_no_gradients_of_the_weights():
+def test_a_probed_loss_wants_no_gradients_of_the_weights():
     supernet = Supernet(residual(), config())
+    randomise(supernet)
     weights = supernet.weight_parameters()
+    gates = torch.rand(4, 8, requires_grad=True)
 
     def found():
         loss = supernet.model(torch.randn(3, 16)).square().sum()
-        return torch.autograd.grad(loss, [supernet.alpha, *weights], allow_unused=True)
+        return torch.autograd.grad(loss, [gates, *weights], allow_unused=True)
 
-    with supernet.arch_gradients(weights=False):
-        alpha, *others = found()
-    assert alpha.shape == supernet.alpha.shape and others == [None] * len(weights)
-    with supernet.arch_gradients():
-        assert None not in found()
-    alpha, *others = found()
-    assert alpha is None and None not in others
+    with supernet.probing(lambda rows: gates):
+        own, *others = found()
+    assert own.any() and others == [None] * len(weights)
+    own, *others = found()
+    assert own is None and None not in others

@@ -3,6 +3,7 @@ Not here: what must come out of them. Each process writes what it saw to <folder
 
 import contextlib
 import gc
+import itertools
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import signal
 import sys
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -26,7 +28,6 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import default_collate
 
 from darts_lora import Architect, InputError, SearchConfig, Supernet
-from darts_lora import supernet as supernet_module
 from darts_lora.base.interruption import Stopped
 from darts_lora.run import launch
 from darts_lora.run.resume import full
@@ -76,20 +77,19 @@ def rows_and_samples() -> dict:
 
     def recording(model, batch):
         loss = loss_fn(model, batch)
-        if not search.supernet._arch_gradients:
+        if search.supernet._probe is None:
             rows.append(batch[0].tolist())
-        gates.append(search.supernet.layers["blocks.0"].gates.ne(0).sum().item())
+        gates.append(search.supernet.layers["blocks.0"].gates.sum().item())
         return loss
 
-    search = make(loss=recording, max_steps=5, warmup_steps=3)  # 40 rows: 5 batches of 8 an epoch
+    search = make(loss=recording, max_steps=5)  # 40 rows: 5 batches of 8 an epoch
     search.run()
     return {"rows": rows, "gates": gates, **result(search)}
 
 
-def ranks_drawn_in_a_trainer(folder: Path) -> dict:
+def places_drawn_in_a_trainer(folder: Path) -> dict:
     model, train, validation = problem()
-    whole = {"search_fraction": 1.0, "arch_every": 1}
-    config = SearchConfig(ranks=(0, 1, 2), budget_rank=1, relaxation="gumbel_hard", **whole)
+    config = SearchConfig(ranks=(0, 1, 2), budget_rank=1, search_fraction=1.0)
     supernet, gates, rows = Supernet(model, config), [], []
 
     def recording(model, batch):
@@ -103,42 +103,34 @@ def ranks_drawn_in_a_trainer(folder: Path) -> dict:
     return {"gates": gates, "rows": rows, "alpha": supernet.alpha.tolist()}
 
 
-def fixed_sample(numbers: list, alpha, relaxation, temperature, rows, _=None):
-    """Straight-through samples that the numbers of the rows decide."""
-    generator = torch.Generator().manual_seed(1)
-    choice = torch.randint(alpha.shape[-1], (1000, len(alpha)), generator=generator)[numbers[0]]
-    hard = torch.nn.functional.one_hot(choice, alpha.shape[-1]).float()
-    soft = alpha.softmax(-1)
-    return hard + soft - soft.detach()
-
-
 def gradients_of_the_joined_batch(process: int) -> dict:
-    """Of weights and alpha, by two processes on 8 rows each, and by one on all 16."""
-    numbers, tensors = [None], split(16, 0, seed=5).tensors
-    supernet_module.sample = partial(fixed_sample, numbers)
-
-    def loss(model, batch):
-        numbers[0] = batch[0]
-        return loss_fn(model, batch)
-
-    search = make(loss=loss, warmup_steps=0)
+    """Of the weights and of gates, by two processes on 8 rows each, and by one on all 16."""
+    tensors = split(16, 0, seed=5).tensors
+    search = make(max_steps=1)
     alone = Supernet(residual(WIDTH), search.supernet.config)
-    architect = Architect(alone)
+    architect = Architect(alone, 1)
     for supernet in (search.supernet, alone):
         randomise(supernet)
-    own = [tensor[8 * process :][:8] for tensor in tensors]
-    search.accelerator.backward(loss(search.model, own))
-    loss(alone.model, tensors).backward()
+    halves = [[tensor[8 * half :][:8] for tensor in tensors] for half in (0, 1)]
+    own = halves[process]
+    search.accelerator.backward(loss_fn(search.model, own))
+    loss_fn(alone.model, tensors).backward()
     pairs = [
         (ours.grad, whole.grad)
         for ours, whole in zip(
             search.supernet.weight_parameters(), alone.weight_parameters(), strict=True
         )
     ]
-    search.architect.step(partial(loss, search.supernet.model), own)
-    architect.step(partial(loss, alone.model), tensors)
-    pairs.append((search.architect.gradient_sums, architect.gradient_sums))
-    supernet_module.sample = sample
+    alone_loss = partial(loss_fn, alone.model)
+    with mock.patch("torch.rand", lambda *_, **__: torch.tensor(0.3)):  # the same places on both
+        search.architect.step(partial(loss_fn, search.supernet.model), itertools.repeat(own))
+        gains = [architect.path(alone_loss, half)[1][0] for half in halves]
+    architect.step(alone_loss, itertools.repeat(tensors))
+    pairs.append((search.architect.measured.gains[0], sum(gains) / 2))
+    pairs += [
+        (getattr(search.architect.measured, part), getattr(architect.measured, part))
+        for part in ("energies", "losses", "cut")
+    ]
     return {
         "differences": [float((ours - whole).abs().max()) for ours, whole in pairs],
         "sizes": [float(whole.abs().max()) for _, whole in pairs],
@@ -146,23 +138,28 @@ def gradients_of_the_joined_batch(process: int) -> dict:
 
 
 def gradients_by_tokens(process: int) -> dict:
-    """Of weights and alpha, by two processes whose rows have unlike numbers of learnt tokens."""
+    """Of the weights and of gates, by two processes whose rows have unlike numbers of learnt
+    tokens."""
     data = tagged_rows((1, 7, 2, 8))
     first, whole = default_collate(data[:2]), default_collate(data)
     own = default_collate([data[process]]), default_collate([data[2 + process]])
     made = tagger_search(data, 1, 2)
     alone = Supernet(Tagger(WIDTH), made.supernet.config)
     alone.model.load_state_dict(made.supernet.model.state_dict())
-    reference = Architect(alone)
+    reference = Architect(alone, 1)
     for supernet in (made.supernet, alone):
         randomise(supernet)
     made.weights.step(iter(own))
     model_loss(alone.model, whole).backward()
     pairs = zip(made.supernet.weight_parameters(), alone.weight_parameters(), strict=True)
     pairs = [(ours.grad, whole.grad) for ours, whole in pairs]
-    made.architect.step(made.bilevel.val_loss_fn, own[0])
-    reference.step(partial(model_loss, alone.model), first)
-    pairs.append((made.architect.gradient_sums, reference.gradient_sums))
+    made.architect.taken = made.architect.steps - 1
+    made.architect.step(made.bilevel.val_loss_fn, itertools.repeat(own[0]))
+    reference.step(partial(model_loss, alone.model), itertools.repeat(first))
+    pairs += [
+        (getattr(made.architect.measured, part), getattr(reference.measured, part))
+        for part in ("energies", "losses", "cut")
+    ]
     return {
         "differences": [float((ours - whole).abs().max()) for ours, whole in pairs],
         "sizes": [float(whole.abs().max()) for _, whole in pairs],
@@ -183,11 +180,9 @@ def gradients_of_layers_that_rest(process: int) -> list[dict]:
     used by one process alone, some in no batch that is reduced, some never."""
 
     def loss(model, batch):
-        numbers[0] = batch[0]
         return (model(batch[1], batch[3])["y"] - batch[2]).pow(2).mean()
 
-    numbers, tensors, found = [None], split(32, 0, seed=5).tensors, []
-    supernet_module.sample = partial(fixed_sample, numbers)
+    tensors, found = split(32, 0, seed=5).tensors, []
     options = {"gradient_accumulation_steps": 2, "model": Chosen(WIDTH)}
     search = make(loss=loss, **options)
     alone = Supernet(Chosen(WIDTH), search.supernet.config)
@@ -212,17 +207,15 @@ def gradients_of_layers_that_rest(process: int) -> list[dict]:
         )
         for supernet in (search.supernet, alone):
             supernet.model.zero_grad(set_to_none=True)
-    supernet_module.sample = sample
     return found
 
 
-sample = supernet_module.sample
-OPTIONS = {"max_steps": 6, "warmup_steps": 2, "save_steps": 3, "gradient_accumulation_steps": 2}
+OPTIONS = {"max_steps": 6, "save_steps": 3, "gradient_accumulation_steps": 2}
 
 
 def whole_and_resumed(folder: Path) -> dict:
     """A search with checkpoints, and one that goes on from the first of them."""
-    options = {**OPTIONS, "max_grad_norm": 0.05, "arch_average": 0.5}
+    options = {**OPTIONS, "max_grad_norm": 0.05}
     search = make(folder, **options)
     sharded = sum(isinstance(w, DTensor) for w in search.supernet.weight_parameters())
     genotype = search.run()
@@ -282,8 +275,7 @@ def diverge(process: int, folder: Path) -> str:
             search.supernet.alpha.data[0, 0] += 1e-6
         return loss_fn(model, batch)
 
-    options = {"warmup_steps": 3, "arch_update": "gradient"}  # which goes on from what alpha is
-    search = make(folder, loss=changed, save_steps=2, **options)
+    search = make(folder, loss=changed, save_steps=2)
     try:
         search.run()
     except InputError as error:
@@ -296,7 +288,7 @@ def main(folder: Path) -> None:
         seen["shared"] = rows_and_samples()
         seen["joined"] = gradients_of_the_joined_batch(process)
         seen["tokens"] = gradients_by_tokens(process)
-        seen["trainer"] = ranks_drawn_in_a_trainer(folder)
+        seen["trainer"] = places_drawn_in_a_trainer(folder)
         seen["handover in a trainer"] = handover_in_a_trainer(folder)
         seen["resting"] = gradients_of_layers_that_rest(process)
         seen["ddp"] = whole_and_resumed(folder / "ddp")

@@ -11,7 +11,7 @@ from rich.console import Console
 from darts_lora.base.bounds import check_bounds
 from darts_lora.base.errors import InputError
 from darts_lora.base.options import command, run
-from darts_lora.discretize import discretize
+from darts_lora.discretize import Method, discretize
 from darts_lora.formats import axolotl_yaml, peft_json
 from darts_lora.genotype import Genotype
 from darts_lora.views.console import show
@@ -25,11 +25,9 @@ class DeriveRun:
 
     search_dir: str = "runs/search"
     """Folder of a finished search: its genotype.json holds the probabilities."""
-    method: Literal["argmax", "budget", "proportional"] | None = None
-    """argmax: the most probable rank of each layer; budget: the candidates within the budget that
-    share most parameters with a drawn architecture; proportional: ranks within it in proportion to
-    the expected ones, of nested branches between the candidates too; default: argmax without a
-    budget, else that of the two which suits the search's arch_update."""
+    method: Method | None = None
+    """argmax: the most probable rank of each layer; budget: the most probable choice within the
+    budget; default: argmax where no budget is known."""
     budget_rank: float | None = None
     """Budget: as many trainable parameters as a uniform LoRA of this rank."""
     budget_parameters: int | None = None

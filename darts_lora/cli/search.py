@@ -32,6 +32,7 @@ from darts_lora.run.stream import taken_rows
 from darts_lora.search import RankSearch
 from darts_lora.supernet import Supernet
 from darts_lora.views.console import show, show_batch, show_supernet
+from darts_lora.views.trackers import check_trackers
 
 EMBEDDED_CONFIG = os.path.join(os.path.dirname(__file__), "embedded.yaml")
 
@@ -50,6 +51,9 @@ class SearchRun:
     cuda_graphs: bool = False
     """Launch each step's kernels as one CUDA graph: for small models, whose kernels take longer to
     launch than to run. Set pad_to_multiple_of as well: each length of batch is captured once."""
+    report_to: str | list[str] = "tensorboard"
+    """Trackers of the figures and pictures: one or several of tensorboard, wandb, trackio, mlflow,
+    comet_ml and what else accelerate knows; all that are installed; or none."""
     dry_run: bool = False
     """Show one decoded batch, its labels, the searched layers and their parameters, and stop."""
 
@@ -66,6 +70,7 @@ def main(
     Without arguments: the embedded vision-language model and data, embedded.yaml.
     """
     check_launch()
+    check_trackers(options.report_to)
     check_writable(options.output_dir)
     if options.finetune_dir is not None:
         check_finetune(options.finetune_dir, model, data)
@@ -108,6 +113,7 @@ def _search(
         output_dir=options.output_dir,
         course=task_options(model, data, rows, training),
         cuda_graphs=options.cuda_graphs,
+        report_to=options.report_to,
     )
     accelerator = rank_search.accelerator
     if options.resume:
@@ -130,8 +136,13 @@ def _search(
     if options.finetune_dir is not None:
         del rank_search
         accelerator.free_memory()
-        config = FinetuneConfig(path, output_dir=options.finetune_dir, seed=search.seed)
-        config.resume = options.resume and goes_on(options.finetune_dir, genotype)
+        config = FinetuneConfig(
+            path,
+            output_dir=options.finetune_dir,
+            resume=options.resume and goes_on(options.finetune_dir, genotype),
+            report_to=options.report_to,
+            seed=search.seed,
+        )
         finetune(config, model, data, training, supernet)
         following = command("evaluate", model, adapter=options.finetune_dir)
     if accelerator.is_main_process:

@@ -27,17 +27,10 @@ def usable_ranks(shape: tuple[int, ...], ranks: Iterable[int]) -> list[int]:
     return [min(rank, largest) for rank in ranks]
 
 
-def usable_table(
-    shapes: Iterable[tuple[int, ...]], candidates: Iterable[int], between: bool = False
-) -> Tensor:
-    """usable_ranks of each layer, (N, K) float64; with `between`, of all ranks from the smallest
-    candidate to the largest, (N, largest - smallest + 1)."""
-    rows, candidates = [], list(candidates)
-    for shape in shapes:
-        row = usable_ranks(shape, candidates)
-        if between:
-            row = [min(rank, row[-1]) for rank in range(candidates[0], candidates[-1] + 1)]
-        rows.append(row)
+def usable_table(shapes: Iterable[tuple[int, ...]], candidates: Iterable[int]) -> Tensor:
+    """usable_ranks of each layer, (N, K) float64."""
+    candidates = list(candidates)
+    rows = [usable_ranks(shape, candidates) for shape in shapes]
     return torch.tensor(rows, dtype=torch.float64)
 
 

@@ -109,9 +109,8 @@ def variant_options(
 def keep_function(model: PeftModel, scaling: float) -> None:
     """After A and B were set whose change is `scaling` B A: each layer's own scaling enters B, and
     DoRA's magnitudes become the norms of the changed weights, so that the model computes that."""
-    for layer in model.modules():
-        if not isinstance(layer, LoraLayer):
-            continue
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
         (name,) = layer.lora_B
         a, b, own = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
         b.mul_(scaling / own)
@@ -132,7 +131,7 @@ def eva_weights(
     Raises:
         InputError: the directions do not settle, or a layer has no inputs.
     """
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+    layers: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
     largest = max(len(layer.lora_A["default"].weight) for layer in layers.values())
     # of each layer as many as all have: layers with the same input share theirs, whatever its rank
     widths = {name: linear_shape(layer.get_base_layer())[0] for name, layer in layers.items()}

@@ -79,6 +79,9 @@ class FinetuneConfig:
     """Folder for the adapter, its card (README.md), finetune.json, config.yaml and checkpoints."""
     resume: bool = False
     """Go on from the newest checkpoint in output_dir."""
+    report_to: str | list[str] = "tensorboard"
+    """Trackers of the losses: one or several of tensorboard, wandb, trackio, mlflow, comet_ml and
+    what else accelerate knows; all that are installed; or none. A search's are not taken over."""
     push_to_hub: bool = False
     """Upload the adapter and its card to the hub when it is trained, as you are logged in there."""
     hub_model_id: str | None = None

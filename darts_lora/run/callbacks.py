@@ -1,6 +1,6 @@
 """transformers' Trainer in a finetune: its arguments, its loss, its checkpoints; between its steps
-the bar, TensorBoard, requests to stop. Not here: what is trained (finetune.py), which checkpoint is
-whole (checkpoint.py), what asks for a stop (interruption.py)."""
+the bar, requests to stop. Not here: what is trained (finetune.py), which checkpoint is whole
+(checkpoint.py), what asks for a stop (interruption.py), trackers (views/trackers.py)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import os
 import pickle
 import sys
 import time
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import peft
@@ -28,8 +27,6 @@ from transformers import (
     TrainingArguments,
     get_scheduler,
 )
-from transformers.integrations import TensorBoardCallback
-from transformers.integrations.integration_utils import default_logdir
 
 from darts_lora.base.errors import DivergedError, InputError, one_line
 from darts_lora.base.files import told_as_unwritten
@@ -253,35 +250,6 @@ def remove_unfinished(output_dir: str, but: str | None = None) -> None:
     remove_checkpoints([path for path in checkpoints(output_dir, FINETUNE) if path not in left])
     with contextlib.suppress(OSError):  # where it is empty
         os.rmdir(os.path.join(output_dir, FOLDER))
-
-
-class Views(TensorBoardCallback):
-    """TensorBoard as transformers writes it; where it fails, the training goes on without it."""
-
-    def __init__(self, output_dir: str):
-        super().__init__()
-        self.logging_dir = self.logging_dir or os.path.join(output_dir, default_logdir())
-
-    def on_train_begin(self, *args, **kwargs):
-        self._guarded(super().on_train_begin, *args, **kwargs)
-
-    def on_log(self, *args, **kwargs):
-        self._guarded(super().on_log, *args, **kwargs)
-
-    def on_train_end(self, *args, **kwargs):
-        self._guarded(super().on_train_end, *args, **kwargs)
-
-    def _guarded(self, act: Callable, *args, **kwargs) -> None:
-        if getattr(self, "failed", False):
-            return
-        try:
-            act(*args, **kwargs)
-        except Exception as error:
-            self.failed = True
-            warnings.warn(
-                f"TensorBoard is left out from here on ({type(error).__name__}: {error})",
-                stacklevel=2,
-            )
 
 
 def training_record(trainer: Trainer, seconds: float) -> dict[str, Any]:

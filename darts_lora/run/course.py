@@ -29,7 +29,8 @@ def task_options(
     Args:
         rows: which they are and in which order, as JSON.
     """
-    free = ("gradient_checkpointing", "trust_remote_code", "max_test_samples", "max_image_pixels")
+    free: tuple[str, ...] = ("gradient_checkpointing", "trust_remote_code")
+    free += ("max_test_samples", "max_image_pixels")
     if data.on_long_row != "truncate":  # a longer row is an error, or left out: no shorter batch
         free += ("max_length",)
     options = {n: v for n, v in {**asdict(model), **asdict(data)}.items() if n not in free}

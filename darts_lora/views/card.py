@@ -56,7 +56,7 @@ def write_card(
     Raises:
         InputError: they cannot be written.
     """
-    base = adapted.get_base_model()
+    base: Any = adapted.get_base_model()
     kind = auto_class(base.config, model.task).__name__
     ranks = dict.fromkeys(genotype.ranks if genotype else (), 0) | adapted_ranks(adapted)
     os.makedirs(folder, exist_ok=True)
@@ -148,13 +148,15 @@ def _own_card(folder: str) -> str | None:
 
 def _metadata(model: ModelConfig, data: DataConfig, kind: str) -> ModelCardData:
     local = {"embedded", "imagefolder", *LOADERS.values()}
-    known = {"base_model": _hub_id(model.model_name_or_path)}
     dataset = None if data.dataset in local else _hub_id(data.dataset)
-    known["datasets"] = None if dataset is None else [dataset]
     return ModelCardData(
-        license="unknown", library_name="peft", pipeline_tag=PIPELINES[kind],
-        tags=["lora", "darts_lora"], **{name: value for name, value in known.items() if value},
-    )  # fmt: skip
+        base_model=_hub_id(model.model_name_or_path),
+        datasets=None if dataset is None else [dataset],
+        license="unknown",
+        library_name="peft",
+        pipeline_tag=PIPELINES[kind],
+        tags=["lora", "darts_lora"],
+    )
 
 
 def _hub_id(name: str) -> str | None:
@@ -182,7 +184,7 @@ def _data_text(data: DataConfig) -> str:
 
 def _variant(adapted: PeftModel) -> str:
     """PEFT's options that make the adapter another than plain LoRA."""
-    config = adapted.peft_config["default"]
+    config: Any = adapted.peft_config["default"]
     names = [f"`{name}`" for name in ("use_rslora", "use_dora") if getattr(config, name)]
     if isinstance(config.init_lora_weights, str):
         names.append(f"`init_lora_weights={config.init_lora_weights}`")

@@ -45,6 +45,19 @@ def by_part(names) -> dict[str, dict[str, dict[int, str]]]:
     return parts
 
 
+def short_name(part: str) -> str:
+    """The telling end of a part's name: "model.language_model.layers" is "language_model"."""
+    pieces = [piece for piece in part.split(".") if piece not in ("model", "layers", "base_model")]
+    return ".".join(pieces[-2:]) or part
+
+
+def short_names(parts) -> dict[str, str]:
+    """Part -> its short name, or its whole name where two would share a short one."""
+    short = {part: short_name(part) for part in parts}
+    shared = Counter(short.values())
+    return {part: name if shared[name] == 1 else part for part, name in short.items()}
+
+
 def rank_tables(genotype: Genotype, blocks: str = BARS) -> list[Table]:
     """One table for each part of the model: a row a module type, the ranks in order of depth, as
     bars (of these characters) and, where they are few, as numbers."""

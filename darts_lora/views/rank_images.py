@@ -1,36 +1,51 @@
-"""Pictures of ranks and probabilities, painted fast enough to be made during a search.
-Not here: where they go (tensorboard.py), the plots of a report (report.py)."""
+"""Pictures of ranks, probabilities and worth: cells of colours, painted fast enough for a search.
+Not here: where they go (search_views.py, report.py), the curves of a report (report.py)."""
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Mapping, Sequence
 from functools import cache
 
+import matplotlib
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from darts_lora.views.console import by_part
+from darts_lora.views.console import by_part, short_name
 
-CELL = 14  # pixels of a cell: a number of two digits fits
-FONT_SIZE = 10
-GAP = 10
+# Pixels, twice those of a page: screens are fine, and TensorBoard shows pictures small.
+CELL = 32  # a number of two digits fits
+SMALL_CELL = 20
+FONT_SIZE = 20
+GAP = 20
+WIDEST = 700  # twice the width of a card in TensorBoard, which shows every second pixel
+MOST_TIMES, MOST_ROWS = 12, 12  # of a picture of worth
 PAPER, INK = (255, 255, 255), (30, 30, 30)
 BLUE = np.array([8, 48, 107])  # of the largest value; 0 is white
 
 
 @cache
 def _font() -> ImageFont.FreeTypeFont:
-    return ImageFont.load_default(FONT_SIZE)
+    path = os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+    return ImageFont.truetype(path, FONT_SIZE)
 
 
 def rank_image(
-    ranks: Mapping[str, float], largest: float, parts: Mapping[str, str] | None = None
+    ranks: Mapping[str, float],
+    largest: float,
+    parts: Mapping[str, str] | None = None,
+    widest: int = WIDEST,
 ) -> np.ndarray:
     """A panel for each part of the model: a row a module type, depth to the right, ranks (or their
     means) as colour and rounded number; (height, width, 3) uint8.
 
-    `parts` (targets.model_parts) gives cross-attention within a part a panel of its own.
+    Args:
+        ranks: module name -> rank.
+        largest: the rank of the darkest colour.
+        parts: targets.model_parts; gives cross-attention within a part a panel of its own.
+        widest: pixels; what is deeper goes on below.
     """
     panels = []
     for part, kinds in _apart(by_part(ranks), parts or {}).items():
@@ -40,8 +55,10 @@ def rank_image(
             for depth, name in layers.items():
                 values[row, depths.index(depth)] = ranks[name]
         titles = [str(depth) for depth in depths]
-        panels.append(_panel(part, list(kinds), titles, values, largest, numbers=True))
-    return _stack(panels)
+        name, _, about = part.partition(": ")
+        title = short_name(name) + (about and f": {about}")
+        panels.append(_panel(title, list(kinds), titles, values, largest, widest=widest))
+    return _side_by_side(panels, widest)
 
 
 def _apart(grouped: dict, parts: Mapping[str, str]) -> dict:
@@ -59,21 +76,78 @@ def _apart(grouped: dict, parts: Mapping[str, str]) -> dict:
 def probability_image(
     names: Sequence[str], probabilities: torch.Tensor, candidates: Sequence[int]
 ) -> np.ndarray:
-    """For each part and module type: a row a layer in order of depth, a column a candidate rank,
-    (N, K) probabilities as colour; (height, width, 3) uint8."""
+    """For each part and module type: a row a candidate rank, depth to the right, (N, K)
+    probabilities as colour; (height, width, 3) uint8."""
     rows = {name: row for name, row in zip(names, probabilities.numpy(), strict=True)}
-    bands = []
+    labels, panels = [str(rank) for rank in candidates], []
     for part, kinds in by_part(names).items():
-        panels = []
+        panels.append(_heading(short_name(part)))
         for kind, layers in kinds.items():
             ordered = sorted(layers.items())
-            values = np.stack([rows[name] for _, name in ordered])
+            values = np.stack([rows[name] for _, name in ordered], axis=1)
             depths = [str(depth) for depth, _ in ordered]
-            title = f"{part.rsplit('.', 2)[-2] if '.' in part else part} {kind}"
-            columns = [str(rank) for rank in candidates]
-            panels.append(_panel(title, depths, columns, values, 1.0, numbers=False))
-        bands.append(_side_by_side(panels))
-    return _stack(bands)
+            panels.append(_panel(kind, labels, depths, values, 1.0, numbers=False))
+    return _side_by_side(panels)
+
+
+def worth_image(
+    names: Sequence[str], steps: Sequence[int], parameters: np.ndarray, widest: int = WIDEST
+) -> np.ndarray:
+    """What alpha gives to module types and to depths, steps to the right: per cent of all expected
+    parameters, as colour and number; (height, width, 3) uint8.
+
+    Args:
+        names: of the layers.
+        steps: of the records, ascending.
+        parameters: (len(steps), len(names)), expected ones.
+    """
+    spread = np.linspace(steps[0], steps[-1], MOST_TIMES)
+    chosen = sorted({int(np.searchsorted(steps, step)) for step in spread})
+    shares = 100 * parameters / parameters.sum(1, keepdims=True).clip(1e-9)
+    shares = dict(zip(names, shares[chosen].T, strict=True))
+    columns, tables = [str(steps[i]) for i in chosen], []
+    for part, kinds in by_part(names).items():
+        groups = {kind: list(layers.values()) for kind, layers in kinds.items()}
+        tables.append((f"{short_name(part)}: % of parameters", _summed(groups, shares)))
+        if len(depths := sorted({d for layers in kinds.values() for d in layers})) > 2:
+            size = math.ceil(len(depths) / MOST_ROWS)
+            runs = [depths[i : i + size] for i in range(0, len(depths), size)]
+            groups = {
+                f"{run[0]}-{run[-1]}" if size > 1 else str(run[0]): [
+                    layers[depth] for layers in kinds.values() for depth in run if depth in layers
+                ]
+                for run in runs
+            }
+            tables.append((f"{short_name(part)}: % by depth", _summed(groups, shares)))
+    largest = max(rows.max() for _, groups in tables for rows in groups.values())
+    panels = [
+        _panel(title, list(rows), columns, np.stack(list(rows.values())), largest, widest=widest)
+        for title, rows in tables
+    ]
+    return _side_by_side(panels, widest)
+
+
+def padded(image: np.ndarray, width: int = WIDEST) -> np.ndarray:
+    """With paper on its right up to `width`: pictures of one width are shown at one scale."""
+    missing = max(0, width - image.shape[1])
+    return np.pad(image, ((0, 0), (0, missing), (0, 0)), constant_values=PAPER[0])
+
+
+def _summed(groups: dict[str, list[str]], shares: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The share of each group of layers; of too many groups the last ones together."""
+    sums = {group: sum(shares[name] for name in names) for group, names in groups.items()}
+    if len(sums) <= MOST_ROWS:
+        return sums
+    items = list(sums.items())
+    own, others = dict(items[: MOST_ROWS - 1]), items[MOST_ROWS - 1 :]
+    return own | {f"{len(others)} others": sum(rows for _, rows in others)}
+
+
+def _heading(text: str) -> Image.Image:
+    """As wide as all: what follows stands below."""
+    strip = Image.new("RGB", (WIDEST, CELL), PAPER)
+    ImageDraw.Draw(strip).text((4, 2), f"{text}:", INK, _font())
+    return strip
 
 
 def _panel(
@@ -82,43 +156,68 @@ def _panel(
     columns: list[str],
     values: np.ndarray,
     largest: float,
-    numbers: bool,
+    numbers: bool = True,
+    widest: int = WIDEST,
 ) -> Image.Image:
-    """Cells with labels on the left and above; NaN is left empty."""
-    font = _font()
-    left = 4 + max(int(font.getlength(label)) for label in rows)
-    width = max(left + CELL * len(columns) + 2, 4 + int(font.getlength(title)))
-    panel = Image.new("RGB", (width, (len(rows) + 2) * CELL), PAPER)
+    """Cells with labels on the left and above; what is too wide goes on below. NaN is left empty.
+
+    Args:
+        values: (len(rows), len(columns)).
+        largest: the value of the darkest colour.
+    """
+    cell, font = (CELL if numbers else SMALL_CELL), _font()
+    left = 8 + max(int(font.getlength(label)) for label in rows)
+    fit = max(1, (widest - left) // cell)
+    lines = math.ceil(len(columns) / fit)
+    fit = math.ceil(len(columns) / lines)
+    height = CELL + len(rows) * cell
+    width = max(left + cell * fit + 4, 8 + int(font.getlength(title)))
+    panel = Image.new("RGB", (width, CELL + lines * height), PAPER)
     draw = ImageDraw.Draw(panel)
-    draw.text((2, 1), title, INK, font)
-    for column, label in enumerate(columns):
-        draw.text((left + CELL * (column + 0.5), CELL * 1.5), label, INK, font, "mm")
-    for row, label in enumerate(rows):
-        draw.text((left - 2, CELL * (row + 2.5)), label, INK, font, "rm")
-    share = np.clip(np.nan_to_num(values) / largest, 0, 1)[..., None]
-    colours = (255 * (1 - share) + BLUE * share).astype(np.uint8)
-    colours[np.isnan(values)] = PAPER
-    cells = colours.repeat(CELL, 0).repeat(CELL, 1)
-    cells[::CELL], cells[:, ::CELL] = 230, 230
-    panel.paste(Image.fromarray(cells), (left, 2 * CELL))
-    if numbers:
-        for (row, column), value in np.ndenumerate(values):
-            if not np.isnan(value):
-                ink = PAPER if share[row, column, 0] > 0.5 else INK
-                place = (left + CELL * (column + 0.5), CELL * (row + 2.5))
+    draw.text((4, 2), title, INK, font)
+    shares = np.clip(np.nan_to_num(values) / max(largest, 1e-9), 0, 1)
+    for line in range(lines):
+        part, top = slice(line * fit, (line + 1) * fit), CELL + line * height
+        _label(draw, rows, columns[part], left, top, cell)
+        panel.paste(_cells(values[:, part], shares[:, part], cell), (left, top + CELL))
+        for (row, column), value in np.ndenumerate(values[:, part]):
+            if numbers and not np.isnan(value):
+                ink = PAPER if shares[:, part][row, column] > 0.5 else INK
+                place = (left + cell * (column + 0.5), top + CELL + cell * (row + 0.5))
                 draw.text(place, f"{value:.0f}", ink, font, "mm")
     return panel
 
 
-def _side_by_side(panels: list[Image.Image], widest: int = 1400) -> Image.Image:
+def _label(
+    draw: ImageDraw.ImageDraw, rows: list[str], columns: list[str], left: int, top: int, cell: int
+) -> None:
+    """Names of rows on the left, and of as many columns as have room."""
+    font = _font()
+    apart = math.ceil((6 + max(font.getlength(label) for label in columns)) / cell)
+    for column, label in enumerate(columns):
+        if column % apart == 0:
+            draw.text((left + cell * (column + 0.5), top + CELL / 2), label, INK, font, "mm")
+    for row, label in enumerate(rows):
+        draw.text((left - 4, top + CELL + cell * (row + 0.5)), label, INK, font, "rm")
+
+
+def _cells(values: np.ndarray, shares: np.ndarray, cell: int) -> Image.Image:
+    colours = (255 * (1 - shares[..., None]) + BLUE * shares[..., None]).astype(np.uint8)
+    colours[np.isnan(values)] = PAPER
+    cells = colours.repeat(cell, 0).repeat(cell, 1)
+    cells[::cell], cells[:, ::cell] = 225, 225
+    return Image.fromarray(cells)
+
+
+def _side_by_side(panels: list[Image.Image], widest: int = WIDEST) -> np.ndarray:
     """Panels from left to right, in as many lines as they need."""
     lines: list[list[Image.Image]] = [[]]
     for panel in panels:
         if lines[-1] and sum(p.width + GAP for p in lines[-1]) + panel.width > widest:
             lines.append([])
         lines[-1].append(panel)
-    width = max(sum(p.width + GAP for p in line) for line in lines)
-    height = sum(max(p.height for p in line) + GAP for line in lines)
+    width = max(sum(p.width + GAP for p in line) for line in lines) - GAP
+    height = sum(max(p.height for p in line) + GAP for line in lines) - GAP
     whole, y = Image.new("RGB", (width, height), PAPER), 0
     for line in lines:
         x = 0
@@ -126,15 +225,4 @@ def _side_by_side(panels: list[Image.Image], widest: int = 1400) -> Image.Image:
             whole.paste(panel, (x, y))
             x += panel.width + GAP
         y += max(panel.height for panel in line) + GAP
-    return whole
-
-
-def _stack(panels: list[Image.Image]) -> np.ndarray:
-    whole = Image.new(
-        "RGB", (max(p.width for p in panels), sum(p.height + GAP for p in panels)), PAPER
-    )
-    y = 0
-    for panel in panels:
-        whole.paste(panel, (0, y))
-        y += panel.height + GAP
     return np.asarray(whole)

@@ -28,7 +28,7 @@ from darts_lora import InputError
 from darts_lora.base.files import check_writable, write_json
 from darts_lora.base.options import run
 from darts_lora.run.checkpoint import checkpoints, sealed
-from darts_lora.views.tensorboard import SearchViews  # noqa: F401 - not in each process
+from darts_lora.views.tensorboard import TensorBoard  # noqa: F401 - not in each process
 
 RECIPES = Path(__file__).parents[1]
 FINETUNE = "finetune"  # its folder, in that of the search

@@ -122,7 +122,7 @@ def test_a_lack_of_memory_is_told_in_one_line_wherever_it_shows(monkeypatch, cap
 
 def test_saved_options_come_back(tmp_path):
     saved = [
-        SearchConfig(ranks=(1, 3), target_modules=["q_proj"], temperature=(2.0, 0.2)),
+        SearchConfig(ranks=(1, 3), target_modules=["q_proj"], search_fraction=0.2),
         DataConfig(data_files={"train": "a.json"}, test_split=None),
     ]
     path = save_config(str(tmp_path), *saved)

@@ -12,7 +12,7 @@ from darts_lora.finetune import FinetuneConfig
 
 COMMON = {"help", "config"}
 OWN = {
-    "search": {"output_dir", "resume", "finetune_dir", "cuda_graphs", "dry_run"},
+    "search": {"output_dir", "resume", "finetune_dir", "cuda_graphs", "report_to", "dry_run"},
     "report": {"search_dir", "finetune_dir", "output"},
     "derive": {"search_dir", "method", "budget_rank", "budget_parameters", "output", "format"},
     "finetune": set(),

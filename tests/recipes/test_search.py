@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from darts_lora import Genotype, InputError, SearchConfig, TrainingConfig
 from darts_lora.base.options import load_config
+from darts_lora.cli import search
 from darts_lora.config import DataConfig, ModelConfig
 from darts_lora.run.callbacks import FinetuneTrainer
 
@@ -168,8 +169,8 @@ def test_bad_input_is_one_line_and_status_2(
 class Run:
     """A search of four steps and its finetune of four, in this process."""
 
-    def __init__(self, recipe, folder, vision_folder, data_folder):
-        self.recipe, self.folder = recipe, folder
+    def __init__(self, folder, vision_folder, data_folder):
+        self.folder = folder
         self.configs = (
             SearchConfig(ranks=(0, 2, 4), budget_rank=2, search_fraction=0.5),
             ModelConfig(vision_folder), DataConfig(data_folder, max_length=32),
@@ -178,8 +179,8 @@ class Run:
 
     def __call__(self, resume=False):
         AcceleratorState._reset_state()
-        options = self.recipe.SearchRun(str(self.folder), resume, str(self.folder / "ft"))
-        self.recipe.main(options, *self.configs)
+        options = search.SearchRun(str(self.folder), resume, str(self.folder / "ft"))
+        search.main(options, *self.configs)
 
     @property
     def adapter(self):
@@ -198,14 +199,8 @@ def cut_off(patch, step):
     patch.setattr(FinetuneTrainer, "training_step", dies)
 
 
-def test_a_whole_run_goes_on_where_it_was(
-    recipe_imports, vision_folder, data_folder, tmp_path, monkeypatch
-):
-    import search
-
-    whole, cut = (
-        Run(search, tmp_path / name, vision_folder, data_folder) for name in ("whole", "cut")
-    )
+def test_a_whole_run_goes_on_where_it_was(vision_folder, data_folder, tmp_path, monkeypatch):
+    whole, cut = (Run(tmp_path / name, vision_folder, data_folder) for name in ("whole", "cut"))
     whole()
     rows = json.loads((whole.folder / "split.json").read_text())
     assert len(rows["taken"]) == 16 and set(rows["taken"]) < set(rows["train"])
@@ -213,7 +208,7 @@ def test_a_whole_run_goes_on_where_it_was(
         cut_off(patch, 2)
         cut()
     with pytest.raises(InputError, match=r"an unfinished finetune is there \(step 2 of 4\); go on"):
-        Run(search, tmp_path / "cut", vision_folder, data_folder)()
+        Run(tmp_path / "cut", vision_folder, data_folder)()
     cut(resume=True)
     assert cut.adapter == whole.adapter
     with monkeypatch.context() as patch:
@@ -223,11 +218,9 @@ def test_a_whole_run_goes_on_where_it_was(
 
 
 def test_a_finetune_of_another_search_is_not_gone_on_with(
-    recipe_imports, vision_folder, data_folder, tmp_path, monkeypatch
+    vision_folder, data_folder, tmp_path, monkeypatch
 ):
-    import search
-
-    run = Run(search, tmp_path, vision_folder, data_folder)
+    run = Run(tmp_path, vision_folder, data_folder)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         cut_off(patch, 2)
         run()

@@ -4,12 +4,13 @@ import torch
 from accelerate import Accelerator
 
 from darts_lora import SearchConfig, Supernet
+from darts_lora.architect import LAST
 from darts_lora.config import TrainingConfig
 from darts_lora.run.bilevel import BilevelStep
 from small_models import residual
 
 
-def make(accelerator=None, **options):
+def make(accelerator=None, steps=4, **options):
     supernet = Supernet(residual(), SearchConfig(ranks=(0, 1, 2), **options))
     passes = []
     supernet.model.register_forward_pre_hook(lambda model, args: passes.append(len(args[0])))
@@ -19,7 +20,7 @@ def make(accelerator=None, **options):
         return model(batch).pow(2).mean()
 
     accelerator = accelerator or Accelerator(cpu=True)
-    return BilevelStep(supernet, accelerator, training, loss_fn), passes
+    return BilevelStep(supernet, accelerator, training, loss_fn, None, steps), passes
 
 
 def test_both_steps_scale_their_losses_alike():
@@ -31,14 +32,20 @@ def test_both_steps_scale_their_losses_alike():
 
 def test_passes_of_a_step():
     steps, seen = make()
-    train, val = (iter(torch.randn(4, 4, 16)) for _ in range(2))
+    train, val = (iter(torch.randn(40, 4, 16)) for _ in range(2))
     alpha = steps.supernet.alpha.detach().clone()
-    loss, metrics = steps.step(train, val, trains_alpha=False)
-    assert seen == [4, 4] and metrics is None and loss > 0
-    assert steps.architect.mean.steps == 1, "the warm-up is in the mean"
-    assert torch.equal(steps.supernet.alpha, alpha)
-    seen.clear()
-    loss, metrics = steps.step(train, val, trains_alpha=True)
-    assert seen == [4, 4, 4] and {"loss", "gradient_norm"} <= metrics.keys()
-    assert not torch.equal(steps.supernet.alpha, alpha)
-    assert len(list(train)) == 0 and len(list(val)) == 3
+    for step in range(1, 5):
+        seen.clear()
+        loss, metrics = steps.step(train, val)
+        due = step == 4  # every second of the second half
+        assert loss > 0 and (metrics is None) != due
+        assert torch.equal(steps.supernet.alpha, alpha) == (step < 4)
+        assert steps.architect.mean.steps == step, "all steps are in the mean"
+    own = LAST * 3  # before, directions, cut
+    assert seen == [4] * (2 + 1 + own) and metrics.keys() == {"gain", "expected_parameters"}
+    assert len(list(train)) == 40 - 8 and len(list(val)) == 40 - 1 - LAST
+
+
+def test_the_search_may_be_a_part_of_the_run():
+    assert make(steps=5)[0].architect.steps == 5
+    assert make(steps=None)[0].architect.steps == TrainingConfig().max_steps

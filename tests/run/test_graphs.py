@@ -129,17 +129,16 @@ def test_random_numbers_are_fresh_in_each_replay():
 
 @needs_gpu
 def test_a_graphed_search_trains_as_one_without():
-    """softmax draws nothing, so the two must agree within rounding."""
+    """The weights draw nothing, so the two must agree within rounding."""
     found = []
     for cuda_graphs in (False, True):
         torch.manual_seed(0)
-        config = SearchConfig(
-            ranks=(0, 1, 2), budget_rank=1, relaxation="softmax", search_fraction=1.0
-        )
+        config = SearchConfig(ranks=(0, 1, 2), budget_rank=1, search_fraction=1.0)
         supernet = Supernet(residual(), config)
         search = make(supernet, cuda_graphs, max_steps=20, gradient_accumulation_steps=2)
         search.run()
         assert not cuda_graphs or len(search.weights.graphed.captured) == 1
         found.append(supernet.state_dict())
-    for name, value in found[0].items():
+    weights = {name: value for name, value in found[0].items() if "lora_" in name}
+    for name, value in weights.items():
         assert torch.allclose(value, found[1][name], atol=1e-5), name

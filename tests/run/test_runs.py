@@ -11,7 +11,7 @@ from darts_lora.run.runs import Search, load_finetune
 
 LAYERS = {"shapes": {"a": [4, 4]}, "candidates": [0, 2], "budget": 8, "parts": {"a": "vision"}}
 RECORD = {
-    "step": 1, "seconds": 0.5, "train_loss": 1.0, "validation_loss": None,
+    "step": 1, "seconds": 0.5, "train_loss": 1.0, "validation_gain": None,
     "expected_parameters": 8.0, "expected_ranks": [1.0],
 }  # fmt: skip
 RESULT = {"loss": 0.5, "exact_match": None, "trainable_parameters": 8}

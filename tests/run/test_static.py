@@ -79,7 +79,6 @@ def test_a_step_of_llava_reads_no_value_from_the_device(made):
 def test_a_step_of_llava_is_captured(made):
     supernet = made[0]
     supernet.model.to("cuda")
-    supernet.relaxation = "softmax"  # a replay would draw numbers of its own
 
     def function(batch):
         loss, *gradients = step(supernet, batch)
@@ -92,7 +91,6 @@ def test_a_step_of_llava_is_captured(made):
         expected, wanted = function(batch)
     finally:
         supernet.model.to("cpu")
-        supernet.relaxation = supernet.config.relaxation
     assert not graphed.failed
     torch.testing.assert_close(loss, expected)
     for one, other in zip(gradients, wanted, strict=True):

@@ -40,7 +40,7 @@ def rows(learnt, seed=0):
 
 def search(data, batch_size, parts, loss_fn=model_loss):
     torch.manual_seed(0)
-    options = {"ranks": (0, 1, 2), "budget_rank": 1, "relaxation": "softmax"}
+    options = {"ranks": (0, 1, 2), "budget_rank": 1}
     supernet = Supernet(Tagger(WIDTH), SearchConfig(**options))
     randomise(supernet)
     loader = DataLoader(data, batch_size=batch_size)

@@ -1,21 +1,35 @@
-"""Pictures: each cell stands where it belongs, in its colour.
-Not here: what TensorBoard makes of them (test_tensorboard.py)."""
+"""Pictures: each cell stands where it belongs, in its colour, and fits a card of TensorBoard.
+Not here: what trackers show of them (test_search_views.py)."""
 
 import numpy as np
+import pytest
 import torch
 
-from darts_lora.views.rank_images import BLUE, CELL, probability_image, rank_image
+from darts_lora.views.rank_images import (
+    BLUE,
+    CELL,
+    SMALL_CELL,
+    WIDEST,
+    _font,
+    probability_image,
+    rank_image,
+    worth_image,
+)
 
 NAMES = [f"text.layers.{i}.{kind}" for i in range(3) for kind in ("q", "v")]
+EDGE = 225  # grey of the lines between cells
 
 
-def cells(image, rows, columns):
-    """Colours of the cells of a picture that has one panel: right below its labels."""
-    height = (rows + 2) * CELL
-    corner = image[:height]
-    left = next(x for x in range(image.shape[1]) if (corner[2 * CELL : height, x] == 230).all())
-    ys = [2 * CELL + CELL * row + 3 for row in range(rows)]
-    return np.array([[corner[y, left + CELL * c + 2] for c in range(columns)] for y in ys])
+def cells(image, rows, columns, cell=CELL, top=2 * CELL):
+    """Colours of the cells of a panel whose first row begins at `top`."""
+    inside = image[top : top + rows * cell]
+    left = next(x for x in range(image.shape[1]) if (inside[:, x] == EDGE).all())
+    ys = [top + cell * row + 3 for row in range(rows)]
+    return np.array([[image[y, left + cell * c + 2] for c in range(columns)] for y in ys])
+
+
+def test_the_font_has_outlines():
+    assert _font().getname() == ("DejaVu Sans", "Book")
 
 
 def test_ranks_by_module_type_and_depth():
@@ -33,23 +47,57 @@ def test_a_depth_that_a_module_type_lacks_is_empty():
     assert (found[0, 0] == BLUE).all() and (found[0, 1] == 255).all()
 
 
-def test_probabilities_by_layer_and_candidate():
+@pytest.mark.parametrize("widest", [WIDEST, 2000])
+def test_thirty_layers_go_on_below_where_they_are_too_wide(widest):
+    """In equal parts, so that cells stay large enough to be read in a card."""
+    kinds = ("self_attn.q_proj", "mlp.gate_proj")
+    ranks = {f"model.layers.{i}.{kind}": 0 for i in range(30) for kind in kinds}
+    image = rank_image(ranks | {"model.layers.17.mlp.gate_proj": 8}, 8, widest=widest)
+    assert image.shape[1] <= widest
+    folded = widest == WIDEST
+    top = 2 * CELL + folded * 3 * CELL  # labels and two rows stand above the second half
+    found = cells(image, 2, 15 if folded else 30, top=top)
+    dark = [place for place in zip(*np.nonzero((found == BLUE).all(-1)), strict=True)]
+    assert dark == [(1, 2 if folded else 17)]
+
+
+def test_probabilities_by_candidate_and_depth():
     names = ["text.layers.0.q", "text.layers.10.q"]
     image = probability_image(names, torch.tensor([[1.0, 0.0], [0.5, 0.5]]), [0, 4])
-    found = cells(image, 2, 2)
-    assert (found[0, 0] == BLUE).all() and (found[0, 1] == 255).all()
-    assert np.allclose(found[1], (255 + BLUE) / 2, atol=1)
+    top = next(y for y in range(3 * CELL, image.shape[0]) if (image[y] == EDGE).any())
+    found = cells(image, 2, 2, SMALL_CELL, top)
+    assert (found[0, 0] == BLUE).all() and (found[1, 0] == 255).all()
+    assert np.allclose(found[:, 1], (255 + BLUE) / 2, atol=1)
 
 
 def test_many_module_types_make_several_lines():
     names = [f"text.layers.{i}.kind_{k}" for k in range(40) for i in range(2)]
     image = probability_image(names, torch.full((80, 3), 1 / 3), [0, 1, 2])
-    assert image.shape[1] <= 1400 + 100 and image.shape[0] > 2 * 4 * CELL
+    assert image.shape[1] <= WIDEST and image.shape[0] > 2 * 4 * CELL
 
 
 def test_cross_attention_has_a_panel_of_its_own():
-    ranks = dict.fromkeys(NAMES, 0) | {"text.layers.1.cross": 8, "projector": 8}
-    parts = {"text.layers.1.cross": "connector", "projector": "connector"}
+    ranks = dict.fromkeys(NAMES, 0) | {"text.layers.1.cross": 8}
+    parts = {"text.layers.1.cross": "connector"}
     apart, together = rank_image(ranks, 8, parts), rank_image(ranks, 8)
-    assert apart.shape[0] == together.shape[0] + 2 * CELL + 10, "two lines of labels and a gap more"
+    assert (cells(together, 3, 3)[2, 1] == BLUE).all()
     assert (cells(apart, 2, 3) == 255).all(), "the first panel holds the self-attention alone"
+    assert (apart == BLUE).all(-1).any() and apart.shape[1] > together.shape[1], "it is beside"
+
+
+def test_worth_by_module_type_and_by_depth_over_time():
+    """Most parameters go from layer to layer: those of q to v, those of depth 0 to depth 2."""
+    parameters = np.ones((2, len(NAMES)))
+    parameters[0, NAMES.index("text.layers.0.q")] = 15
+    parameters[1, NAMES.index("text.layers.2.v")] = 15
+    image = worth_image(NAMES, [10, 20], parameters, widest=300)
+    below = 4 * CELL + 20  # the gap between panels
+    by_type, by_depth = (cells(part, n, 2).sum(-1) for part, n in ((image, 2), (image[below:], 3)))
+    assert list(by_type.argmin(0)) == [0, 1] and list(by_depth.argmin(0)) == [0, 2]
+    assert by_type.min() == BLUE.sum() < by_depth.min() < by_depth.max() == by_depth[1, 0]
+
+
+def test_worth_of_a_long_search_of_many_types_fits_a_card():
+    names = [f"text.layers.{i}.kind_{k}" for i in range(48) for k in range(30)]
+    image = worth_image(names, list(range(5, 5000, 5)), np.ones((999, len(names))))
+    assert image.shape[1] <= WIDEST and image.shape[0] < 32 * CELL
