@@ -10,10 +10,13 @@ import textwrap
 from dataclasses import fields
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from recipes.conftest import ROOT
 
-from darts_lora import Genotype
+from darts_lora import Genotype, SearchConfig
+from darts_lora.alpha import verdict
+from darts_lora.alpha.verdict import verdict_text
 from darts_lora.base.options import parse
 from darts_lora.config import ModelConfig
 from darts_lora.lora.models import load_model
@@ -81,8 +84,38 @@ def test_options_in_the_text_exist(option_classes):
     assert {"dry_run", "resume", "pad_to_max", "branches"} <= shown <= known | EVERYWHERE
 
 
+def test_every_option_of_a_search_stands_in_its_table():
+    table = README[README.index("The options of a search, ") :]
+    count, names = re.search(r"(\d+) in all", table), re.findall(r"^\| `(\w+)` \|", table, re.M)
+    known = [option.name for option in fields(SearchConfig)]
+    assert names[: len(known)] == known and int(count[1]) == len(known) <= 20
+
+
+def test_what_it_says_of_the_verdict_is_said():
+    shown = re.findall(r"`((?:These ranks|Too early)[^`]*)`", README)
+    figures = {"predicted_gain": 0.022, "predicted_gain_error": 0.004, "validation_loss": 0.1}
+    figures |= {"architecture_steps": 7, "chosen_parameters": 8, "budget_parameters": 9}
+    kinds = [{"early": False, "learnt": True}, {"early": False, "learnt": False}, {"early": True}]
+    texts = [verdict_text(figures | kind) for kind in kinds]
+    assert [text.startswith(start) for text, start in zip(texts, shown, strict=True)] == [True] * 3
+    (path,) = re.findall(r"`darts_lora\.alpha\.verdict\.(\w+)`", README)
+    probability = getattr(verdict, path)(torch.ones(20, 3) + torch.randn(20, 3) / 9)
+    assert probability <= verdict.CHANCE == 0.01 and verdict.FEWEST == 8
+
+
+@pytest.mark.parametrize("page", ["docs/reliability.md", "docs/contributing.md", "SECURITY.md"])
+def test_tests_and_folders_that_a_page_names_exist(page):
+    text = (ROOT / "recipes" / page).read_text(encoding="utf-8")
+    tests = {path.relative_to(ROOT / "tests").as_posix() for path in ROOT.glob("tests/**/*.py")}
+    tests |= {name.rpartition("/")[2] for name in tests} | {f"tests/{name}" for name in tests}
+    named = set(re.findall(r"`((?:[\w/]+/)?test_\w+\.py)`", text))
+    assert named and named <= tests
+    modules = re.findall(r"`((?:cli|views|run|data|alpha|lora|base)/[\w.]*)`", text)
+    assert [name for name in modules if not (ROOT / "darts_lora" / name).exists()] == []
+
+
 def test_files_that_it_names_exist():
-    named = set(re.findall(r"`((?:configs|benchmark|recipes)/[\w./]*)`", README))
+    named = set(re.findall(r"`((?:configs|benchmark|recipes|docs)/[\w./]*)`", README))
     assert named and all((ROOT / "recipes" / n).exists() or (ROOT / n).exists() for n in named)
 
 
