@@ -74,7 +74,7 @@ class Architect:
         self.values = Values(supernet)
         self.mean = RunningMean(supernet.weight_parameters, AVERAGE)
         self.half: list[Tensor] = []  # the mean of the weights at half of the steps
-        self.taken, self.gains = 0, []
+        self.taken = 0
         layers, columns = supernet.mean_gates().shape
         none = (torch.zeros(0) for _ in range(3))
         self.measured = Measured(torch.zeros(0, layers), torch.zeros(0, layers, columns), *none)
@@ -162,7 +162,7 @@ class Architect:
         last = self.measured
         return {
             "taken": self.taken,
-            "gains": self._gathered(),
+            "gains": last.gains,
             "mean": self.mean.values,
             "mean_steps": self.mean.steps,
             "half": self.half,
@@ -172,22 +172,18 @@ class Architect:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what state_dict gave."""
-        self.taken, self.gains = state["taken"], list(state["gains"])
+        self.taken = state["taken"]
         self.mean.load(state["mean"], state["mean_steps"])
         self.half = [h.to(m.device) for h, m in zip(state["half"], self.mean.values, strict=False)]
-        self.measured = Measured(self._gathered(), *state["last"])
+        self.measured = Measured(state["gains"], *state["last"])
         self.supernet.price = state["price"]
 
     def _take(self, gains: Tensor) -> None:
         """Set alpha by all that was measured so far."""
-        self.gains.append(gains.cpu())  # a replay of a graph overwrites its results
-        self.measured.gains = self._gathered()
+        self.measured.gains = torch.cat([self.measured.gains, gains[None].cpu()])
         values = self.values.table(self.measured)
         alpha, self.supernet.price = distribution(values, self.supernet.costs, self.supernet.budget)
         self.supernet.alpha.data.copy_(alpha)
-
-    def _gathered(self) -> Tensor:
-        return torch.stack(self.gains) if self.gains else self.measured.gains[:0]
 
     def _finish(self, loss_fn: Callable[[Any], Tensor], val_batches: Iterator[Any]) -> None:
         """The last measurement, on rows that are the same for all of its parts."""

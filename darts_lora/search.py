@@ -231,7 +231,7 @@ class RankSearch:
                 self._stop_non_finite("training loss", step)
         if (step := self.architect.first_non_finite()) is not None:
             self._stop_non_finite("validation loss", step)
-        gains = self.architect.gains
+        gains = self.architect.measured.gains
         figures = alpha_figures(self.supernet)
         if not math.isfinite(figures["expected_parameters"]):
             self._stop_non_finite("alpha", self.step)
@@ -241,7 +241,7 @@ class RankSearch:
         return figures | {
             "step": self.step,
             "train_loss": sum(train_losses) / len(train_losses),
-            "validation_gain": float(gains[-1].sum()) if gains else None,
+            "validation_gain": float(gains[-1].sum()) if len(gains) else None,
             "learning_rate": self.weights.scheduler.get_last_lr()[0],
             "gradient_norm": number(full(self.weights.gradient_norm)),
             "samples_per_second": round(rows / pace, 2),

@@ -1,6 +1,8 @@
 """Small models that several test files search or finetune, and rows for the vision-language one.
 Not here: tests, nor the fixtures that write them into a folder (conftest.py)."""
 
+import contextlib
+
 import torch
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
@@ -41,6 +43,15 @@ def randomise(supernet, seed: int = 0) -> None:
         for layer in supernet.layers.values():
             for parameter in (layer.lora_B, layer.alpha):
                 parameter.normal_(generator=generator)
+
+
+@contextlib.contextmanager
+def cut_to(supernet, ranks: dict[str, int]):
+    """Inside, each layer is its mean mixture cut to its rank, as a genotype's adapter is."""
+    columns = torch.arange(supernet.mean_gates().shape[1])
+    gates = [supernet.config.scaling * (columns < ranks[name]) for name in supernet.layers]
+    with supernet.in_directions(), supernet.probing(lambda rows: torch.stack(gates)):
+        yield
 
 
 SPECIAL = ["<pad>", "<s>", "</s>", "[user]", "[model]", "<|image|>"]

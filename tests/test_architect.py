@@ -177,7 +177,7 @@ def test_alpha_follows_from_the_values_of_all_that_was_measured():
         torch.testing.assert_close(supernet.alpha.data, alpha)
         assert supernet.price == price
         assert float(metrics["expected_parameters"]) == pytest.approx(supernet.budget, rel=1e-9)
-        assert float(metrics["gain"]) == pytest.approx(float(architect.gains[-1].sum()))
+        assert float(metrics["gain"]) == pytest.approx(float(architect.measured.gains[-1].sum()))
 
 
 @pytest.mark.parametrize("every", [1, 2, 3, 5, 50])
@@ -190,7 +190,7 @@ def test_steps_are_due_in_the_second_half_and_behind_the_last(steps, every):
         if architect.step(loss_of(supernet), val) is not None:
             due.append(step)
     assert due == [s for s in range(1, steps + 1) if s > steps // 2 and (steps - s) % every == 0]
-    assert due[-1] == steps and len(architect.gains) == len(due)
+    assert due[-1] == steps and len(architect.measured.gains) == len(due)
     assert len(taken) == len(due) + LAST
     passes = len(due) + LAST * (1 + (2 if steps > 1 else 1) / 3)
     assert search_passes(steps, every) == pytest.approx(passes, abs=LAST / 3 * (steps == 1))
@@ -301,7 +301,7 @@ def test_a_loss_that_does_not_depend_on_alpha_is_refused(loss):
     supernet.model.extra = nn.Parameter(torch.ones(3))
     with pytest.raises(InputError, match="loss_fn: its loss does not depend on alpha"):
         architect.step(lambda batch: loss(supernet, batch), batches())
-    assert not architect.gains
+    assert not len(architect.measured.gains)
 
 
 class Skipping(nn.Module):

@@ -24,7 +24,7 @@ from transformers import (
 from darts_lora import Genotype, InputError, SearchConfig, Supernet, discretize
 from darts_lora.lora.handover import fold
 from darts_lora.lora.targets import match_modules
-from small_models import randomise, residual
+from small_models import cut_to, randomise, residual
 
 
 class Awkward(nn.Module):
@@ -261,11 +261,9 @@ def test_inherited_weights_give_the_supernets_output(tmp_path, branches):
             layer.alpha[i] = 9.0
     genotype = discretize(supernet)
     assert list(genotype.ranks.values()) == [0, 1, 2, 4]
-    x, candidates = torch.randn(3, 16), list(supernet.config.ranks)
-    with torch.no_grad():
-        for name, layer in supernet.layers.items():  # alpha at the choice, for certain
-            layer.alpha.fill_(-1e9)[candidates.index(genotype.ranks[name])] = 0
-    expected = supernet.model(x)
+    x = torch.randn(3, 16)
+    with cut_to(supernet, genotype.ranks):
+        expected = supernet.model(x)
     state = genotype.inherited_state(supernet)
     save_file({k: v.contiguous() for k, v in supernet.state_dict().items()}, tmp_path / "s")
     from_file = genotype.inherited_state(tmp_path / "s")
@@ -312,11 +310,10 @@ def test_a_trained_head_goes_with_the_genotype_and_into_peft(tmp_path):
     assert set(genotype.ranks.values()) == {0, 2} and "classifier" not in genotype.ranks
     genotype.save(tmp_path / "g.json")
     assert Genotype.load(tmp_path / "g.json").modules_to_save == ["classifier"]
-    with torch.no_grad():
-        for name, layer in supernet.layers.items():
-            layer.alpha.fill_(-1e9)[(0, 2).index(genotype.ranks[name])] = 0
     ids = torch.randint(0, 64, (4, 7))
-    expected, state = supernet.model(ids).logits, genotype.inherited_state(supernet)
+    with cut_to(supernet, genotype.ranks):
+        expected = supernet.model(ids).logits
+    state = genotype.inherited_state(supernet)
     for task_type in (None, "SEQ_CLS"):
         fresh = BertForSequenceClassification(model.config).eval()
         fresh.load_state_dict(supernet.remove().state_dict())

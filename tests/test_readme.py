@@ -10,10 +10,12 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean, stdev
 
 import pytest
 from families import TEXT_FAMILIES, make_family
 from peft.tuners.lora import LoraLayer
+from scipy import stats
 
 from darts_lora import Genotype
 
@@ -122,6 +124,35 @@ def test_the_dry_run_on_ones_own_model_and_data(tmp_path):
     assert "what is learnt of it:" in said and "searched layers" in said
     assert "14 layers, candidate ranks [0, 8]; budget" in said
     assert not (tmp_path / "runs" / "search" / "genotype.json").exists()
+
+
+def test_the_table_of_results_is_that_of_the_cells():
+    path = ROOT / "recipes" / "benchmark" / "results" / "one_run.json"
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    names = {"embedded": "embedded", "LLaVA": "llava", "SmolLM2 on E2E": "e2e"}
+    rows = re.findall(r"^\| ([\w ]+) \| rank (\d) \| (.*) \|$", README, flags=re.MULTILINE)
+    assert len(rows) == 6
+    for task, budget, shown in rows:
+        found = {}
+        for cell in cells:
+            if cell["benchmark"] == f"{names[task]}_r{budget}":
+                found.setdefault((cell["method"], cell["stage"]), {})[cell["seed"]] = cell
+        uniform, run, search = (
+            found[way] for way in (("uniform", "final"), ("one_run", "final"), ("one_run", "find"))
+        )
+        pairs = [(uniform[seed]["loss"], run[seed]["loss"]) for seed in run]
+        differences = [own - other for other, own in pairs]
+        error = stdev(differences) / len(pairs) ** 0.5 * stats.t.ppf(0.975, len(pairs) - 1)
+        verdicts = [search[seed]["verdict"] for seed in run]
+        learnt = sum(verdict["learnt"] for verdict in verdicts)
+        steps, seeds, *losses, said, predicted, told = shown.replace("*", "").split(" | ")
+        assert int(seeds) == len(pairs) and told == f"{learnt} of {seeds}"
+        passes = {int(steps) - search[seed]["run_steps"] for seed in run}
+        assert all(0.035 < extra / int(steps) < 0.055 for extra in passes)
+        figures = [*map(mean, zip(*pairs, strict=True)), mean(differences), error]
+        figures.append(-mean(verdict["predicted_gain"] for verdict in verdicts))
+        for text, figure in zip([*losses, *said.split(" ± "), predicted], figures, strict=True):
+            assert f"{figure:.{len(text.partition('.')[2])}f}" == text.lstrip("+"), (task, text)
 
 
 def test_what_it_links_to_exists():

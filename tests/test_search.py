@@ -137,7 +137,7 @@ def test_a_search_is_the_first_part_of_a_run(fraction):
     search = make(search_fraction=fraction, max_steps=20)
     genotype = search.run()
     assert search.step == search.architect.taken == 20 * fraction
-    assert len(search.architect.gains) == math.ceil(10 * fraction)
+    assert len(search.architect.measured.gains) == math.ceil(10 * fraction)
     assert genotype.found_by["verdict"]["early"] == (10 * fraction < 8)
 
 

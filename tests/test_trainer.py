@@ -229,7 +229,7 @@ def test_trainers_of_trl(kind, tmp_path):
     if hasattr(trainer, "_metrics"):
         trainer.add_callback(Count(trainer, counts))
     trainer.train()
-    assert len(search.architect.gains) == 2 and search.architect.measured.energies.any()
+    assert len(search.architect.measured.gains) == 2 and search.architect.measured.energies.any()
     assert max(counts, default=0) <= 2, "an entry for each training step since the last log"
     losses = [log for log in trainer.state.log_history if "loss" in log]
     assert [log["step"] for log in losses] == [2, 4, 6]

@@ -41,7 +41,7 @@ def genotype(base_config, tmp_path_factory):
 @pytest.fixture(scope="module")
 def batch(base_config, data):
     collator = make_collator(base_config, data)
-    rows = training_rows(data, 0)
+    rows = training_rows(data)
     return collator([rows[i] for i in range(8)])
 
 
@@ -117,7 +117,7 @@ def test_eva_points_a_along_the_inputs(genotype, base_config, data, batch):
         load_model(base_config), FinetuneConfig(path, init_lora_weights="eva"), found
     )
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
-    rows, seen = training_rows(data, 0), {}
+    rows, seen = training_rows(data), {}
     eva_weights(model, rows, make_collator(base_config, data), 8)
     assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
     assert adapted_ranks(model) == {n: r for n, r in found.ranks.items() if r}
@@ -145,7 +145,7 @@ def test_eva_that_does_not_settle_ends_in_one_line(genotype, base_config, data, 
         load_model(base_config), FinetuneConfig(path, init_lora_weights="eva"), found
     )
     with pytest.raises(InputError, match=r"^init_lora_weights='eva': .* after 2 batches; leave it"):
-        eva_weights(model, training_rows(data, 0), make_collator(base_config, data), 8)
+        eva_weights(model, training_rows(data), make_collator(base_config, data), 8)
 
 
 def test_the_rates_of_lora_plus(genotype, base_config, data, tmp_path):

@@ -20,14 +20,6 @@ def test_another_budget_from_the_same_search(launch, search_dir, tmp_path):
     assert f"finetune.py --genotype {output}" in done.stdout
 
 
-def test_whole_ranks_from_the_same_search(launch, search_dir, tmp_path):
-    output, option = tmp_path / "whole.json", ("--method", "proportional", "--budget_rank", 1.7)
-    launch("derive", "--search_dir", search_dir, *option, "--output", output)
-    searched, derived = Genotype.load(search_dir / "genotype.json"), Genotype.load(output)
-    assert derived == discretize(searched, "proportional", budget_rank=1.7)
-    assert set(derived.ranks.values()) - set(searched.candidates)
-
-
 def test_no_search_there_is_one_line_and_status_2(launch, tmp_path):
     done = launch("derive", "--search_dir", tmp_path, alone=True, status=2)
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

@@ -140,7 +140,7 @@ def test_an_unfinished_search(tmp_path):
 
 def test_a_resumed_search_has_each_step_once_and_the_same_curves(finished, tmp_path):
     with pytest.raises(Killed):
-        search_in(tmp_path, kill_at=20)  # behind a checkpoint, and a record after it
+        search_in(tmp_path, kill_at=20)  # behind the checkpoint at step 12 and record 14
     search_in(tmp_path, resume=True)
     whole, resumed = (Search.load(str(folder)) for folder in (finished[0], tmp_path))
     steps = [record["step"] for record in resumed.records]
