@@ -23,40 +23,40 @@ class SearchConfig:
     """
 
     ranks: tuple[int, ...] = (0, 1, 2, 4, 8, 16)
-    """Candidate ranks of each layer; 0 means no adapter."""
+    """Candidate ranks of each layer; 0 means no adapter. Narrow layers get those that fit."""
     target_modules: str | list[str] = "all-linear"
-    """Layers to search, as in PEFT: all-linear, a list of name suffixes, or a regex; or parts of
-    the model, one or several: vision, language, connector (with cross-attention), vision+language.
-    """
+    """Layers to search, as in PEFT: all-linear, a list of name suffixes, or a regex. Or parts of
+    the model: vision, audio, language, connector (with cross-attention), vision+language."""
     target_parameters: str | list[str] | None = None
-    """Experts to search whose weights are 3-D parameters, one rank for all experts of a parameter:
-    as in PEFT ends of names, such as experts.down_proj; or all-experts. Default: none."""
+    """Experts to search whose weights are 3-D parameters; all experts of a parameter get one rank.
+    Ends of names as in PEFT, such as experts.down_proj; or all-experts. Default: none."""
     exclude_modules: str | list[str] | None = None
-    """Layers to leave out, as in PEFT: a list of name suffixes or a regex."""
+    """Layers to leave out, as in PEFT: a list of name suffixes or a regex. Default: none."""
     modules_to_save: list[str] | None = None
-    """Modules trained in full beside the adapters and saved with them, as in PEFT (name suffixes);
-    a classification model's head is always one, and so is what its checkpoint has no weights for
-    (mostly a pooler). The budget does not count them."""
+    """Modules trained in full beside the adapters and saved with them, as in PEFT (name suffixes).
+    A classifier's head is always one, and so is what its checkpoint has no weights for. The budget
+    does not count them. Default: none."""
     scaling: float = 2.0
-    """The factor s = lora_alpha / r before every branch, the same for all ranks."""
+    """The factor lora_alpha / r on what an adapter adds, the same for all ranks."""
     branches: Literal["independent", "nested"] = "nested"
-    """independent: each rank has its own A and B; nested: a rank is a prefix of the next larger."""
+    """nested: a rank is the first columns of the next larger one; independent: each rank has its
+    own A and B."""
     dropout: float = 0.0
     """Dropout probability of the adapter's input, in [0, 1)."""
     adapter_dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the LoRA weights; they are used in that of the activations."""
     budget_rank: float | None = None
     """Budget: as many trainable parameters as a uniform LoRA of this rank on the same layers.
-    Default: half of the largest candidate."""
+    Default: half of the largest candidate rank."""
     budget_parameters: int | None = None
     """Budget: trainable parameters (count), instead of budget_rank."""
     search_fraction: float = 0.125
-    """Part of a run's weight steps (max_steps) that the search takes, in (0, 1]; the finetune goes
-    on from its weights with the rest. With 1 the finetune is a run of its own."""
+    """Part of a run's weight steps (max_steps) that the search takes, in (0, 1]. The finetune goes
+    on from its weights with the rest; with 1 it is a run of its own."""
     arch_every: int = 2
-    """One architecture step behind this many weight steps, in the second half of the search."""
+    """Weight steps to one architecture step, in the second half of the search."""
     seed: int = 0
-    """Seed of the weights' initialisation, of the samples and of the data order."""
+    """Seed of the first weights, of all samples and of the data order."""
 
     def __post_init__(self):
         self.ranks = check_ranks(self.ranks)
@@ -90,13 +90,15 @@ class ModelConfig:
     gguf_file: str | None = None
     """GGUF file in that folder or hub repository to read the model from (its weights unpacked)."""
     task: Literal["auto", "generation", "classification"] = "auto"
-    """What the model is for; auto: classification where the checkpoint has a head for it."""
+    """What the model is for. auto: classification where the checkpoint has a head for it, else
+    generation."""
     num_labels: int | None = None
     """Classes of a classification (count); default: as the checkpoint says."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of the base model's weights; auto: as stored."""
     quantization: Literal["4bit", "8bit", "int8"] | None = None
-    """Weights of the base model: 4bit (NF4) and 8bit by bitsandbytes, int8 by torchao."""
+    """Quantize the base model: 4bit (NF4) and 8bit by bitsandbytes, int8 by torchao. Default: not.
+    """
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory."""
     trust_remote_code: bool = False
@@ -141,18 +143,18 @@ class DataConfig:
     max_length: int = 2048
     """Longest sequence (tokens)."""
     on_long_row: Literal["error", "skip", "truncate"] | None = None
-    """A row above max_length, or above what the model takes: an error that names it, left out, or
-    cut at its end; default: as on_bad_row. To leave rows out, all are read once at the start."""
+    """A row above max_length, or above what the model takes: an error that names it, left out
+    (all rows are read once at the start), or cut at its end. Default: as on_bad_row."""
     on_bad_row: Literal["error", "skip"] = "error"
     """A row that no batch can be made of: an error that names it, or left out."""
     max_image_pixels: int = MAX_IMAGE_PIXELS
-    """Largest image (width times height); decoding and resizing takes some 70 bytes a pixel."""
+    """Largest image that is opened (pixels, width times height)."""
     pad_to_multiple_of: int = 1
     """Pad the sequences of a batch to a multiple of this many tokens: fewer shapes of batches."""
     split_by: Literal["image", "prompt", "row"] = "image"
-    """What stays on one side of a split, unless all rows have the same: all rows of an image, and
-    where there is none of a prompt; all rows of a prompt with its images; or each row by itself.
-    Alpha must not learn on images or prompts that the weights know."""
+    """What stays on one side of a split: all rows of an image (of a prompt, without one), all rows
+    of a prompt with its images, or each row by itself. Alpha must not learn on images or prompts
+    that the weights know."""
     split_seed: int = 0
     """Seed of the split into training and validation rows."""
 
@@ -179,8 +181,8 @@ class TrainingConfig:
     """How weights are trained, in a search and in a finetune alike."""
 
     max_steps: int = 1000
-    """Weight steps (optimizer steps) of the whole run: a search takes a part of them
-    (search_fraction), the finetune of its genotype the rest. A finetune from scratch takes all."""
+    """Weight steps (optimizer steps) of the whole run. A search takes a part of them
+    (search_fraction), the finetune of its genotype the rest; a finetune from scratch takes all."""
     batch_size: int = 16
     """Rows of a batch on each process."""
     gradient_accumulation_steps: int = 1
@@ -190,13 +192,13 @@ class TrainingConfig:
     weight_decay: float = 0.0
     """Weight decay of the LoRA weights."""
     lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
-    """Course of the learning rate after its warm-up; the last two end at 0."""
+    """Course of the learning rate after its warm-up; linear and cosine end at 0."""
     lr_warmup_steps: int = 0
     """Steps over which the learning rate rises from 0 to its peak."""
     max_grad_norm: float = 1.0
     """Clip the norm of the weights' gradient to this; 0 switches clipping off."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    """Autocast of the forward pass; fp16, with loss scaling, where the model is in float16."""
+    """Autocast of the forward pass. fp16, with loss scaling, is for models in float16."""
     logging_steps: int = 10
     """Steps between two log entries."""
     save_steps: int = 500
@@ -204,8 +206,8 @@ class TrainingConfig:
     num_workers: int = 0
     """Worker processes of each data loader."""
     max_runtime: float | None = None
-    """Stop in good order after this time of training (minutes), with exit status 75; a search then
-    goes on with --resume. Leave room for loading the model and for writing."""
+    """Stop in good order after this time of training (minutes), with exit status 75 and a
+    checkpoint; --resume then goes on. Leave room for loading and writing. Default: no limit."""
 
     def __post_init__(self):
         check_bounds(

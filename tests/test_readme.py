@@ -10,9 +10,12 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean, stdev
 
 import pytest
 from families import TEXT_FAMILIES, make_family
+from peft.tuners.lora import LoraLayer
+from scipy import stats
 
 from darts_lora import Genotype
 
@@ -20,16 +23,19 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Full commands take minutes each: these options make them short.
 SHORT = {
-    "recipes/search.py": "--max_steps 8 --batch_size 8",
-    "recipes/finetune.py": "--max_steps 4 --batch_size 8",
-    "recipes/evaluate.py": "--max_test_samples 16",
-    "recipes/derive.py": "",
-    "recipes/report.py": "",
+    "search": "--max_steps 16 --batch_size 8",
+    "finetune": "--max_steps 4 --batch_size 8",
+    "evaluate": "--max_test_samples 16",
+    "derive": "",
+    "report": "",
 }
-# .ci/run; tests/recipes/test_planted.py, test_quality.py, test_random_mllama.py, test_speed.py
-NOT_HERE = ("pytest", "tensorboard", "recipes/benchmark/planted.py", "recipes/benchmark/quality.py")
-NOT_HERE += ("recipes/benchmark/quality_tables.py", "recipes/benchmark/random_mllama.py")
-NOT_HERE += ("recipes/benchmark/speed.py",)
+MADE = {
+    "search": "finetune/adapter_model.safetensors",
+    "finetune": "scratch/adapter_model.safetensors",
+    "evaluate": "finetune/evaluation.json",
+    "derive": "search/genotype_rank1.json",
+    "report": "search/report.html",
+}
 
 
 def blocks(language):
@@ -37,13 +43,44 @@ def blocks(language):
 
 
 def commands():
+    """Each command of the blocks of shell, as its parts, but the installation (.ci/run)."""
     joined = [re.sub(r"\\\n\s*", "", block) for block in blocks("bash")]
-    lines = [part for block in joined for part in re.split(r"\n| && ", block) if part]
-    return [line for line in lines if not line.startswith("pip install")]
+    lines = [part for block in joined for part in re.split(r"\n|&&", block)]
+    parts = [shlex.split(line, comments=True) for line in lines]
+    return [part for part in parts if part and part[:2] != ["pip", "install"]]
 
 
-def test_the_example_is_short_and_finds_what_it_says():
-    (example,) = blocks("python")
+def run(command, folder, **environment):
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        cwd=folder,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_with_peft(tmp_path, monkeypatch):
+    """With a tiny model in the place of the hub's, and a shorter search."""
+    example, _ = blocks("python")
+    assert README[: README.index(example) + len(example)].count("\n") <= 40
+    row = {"text": "which colour is it red"}
+    (tmp_path / "train.jsonl").write_text((json.dumps(row) + "\n") * 40)
+    model = make_family(TEXT_FAMILIES["llama"], str(tmp_path / "model"))
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    short = example.replace("Qwen/Qwen3-0.6B", model).replace("max_steps=1000", "max_steps=16")
+    exec(compile(short, "README.md", "exec"), names)
+    ranks = {m.r["default"] for m in names["model"].modules() if isinstance(m, LoraLayer)}
+    assert len(ranks) > 1, "unlike ranks"
+
+
+def test_the_loop_is_short_and_finds_what_it_says():
+    _, example = blocks("python")
     assert len(example.splitlines()) <= 25
     names, printed = {}, io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -53,65 +90,78 @@ def test_the_example_is_short_and_finds_what_it_says():
     assert names["lora_config"].r == 2
 
 
-def test_every_command_is_known():
-    shown = {
-        (re.search(r"recipes/\S+\.py", line) or re.match(r"\w+", line))[0] for line in commands()
-    }
-    assert shown == {*SHORT, *NOT_HERE}
+def test_every_command_is_run_here_or_by_ci():
+    ours = [parts for parts in commands() if parts[0] == "darts-lora"]
+    assert [parts[1] for parts in ours] == list(SHORT)
+    others = [parts[:3] for parts in commands() if parts not in ours]
+    dry_run = ["accelerate", "launch", "recipes/search.py"]
+    assert others == [["pytest"], ["tensorboard", "--logdir", "runs/search"], dry_run]
 
 
-@pytest.mark.parametrize("recipe", ["search", "finetune", "evaluate", "derive", "report"])
-def test_the_commands_one_after_the_other(recipe, folder):
+@pytest.mark.parametrize("name", SHORT)
+def test_the_commands_one_after_the_other(name, folder):
     """On the embedded default, each finds what the one before it left in runs/."""
-    (line, *dry) = [line for line in commands() if f"recipes/{recipe}.py" in line]
-    assert all("--dry_run" in line for line in dry)
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    environment["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
-    done = subprocess.run(
-        [*shlex.split(line), *SHORT[f"recipes/{recipe}.py"].split()],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    made = {
-        "search": "search/genotype.json",
-        "finetune": "finetune/adapter_model.safetensors",
-        "evaluate": "finetune/evaluation.json",
-        "derive": "search/genotype_rank1.json",
-        "report": "search/report.html",
-    }
-    assert (folder / "runs" / made[recipe]).is_file(), done.stdout
-    if recipe == "search":
+    (parts,) = [parts for parts in commands() if parts[:2] == ["darts-lora", name]]
+    said = run(["darts_lora.cli", *parts[1:], *SHORT[name].split()], folder)
+    assert (folder / "runs" / MADE[name]).is_file(), said
+    if name == "search":
         genotype = Genotype.load(folder / "runs/search/genotype.json")
         assert genotype.num_parameters <= genotype.found_by["budget_parameters"]
+        assert any((folder / "runs/search/tensorboard").iterdir())
 
 
 def test_the_dry_run_on_ones_own_model_and_data(tmp_path):
     """With a tiny model in the place of the hub's."""
-    (line,) = [line for line in commands() if "--dry_run" in line]
+    (parts,) = [parts for parts in commands() if "--dry_run" in parts]
     model = make_family(TEXT_FAMILIES["qwen2"], str(tmp_path / "model"))
     for split in ("train", "test"):
         row = {"prompt": "which colour is it", "completion": "red"}
         (tmp_path / f"{split}.jsonl").write_text((json.dumps(row) + "\n") * 20)
-    parts = shlex.split(line.replace("Qwen/Qwen3-0.6B", model))
-    parts[parts.index("recipes/search.py")] = str(ROOT / "recipes" / "search.py")
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    environment |= {"PYTHONPATH": str(ROOT), "COLUMNS": "120"}
-    command = [sys.executable, "-m", "accelerate.commands.launch", *parts[2:], "--ranks", "[0,8]"]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "what is learnt of it:" in done.stdout and "searched layers" in done.stdout
-    assert "14 layers, candidate ranks [0, 8]; budget" in done.stdout
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    options = [model if part == "Qwen/Qwen3-0.6B" else part for part in parts[2:]]
+    command = ["accelerate.commands.launch", *options, "--ranks", "[0,8]"]
+    said = run(command, tmp_path, COLUMNS="120")
+    assert "what is learnt of it:" in said and "searched layers" in said
+    assert "14 layers, candidate ranks [0, 8]; budget" in said
     assert not (tmp_path / "runs" / "search" / "genotype.json").exists()
+
+
+def test_the_table_of_results_is_that_of_the_cells():
+    path = ROOT / "recipes" / "benchmark" / "results" / "one_run.json"
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    names = {"embedded": "embedded", "LLaVA": "llava", "SmolLM2 on E2E": "e2e"}
+    rows = re.findall(r"^\| ([\w ]+) \| rank (\d) \| (.*) \|$", README, flags=re.MULTILINE)
+    assert len(rows) == 6
+    for task, budget, shown in rows:
+        found = {}
+        for cell in cells:
+            if cell["benchmark"] == f"{names[task]}_r{budget}":
+                found.setdefault((cell["method"], cell["stage"]), {})[cell["seed"]] = cell
+        uniform, run, search = (
+            found[way] for way in (("uniform", "final"), ("one_run", "final"), ("one_run", "find"))
+        )
+        pairs = [(uniform[seed]["loss"], run[seed]["loss"]) for seed in run]
+        differences = [own - other for other, own in pairs]
+        error = stdev(differences) / len(pairs) ** 0.5 * stats.t.ppf(0.975, len(pairs) - 1)
+        verdicts = [search[seed]["verdict"] for seed in run]
+        learnt = sum(verdict["learnt"] for verdict in verdicts)
+        steps, seeds, *losses, said, predicted, told = shown.replace("*", "").split(" | ")
+        assert int(seeds) == len(pairs) and told == f"{learnt} of {seeds}"
+        passes = {int(steps) - search[seed]["run_steps"] for seed in run}
+        assert all(0.035 < extra / int(steps) < 0.055 for extra in passes)
+        figures = [*map(mean, zip(*pairs, strict=True)), mean(differences), error]
+        figures.append(-mean(verdict["predicted_gain"] for verdict in verdicts))
+        for text, figure in zip([*losses, *said.split(" ± "), predicted], figures, strict=True):
+            assert f"{figure:.{len(text.partition('.')[2])}f}" == text.lstrip("+"), (task, text)
+
+
+def test_what_it_links_to_exists():
+    for page in [ROOT / "README.md", *(ROOT / "recipes").rglob("*.md")]:
+        text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        for link in re.findall(r"\]\(([^)#]+)", text):
+            assert link.startswith("http") or (page.parent / link).exists(), (page, link)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    place = tmp_path_factory.mktemp("readme")
-    (place / "recipes").symlink_to(ROOT / "recipes")
-    return place
+    return tmp_path_factory.mktemp("readme")

@@ -1,19 +1,22 @@
 """What recipes/README.md shows: its commands parse, its options exist, its Python runs.
 Not here: what the commands do (the files beside this one), the other README (../test_readme.py)."""
 
-import importlib.util
 import inspect
 import re
 import shlex
-import sys
 import textwrap
 from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from recipes.conftest import ROOT
 
-from darts_lora import Genotype
+from darts_lora import Genotype, SearchConfig
+from darts_lora.alpha import verdict
+from darts_lora.alpha.verdict import verdict_text
 from darts_lora.base.options import parse
 from darts_lora.config import ModelConfig
 from darts_lora.lora.models import load_model
@@ -40,22 +43,10 @@ def commands():
 OURS = [parts for parts in commands() if parts[0] not in OTHERS]
 
 
-@pytest.fixture
-def option_classes(monkeypatch):
-    """recipe's path -> the dataclasses of its options: what its main() takes, in order."""
-
-    def load(path):
-        spec = importlib.util.spec_from_file_location(f"shown_{path.stem}", path)
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, spec.name, module)
-        monkeypatch.syspath_prepend(str(path.parent))
-        spec.loader.exec_module(module)
-        if hasattr(module, "start"):  # a command of the package
-            module = sys.modules[module.start.__module__]
-        signature = inspect.signature(module.main, eval_str=True)
-        return [parameter.annotation for parameter in signature.parameters.values()]
-
-    return load
+def option_classes(recipe):
+    """The dataclasses of a recipe's options: what the main() of its command takes, in order."""
+    main = import_module(f"darts_lora.cli.{Path(recipe).stem}").main
+    return [parameter.annotation for parameter in inspect.signature(main).parameters.values()]
 
 
 def test_the_whole_path_is_shown_first():
@@ -64,27 +55,57 @@ def test_the_whole_path_is_shown_first():
 
 
 @pytest.mark.parametrize("parts", OURS, ids=" ".join)
-def test_a_command_names_a_recipe_and_options_that_it_knows(parts, option_classes, monkeypatch):
+def test_a_command_names_a_recipe_and_options_that_it_knows(parts, monkeypatch):
     monkeypatch.chdir(ROOT)  # a --config is relative to it
     launcher = ["accelerate", "launch"] if parts[0] == "accelerate" else ["python"]
     recipe, *options = parts[len(launcher) :]
     assert parts[: len(launcher)] == launcher and (ROOT / recipe).is_file()
-    classes = option_classes(ROOT / recipe)
+    classes = option_classes(recipe)
     # parse itself refuses options that do not exist, and values that are out of their bounds
     assert [type(found) for found in parse(options, *classes)] == classes
 
 
-def test_options_in_the_text_exist(option_classes):
+def test_options_in_the_text_exist():
     text = re.sub(r"^ *```.*?^ *```", "", README, flags=re.DOTALL | re.MULTILINE)
     spans = " ".join(re.findall(r"`([^`\n]+)`", text))
     shown = set(re.findall(r"--([a-z_]+)(?![a-z_-])", spans))  # with a hyphen inside: vLLM's
-    recipes = [ROOT / "recipes" / f"{n}.py" for n in ("search", "derive", "finetune", "evaluate")]
+    recipes = ("search", "derive", "finetune", "evaluate")
     known = {f.name for recipe in recipes for c in option_classes(recipe) for f in fields(c)}
-    assert {"dry_run", "resume", "pad_to_max", "branches"} <= shown <= known | EVERYWHERE
+    assert {"dry_run", "resume", "pad_to_max", "report_to"} <= shown <= known | EVERYWHERE
+
+
+def test_every_option_of_a_search_stands_in_its_table():
+    table = README[README.index("The options of a search, ") :]
+    count, names = re.search(r"(\d+) in all", table), re.findall(r"^\| `(\w+)` \|", table, re.M)
+    known = [option.name for option in fields(SearchConfig)]
+    assert names[: len(known)] == known and int(count[1]) == len(known) <= 20
+
+
+def test_what_it_says_of_the_verdict_is_said():
+    shown = re.findall(r"`((?:These ranks|Too early)[^`]*)`", README)
+    figures = {"predicted_gain": 0.022, "predicted_gain_error": 0.004, "validation_loss": 0.1}
+    figures |= {"architecture_steps": 7, "chosen_parameters": 8, "budget_parameters": 9}
+    kinds = [{"early": False, "learnt": True}, {"early": False, "learnt": False}, {"early": True}]
+    texts = [verdict_text(figures | kind) for kind in kinds]
+    assert [text.startswith(start) for text, start in zip(texts, shown, strict=True)] == [True] * 3
+    (path,) = re.findall(r"`darts_lora\.alpha\.verdict\.(\w+)`", README)
+    probability = getattr(verdict, path)(torch.ones(20, 3) + torch.randn(20, 3) / 9)
+    assert probability <= verdict.CHANCE == 0.01 and verdict.FEWEST == 8
+
+
+@pytest.mark.parametrize("page", ["docs/reliability.md", "docs/contributing.md", "SECURITY.md"])
+def test_tests_and_folders_that_a_page_names_exist(page):
+    text = (ROOT / "recipes" / page).read_text(encoding="utf-8")
+    tests = {path.relative_to(ROOT / "tests").as_posix() for path in ROOT.glob("tests/**/*.py")}
+    tests |= {name.rpartition("/")[2] for name in tests} | {f"tests/{name}" for name in tests}
+    named = set(re.findall(r"`((?:[\w/]+/)?test_\w+\.py)`", text))
+    assert named and named <= tests
+    modules = set(re.findall(r"`((?:cli|views|run|data|alpha|lora|base)/[\w.]*)`", text)) - named
+    assert [name for name in modules if not (ROOT / "darts_lora" / name).exists()] == []
 
 
 def test_files_that_it_names_exist():
-    named = set(re.findall(r"`((?:configs|benchmark|recipes)/[\w./]*)`", README))
+    named = set(re.findall(r"`((?:configs|benchmark|recipes|docs)/[\w./]*)`", README))
     assert named and all((ROOT / "recipes" / n).exists() or (ROOT / n).exists() for n in named)
 
 
