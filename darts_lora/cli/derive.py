@@ -12,9 +12,9 @@ from darts_lora.base.bounds import check_bounds
 from darts_lora.base.errors import InputError
 from darts_lora.base.options import command, run
 from darts_lora.discretize import Method, discretize
-from darts_lora.formats import axolotl_yaml, peft_json
 from darts_lora.genotype import Genotype
 from darts_lora.views.console import show
+from darts_lora.views.formats import axolotl_yaml, peft_json
 
 FORMATS = {"table": lambda genotype: "", "axolotl": axolotl_yaml, "peft": peft_json}
 

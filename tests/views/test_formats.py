@@ -16,9 +16,9 @@ from transformers import Trainer, TrainingArguments
 
 from darts_lora import Genotype, InputError
 from darts_lora.config import ModelConfig
-from darts_lora.formats import axolotl_yaml, peft_json
 from darts_lora.lora.adapter import adapted_ranks
 from darts_lora.lora.models import load_model
+from darts_lora.views.formats import axolotl_yaml, peft_json
 
 RANKS = {"model.0.up": 4, "model.1.up": 0, "model.0.down+": 2, "model.1.down+": 1}
 
