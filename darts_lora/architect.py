@@ -126,8 +126,8 @@ class Architect:
         gates, leaves = self.supernet.mean_gates(), []
 
         def probe(rows: int) -> Tensor:
-            places = torch.arange(rows, device=gates.device) / rows
-            places = (places + torch.rand((), device=gates.device)) % 1
+            kind = {"device": gates.device, "dtype": gates.dtype}
+            places = (torch.arange(rows, **kind) / rows + torch.rand((), **kind)) % 1
             leaves.append(places.expand(len(gates), -1).clone().requires_grad_())
             return leaves[-1][..., None] * gates[:, None]
 
@@ -147,13 +147,16 @@ class Architect:
         return loss, sum(g.shape[1] * g.square().sum(1) for g in gradients)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed search needs before the last step: tensors and plain numbers."""
+        """All that a resumed search needs, also behind its last step: tensors and plain numbers."""
+        last = self.measured
         return {
             "taken": self.taken,
             "gains": self._gathered(),
             "mean": self.mean.values,
             "mean_steps": self.mean.steps,
             "half": self.half,
+            "last": [last.energies, last.growth, last.cut, last.losses],
+            "price": self.supernet.price,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -161,7 +164,8 @@ class Architect:
         self.taken, self.gains = state["taken"], list(state["gains"])
         self.mean.load(state["mean"], state["mean_steps"])
         self.half = [h.to(m.device) for h, m in zip(state["half"], self.mean.values, strict=False)]
-        self.measured.gains = self._gathered()
+        self.measured = Measured(self._gathered(), *state["last"])
+        self.supernet.price = state["price"]
 
     def _take(self, gains: Tensor) -> None:
         """Set alpha by all that was measured so far."""
@@ -182,7 +186,7 @@ class Architect:
             with self.mean.in_place(self.half):
                 gates = self.supernet.mean_gates()
                 before = [self._loss(loss_fn, batch, gates) for batch in batches]
-        whole, rank = self._whole_gates(), round(self.values.uniform)
+        whole, rank = self._whole_gates(), self.values.cut_rank
         uniform = whole * (torch.arange(whole.shape[1], device=whole.device) < rank)
         with self.supernet.in_directions():
             found = [self.directions(loss_fn, batch) for batch in batches]

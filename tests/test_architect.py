@@ -1,182 +1,281 @@
-"""The architecture step: exact gradients, what it leaves alone, the budget, the README's loop.
-Not here: the loop of RankSearch (test_search.py)."""
+"""The architecture step: exact measurements, what it leaves alone, when it is due, its state.
+Not here: what the measurements come to (alpha/test_values.py), the loop (test_search.py)."""
 
 import copy
+import itertools
 import math
-from itertools import pairwise
 from unittest import mock
 
 import pytest
 import torch
+from torch import nn
 
 from darts_lora import Architect, DivergedError, InputError, SearchConfig, Supernet
-from darts_lora.alpha.prior import Prior
-from darts_lora.architect import SharedAdam
-from darts_lora.lora import mixed_linear
+from darts_lora.architect import LAST, search_passes
+from darts_lora.lora.relaxation import distribution
 from small_models import randomise, residual
 
-EXACT = {"ranks": (0, 1, 2, 4), "relaxation": "softmax", "arch_noise": 0.0}
-EXACT |= {"arch_update": "gradient", "arch_average": 0.0}
+RANKS = (0, 1, 2, 4)
 
 
-def make(dtype=torch.float64, **options):
-    config = SearchConfig(**{**EXACT, **options})
-    supernet = Supernet(residual(), config)
+def make(dtype=torch.float64, steps=4, model=None, **options):
+    options = {"ranks": RANKS, "budget_rank": 2, "arch_every": 1} | options
+    supernet = Supernet(residual() if model is None else model, SearchConfig(**options))
     supernet.model.to(dtype)
     supernet._place_alpha(supernet.alpha.device, dtype)
     randomise(supernet)
-    return supernet, Architect(supernet)
+    return supernet, Architect(supernet, steps)
 
 
-def batches(dtype=torch.float64, rows=8):
-    return tuple(
-        (torch.randn(rows, 16, dtype=dtype), torch.randn(rows, 16, dtype=dtype)) for _ in range(2)
-    )
+def batch(dtype=torch.float64, rows=8):
+    return torch.randn(rows, 16, dtype=dtype), torch.randn(rows, 16, dtype=dtype)
+
+
+def batches(dtype=torch.float64, count=50):
+    return iter([batch(dtype) for _ in range(count)])
 
 
 def loss_of(supernet):
     return lambda batch: (supernet.model(batch[0]) - batch[1]).pow(2).mean()
 
 
-def alpha_gradient(architect, loss_fn, batch):
-    """What the step hands to alpha's optimizer."""
-    seen = []
-    architect.optimizer.register_step_pre_hook(
-        lambda *_: seen.append(architect.supernet.alpha.grad.clone())
-    )
-    architect.step(loss_fn, batch)
-    return seen[0]
+def change(layer, gates):
+    """B diag(g) A, the layer's adapter."""
+    return layer.lora_B.detach() * gates @ layer.lora_A.detach()
 
 
-def plain_mixture(x, a, b, gates, y, weight, bias, *rest):
-    """The layer's sum in autograd's own operations."""
-    return torch.nn.functional.linear(x, weight, bias) + (x @ a.T * gates) @ b.T
+def by_hand(supernet, batch, changes):
+    """The loss of each row, (rows,), where `changes` are added to the weights: one of each layer,
+    (out, in), or one of each of its rows, (rows, out, in)."""
+    x, y = batch
+    for layer, delta in zip(supernet.layers.values(), changes, strict=True):
+        base = layer.base_layer
+        delta = delta.expand(len(x), -1, -1)
+        x = x + torch.tanh(base(x) + torch.einsum("boi,bi->bo", delta, x))
+    return (x - y).pow(2).mean(-1)
 
 
-def exact_gradient(supernet, batch):
-    """d/d alpha of the loss, by autograd's own operations."""
-    plain = mock.patch.object(mixed_linear._Mixture, "apply", plain_mixture)
-    with supernet.arch_gradients(), plain:
-        return torch.autograd.grad(loss_of(supernet)(batch), supernet.alpha)[0]
+def mean_changes(supernet):
+    gates = supernet.mean_gates()
+    return [change(layer, g) for layer, g in zip(supernet.layers.values(), gates, strict=True)]
 
 
-def test_the_gradient_is_the_exact_one():
+@pytest.mark.parametrize("branches", ["nested", "independent"])
+def test_the_gains_are_the_exact_gradients_on_the_way_to_the_adapter(branches):
+    supernet, architect = make(branches=branches)
+    rows = batch()
+    with mock.patch("torch.rand", lambda *_, **__: torch.tensor(0.3, dtype=torch.float64)):
+        loss, (gains,) = architect.path(loss_of(supernet), rows)
+    places = (torch.arange(8, dtype=torch.float64) / 8 + 0.3) % 1
+    places = places.expand(4, -1).clone().requires_grad_()
+    each = [p[:, None, None] * d for p, d in zip(places, mean_changes(supernet), strict=True)]
+    expected = by_hand(supernet, rows, each).mean()
+    (gradient,) = torch.autograd.grad(expected, places)
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(gains, -gradient.sum(-1), rtol=1e-10, atol=1e-13)
+
+
+def test_the_sum_of_the_gains_is_what_the_adapter_takes_off_the_loss():
     supernet, architect = make()
-    _, val = batches()
-    exact = exact_gradient(supernet, val)
-    found = alpha_gradient(architect, loss_of(supernet), val)
-    assert (found - exact).norm() / exact.norm() < 1e-12
+    x, y = batch()
+    many = x.repeat(500, 1), y.repeat(500, 1)  # each row at 500 places
+    found = [architect.path(loss_of(supernet), many)[1][0] for _ in range(4)]
+    adapted = mean_changes(supernet)
+    without, with_it = (
+        by_hand(supernet, (x, y), [part * d for d in adapted]).mean() for part in (0, 1)
+    )
+    gain = float(torch.stack(found).mean(0).sum())
+    assert gain == pytest.approx(float(without - with_it), rel=1e-4)
+    few = [float(architect.path(loss_of(supernet), (x, y))[1][0].sum()) for _ in range(300)]
+    few = torch.tensor(few)  # without a bias also of a batch by itself
+    assert abs(float(few.mean()) - gain) < 4 * float(few.std()) / 300**0.5 + 1e-6
 
 
-def test_the_gradient_is_taken_at_the_mean_of_the_weights():
-    supernet, architect = make(arch_average=1.0)
-    _, val = batches()
-    first = [w.detach().clone() for w in supernet.weight_parameters()]
-    architect.mean.update()
-    for weight in supernet.weight_parameters():
-        weight.data += torch.randn_like(weight)
-    second = [w.detach().clone() for w in supernet.weight_parameters()]
-    seen = alpha_gradient(architect, loss_of(supernet), val)
-    still, reference = make(arch_average=0.0)
+def test_a_layer_that_does_nothing_gains_nothing():
+    supernet, architect = make()
+    supernet.layers["blocks.2"].lora_B.data.zero_()
+    _, (gains,) = architect.path(loss_of(supernet), batch())
+    assert gains[2] == 0 and (gains[[0, 1, 3]] != 0).all()
+
+
+def test_energies_are_those_of_single_rows_and_gates():
+    supernet, architect = make()
+    x, y = batch(rows=5)
+    _, energies = architect.directions(loss_of(supernet), (x, y))
+    scaling, columns = supernet.config.scaling, supernet.mean_gates().shape[1]
+    for n, layer in enumerate(supernet.layers.values()):
+        for r in range(columns):
+            squares = []
+            for row in range(5):
+                gates = torch.ones(4, columns, dtype=torch.float64, requires_grad=True)
+                changes = [
+                    other.lora_B.detach() * (scaling * g) @ other.lora_A.detach()
+                    for other, g in zip(supernet.layers.values(), gates, strict=True)
+                ]
+                loss = by_hand(supernet, (x[row : row + 1], y[row : row + 1]), changes).sum()
+                squares.append(float(torch.autograd.grad(loss, gates)[0][n, r] ** 2))
+            assert float(energies[n, r]) == pytest.approx(sum(squares) / 5, rel=1e-9, abs=1e-18)
+
+
+@pytest.mark.parametrize("branches", ["nested", "independent"])
+def test_growth_and_cut_are_those_measured_by_hand(branches):
+    """Also of an odd number of steps: the half is what was before the last doubling."""
+    steps = 5
+    supernet, architect = make(steps=steps, branches=branches)
+    loss_fn, val, seen, means = loss_of(supernet), batches(), [], []
+
+    def recording(rows):
+        seen.append(rows)
+        return loss_fn(rows)
+
+    for _ in range(steps):
+        for layer in supernet.layers.values():
+            layer.lora_B.data += 0.1 * torch.randn_like(layer.lora_B)
+        architect.step(recording, val)
+        with architect.mean.in_place():
+            means.append(mean_changes(supernet))
+    last = seen[-LAST:]
+    whole, half = means[-1], means[steps // 2 - 1]
+
+    def cut(delta, rank):
+        left, values, right = torch.linalg.svd(delta)
+        return left[:, :rank] * values[:rank] @ right[:rank]
+
+    losses, before, uniform = (
+        torch.stack([by_hand(supernet, rows, changes).mean() for rows in last])
+        for changes in (whole, half, [cut(delta, 2) for delta in whole])
+    )
+    found = architect.measured
+    close = {"rtol": 1e-5, "atol": 1e-6}  # losses are float32
+    torch.testing.assert_close(found.losses.double(), losses, **close)
+    torch.testing.assert_close(found.cut.double(), uniform - losses, **close)
+    growth = (before - losses) / math.log2(steps / (steps // 2))
+    torch.testing.assert_close(found.growth.double(), growth, **close)
+    assert found.energies.shape[:2] == (LAST, 4) and found.gains.shape == (3, 4)
+
+
+def test_energies_at_the_end_are_of_the_singular_directions():
+    supernet, architect = make(steps=1)
+    loss_fn, val = loss_of(supernet), list(batches(count=1 + LAST))
+    architect.step(loss_fn, iter(val))
+    with architect.mean.in_place(), supernet.in_directions():
+        expected = [architect.directions(loss_fn, rows)[1] for rows in val[1:]]
+    torch.testing.assert_close(architect.measured.energies, torch.stack(expected))
+
+
+def test_alpha_follows_from_the_values_of_all_that_was_measured():
+    supernet, architect = make(steps=6)
+    loss_fn, val, start = loss_of(supernet), batches(), supernet.alpha.detach().clone()
+    for step in range(1, 7):
+        metrics = architect.step(loss_fn, val)
+        if step <= 3:
+            assert metrics is None and torch.equal(supernet.alpha, start)
+            continue
+        values = architect.values.table(architect.measured)
+        alpha, price = distribution(values, supernet.costs, supernet.budget)
+        assert len(architect.measured.gains) == step - 3
+        torch.testing.assert_close(supernet.alpha.data, alpha)
+        assert supernet.price == price
+        assert float(metrics["expected_parameters"]) == pytest.approx(supernet.budget, rel=1e-9)
+        assert float(metrics["gain"]) == pytest.approx(float(architect.gains[-1].sum()))
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 5, 50])
+@pytest.mark.parametrize("steps", [1, 2, 7, 12])
+def test_steps_are_due_in_the_second_half_and_behind_the_last(steps, every):
+    supernet, architect = make(steps=steps, arch_every=every)
+    taken, due = [], []
+    val = (taken.append(i) or batch() for i in itertools.count())
+    for step in range(1, steps + 1):
+        if architect.step(loss_of(supernet), val) is not None:
+            due.append(step)
+    assert due == [s for s in range(1, steps + 1) if s > steps // 2 and (steps - s) % every == 0]
+    assert due[-1] == steps and len(architect.gains) == len(due)
+    assert len(taken) == len(due) + LAST
+    passes = len(due) + LAST * (1 + (2 if steps > 1 else 1) / 3)
+    assert search_passes(steps, every) == pytest.approx(passes, abs=LAST / 3 * (steps == 1))
+
+
+def test_it_is_measured_at_the_mean_of_the_weights():
+    supernet, architect = make(steps=2)
+    val = [batch() for _ in range(1 + LAST)]
+    for _ in range(2):
+        for weight in supernet.weight_parameters():
+            weight.data += torch.randn_like(weight)
+        architect.step(loss_of(supernet), iter(val))
+    still, reference = make(steps=1)
     still.model.load_state_dict(supernet.model.state_dict())
-    for weight, one, other in zip(still.weight_parameters(), first, second, strict=True):
-        weight.data.copy_((one + 2 * other) / 3)
-    expected = alpha_gradient(reference, loss_of(still), val)
-    assert torch.allclose(seen, expected, rtol=1e-9, atol=1e-12)
+    for weight, mean in zip(still.weight_parameters(), architect.mean.values, strict=True):
+        weight.data.copy_(mean)
+    torch.manual_seed(0)
+    _, (expected,) = reference.path(loss_of(still), val[0])
+    torch.manual_seed(0)
+    with architect.mean.in_place():
+        _, (found,) = architect.path(loss_of(supernet), val[0])
+    torch.testing.assert_close(found, expected)
+    reference.step(loss_of(still), iter(val))
+    torch.testing.assert_close(architect.measured.energies, reference.measured.energies)
 
 
 def test_small_gradients_in_float16_are_scaled_as_the_weights_are():
     supernet, exact = make(torch.float32)
-    (_, val), alpha = batches(torch.float32), supernet.alpha.detach().clone()
-    small = 2.0**-18
+    rows, small = batch(torch.float32), 2.0**-18
 
     def loss_fn(batch):
         with torch.autocast("cpu", torch.float16):
             return loss_of(supernet)(batch) * small
 
-    wanted = alpha_gradient(exact, lambda batch: loss_of(supernet)(batch) * small, val)
+    def gains(architect, loss_fn):
+        torch.manual_seed(0)
+        loss, (gains,) = architect.path(loss_fn, rows)
+        return architect._reduced(gains, loss)
+
+    wanted = gains(exact, lambda batch: loss_of(supernet)(batch) * small)
     found = {}
     for scale in (None, 2.0**14, 2.0**60):
         scaler = None if scale is None else torch.amp.GradScaler("cpu", init_scale=scale)
-        architect = Architect(supernet, scaler=scaler)
-        supernet.alpha.data.copy_(alpha)
-        found[scale] = alpha_gradient(architect, loss_fn, val)
+        found[scale] = gains(Architect(supernet, 4, scaler=scaler), loss_fn)
     error = {s: float((g - wanted).norm() / wanted.norm()) for s, g in found.items()}
     assert error[None] > 0.3 > 0.05 > error[2.0**14]
     assert not found[2.0**60].any(), "what overflows counts as 0"
 
 
-def test_gradients_of_loss_and_cost_are_smoothed_alike():
-    supernet, architect = make(arch_noise=3.0, budget_rank=1.0)
-    _train, val = batches()
-    gradient = exact_gradient(supernet, val)
-    before = float(supernet.expected_parameters().detach())
-    at_optimizer = []  # alpha when its optimizer is done
-    architect.optimizer.register_step_post_hook(
-        lambda *_: at_optimizer.append(supernet.alpha.detach().clone())
-    )
-    found = alpha_gradient(architect, loss_of(supernet), val)
-    sums = torch.stack([gradient, torch.zeros_like(gradient)])  # one half alone: all may be noise
-    smooth = Prior(list(supernet.layers), 3.0, supernet.costs[:, -1]).posterior(sums)
-    assert (smooth(gradient) - gradient).norm() > 0.1 * gradient.norm()
-    torch.testing.assert_close(found, smooth(gradient))
-
-    probabilities = at_optimizer[0].requires_grad_().softmax(-1)
-    (slope,) = torch.autograd.grad((probabilities * supernet.costs).sum(), at_optimizer[0])
-    moved, direction = supernet.alpha - at_optimizer[0], smooth(slope)
-    torch.testing.assert_close(moved / moved.norm(), -direction / direction.norm())
-    expected = float(supernet.expected_parameters().detach())
-    assert supernet.budget < expected == pytest.approx(0.98 * before, rel=1e-3)
-    raw = architect.gradient_sums[0]  # the verdict is about what was seen
-    torch.testing.assert_close(raw, gradient.to(raw))
-
-
-@pytest.mark.parametrize("relaxation", ["gumbel_hard", "gumbel", "softmax"])
-@pytest.mark.parametrize("arch_update", ["proportional", "gradient"])
-def test_touches_nothing_but_alpha(relaxation, arch_update):
-    options = {"relaxation": relaxation, "arch_update": arch_update}
-    supernet, architect = make(torch.float32, **options, arch_average=0.125, budget_rank=2)
-    train, val = batches(torch.float32)
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("branches", ["nested", "independent"])
+def test_touches_nothing_but_alpha(branches, steps):
+    supernet, architect = make(torch.float32, branches=branches, steps=steps)
     loss_fn, weights = loss_of(supernet), supernet.weight_parameters()
     optimizer = torch.optim.AdamW(weights)
-    loss_fn(train).backward()
-    optimizer.step()
-    before = [w.detach().clone() for w in weights], [w.grad.clone() for w in weights]
-    state = copy.deepcopy(optimizer.state_dict())
-    alphas = supernet.alpha.detach().clone()
-    architect.step(loss_fn, val)
-    assert all(torch.equal(w, b) for w, b in zip(weights, before[0], strict=True))
-    assert all(torch.equal(w.grad, b) for w, b in zip(weights, before[1], strict=True))
-    for new, old in zip(optimizer.state.values(), state["state"].values(), strict=True):
-        assert all(torch.equal(new[key], old[key]) for key in old)
-    assert architect.gradient_sums.abs().sum() > 0
-    assert torch.equal(supernet.alpha, alphas) == nothing_is_worth_rank(architect)
-    assert supernet.alpha.grad is None
+    val = batches(torch.float32)
+    for _ in range(steps):
+        loss_fn(batch(torch.float32)).backward()
+        optimizer.step()
+        before = [w.detach().clone() for w in weights], [w.grad.clone() for w in weights]
+        state = copy.deepcopy(optimizer.state_dict())
+        alphas = supernet.alpha.detach().clone()
+        due = architect.step(loss_fn, val) is not None
+        assert all(torch.equal(w, b) for w, b in zip(weights, before[0], strict=True))
+        assert all(torch.equal(w.grad, b) for w, b in zip(weights, before[1], strict=True))
+        for new, old in zip(optimizer.state.values(), state["state"].values(), strict=True):
+            assert all(torch.equal(new[key], old[key]) for key in old)
+        assert torch.equal(supernet.alpha, alphas) != due
+        assert supernet.alpha.grad is None
+    assert architect.measured.gains.any()
 
 
-def nothing_is_worth_rank(architect):
-    return (
-        architect.allocation is not None
-        and not (architect.allocation.worth(architect.gradient_sums) > 0).any()
-    )
-
-
-def test_weight_step_leaves_alpha_and_its_optimizer_alone():
-    supernet, architect = make(torch.float32, relaxation="gumbel_hard")
-    train, val = batches(torch.float32)
-    loss_fn = loss_of(supernet)
-    architect.step(loss_fn, val)
-    alphas = supernet.alpha.detach().clone()
-    state = copy.deepcopy(architect.optimizer.state_dict()["state"])
+def test_weight_steps_leave_alpha_and_what_was_measured_alone():
+    supernet, architect = make(torch.float32, steps=4)
+    loss_fn, val = loss_of(supernet), batches(torch.float32)
+    for _ in range(3):
+        architect.step(loss_fn, val)
+    alphas, gains = supernet.alpha.detach().clone(), architect.measured.gains.clone()
     optimizer = torch.optim.AdamW(supernet.weight_parameters(), weight_decay=0.1)
     for _ in range(3):
-        loss_fn(train).backward()
+        loss_fn(batch(torch.float32)).backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert torch.equal(supernet.alpha, alphas)
-    assert supernet.alpha.grad is None
-    for new, old in zip(architect.optimizer.state.values(), state.values(), strict=True):
-        assert all(torch.equal(new[key], old[key]) for key in old)
+    assert torch.equal(supernet.alpha, alphas) and supernet.alpha.grad is None
+    assert torch.equal(architect.measured.gains, gains)
 
 
 def other_model(supernet, batch):
@@ -198,123 +297,130 @@ LOSSES = {
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_a_loss_that_does_not_depend_on_alpha_is_refused(loss):
-    supernet, architect = make()
-    supernet.model.extra = torch.nn.Parameter(torch.ones(3))
-    _train, val = batches()
+    supernet, architect = make(steps=1)
+    supernet.model.extra = nn.Parameter(torch.ones(3))
     with pytest.raises(InputError, match="loss_fn: its loss does not depend on alpha"):
-        architect.step(lambda batch: loss(supernet, batch), val)
+        architect.step(lambda batch: loss(supernet, batch), batches())
+    assert not architect.gains
 
 
-@pytest.mark.parametrize("arch_update", ["gradient", "proportional"])
+class Skipping(nn.Module):
+    """Rows of negative sum reach no layer, as text reaches no vision tower."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.own = residual(), nn.Parameter(torch.ones(16))
+
+    def forward(self, x):
+        return self.inner(x) if x.sum() > 0 else x * self.own
+
+
+def test_rows_that_reach_no_layer_count_as_a_gain_of_0():
+    supernet, architect = make(steps=2, model=Skipping(), modules_to_save=["inner.blocks.3"])
+    supernet.model.own.requires_grad_()
+    x, y = batch()
+    loss, (gains,) = architect.path(loss_of(supernet), (-x.abs(), y))
+    assert loss > 0 and gains.shape == (3,) and not gains.any()
+    assert architect.path(loss_of(supernet), (x.abs(), y))[1][0].all()
+
+
 @pytest.mark.parametrize("what", ["rows", "infinite"])
-def test_a_gradient_that_is_not_finite_leaves_alpha_alone(arch_update, what):
-    supernet, architect = make(arch_update=arch_update, budget_rank=2)
-    loss_fn, (train, _) = loss_of(supernet), batches()
-    architect.step(loss_fn, train)
-    before, sums = supernet.alpha.detach().clone(), architect.gradient_sums.clone()
-    bad = batches(rows=0)[0] if what == "rows" else (train[0] * torch.inf, train[1])
-    with pytest.raises(DivergedError, match=r"validation loss nan\): alpha was left as it was"):
-        architect.step(loss_fn, bad)
-    assert torch.equal(supernet.alpha, before) and torch.equal(architect.gradient_sums, sums)
-    assert architect.steps == 1
-
-
-@pytest.mark.parametrize("scale", [1.0, 1000.0])
-@pytest.mark.parametrize("start", [-3.0, 3.0, 30.0])
-def test_ends_at_the_budget_from_either_side_whatever_the_losss_unit(start, scale):
-    """A loss that always wants more rank: the projection must hold it at the budget."""
-    supernet, architect = make(
-        torch.float32, relaxation="gumbel_hard", budget_rank=2, arch_learning_rate=0.05
-    )
-    with torch.no_grad():
-        supernet.alpha.copy_(torch.tensor([0.0, 0.0, 0.0, start]))
-    wants = torch.linspace(1, 4, 4)[:, None] * torch.tensor([0.0, -1.0, -2.0, -4.0])
-
-    def loss_fn(noise):
-        return scale * (((supernet.alpha + noise).softmax(-1)) * wants).sum()
-
-    for _ in range(800):
-        metrics = architect.step(loss_fn, 0.5 * torch.randn(4, 4))
-    assert float(metrics["expected_parameters"]) == pytest.approx(supernet.budget, rel=0.1)
-
-
-def test_a_small_budget_is_met_from_above_and_never_undercut():
-    """A price that remembers how far the budget once was drives alpha far below it."""
-    supernet, architect = make(torch.float32, ranks=(0, 1, 2, 4, 8, 16), budget_rank=1)
-    wants = -torch.tensor([0.0, 1.0, 2.0, 4.0, 8.0, 16.0]).expand(4, 6)
-    sizes = [float(supernet.expected_parameters().detach()) / supernet.budget]
-    assert sizes[0] > 4
-
-    def loss_fn(noise):
-        return ((supernet.alpha + noise).softmax(-1) * wants).sum()
-
-    for _ in range(150):
-        metrics = architect.step(loss_fn, 0.5 * torch.randn(4, 6))
-        sizes.append(float(metrics["expected_parameters"]) / supernet.budget)
-    assert min(sizes) > 0.98
-    assert all(b > 0.975 * a for a, b in pairwise(sizes))
-    assert max(sizes[100:]) < 1.02
-
-
-@pytest.mark.parametrize("arch_noise", [0.0, 4.0])
-def test_the_price_of_parameters_moves_layers_of_all_sizes_alike(arch_noise):
-    """Where the loss says nothing, ranks stay equal, as the uniform rank of the budget."""
-    layers = {"small": torch.nn.Linear(16, 16), "large": torch.nn.Linear(16, 99)}
-    config = SearchConfig(
-        ranks=(0, 1, 2, 4, 8), budget_rank=1, arch_noise=arch_noise, arch_update="gradient"
-    )
-    supernet = Supernet(torch.nn.ModuleDict(layers), config)
-    architect = Architect(supernet)
-    for _ in range(100):
-        architect.step(lambda _: (0 * supernet.alpha).sum(), None)
-    ranks = supernet.probabilities() @ torch.tensor([0.0, 1.0, 2.0, 4.0, 8.0])
-    torch.testing.assert_close(ranks.detach(), torch.ones(2), rtol=0.01, atol=0)
-
-
-def test_what_the_loss_does_not_want_stays_unused():
-    supernet, architect = make(torch.float32, budget_rank=2)
-    for _ in range(200):
-        architect.step(lambda _: (supernet.probabilities() * supernet.costs).sum(), None)
-    assert float(supernet.expected_parameters().detach()) < 0.5 * supernet.budget
-
-
-@pytest.mark.parametrize("arch_update", ["proportional", "gradient"])
-def test_state_round_trip(arch_update):
-    options = {"arch_update": arch_update, "budget_rank": 2}
-    supernet, architect = make(torch.float32, **options)
-    loss_fn, (val, _) = loss_of(supernet), batches(torch.float32)
+def test_a_measurement_that_is_not_finite_leaves_alpha_alone(what):
+    supernet, architect = make(steps=4)
+    loss_fn, good = loss_of(supernet), batch()
     for _ in range(3):
-        architect.step(loss_fn, val)
-    twin, twin_architect = make(torch.float32, **options)
-    twin.load_state_dict(supernet.state_dict())
-    twin_architect.load_state_dict(copy.deepcopy(architect.state_dict()))
-    architect.step(loss_fn, val)
-    twin_architect.step(loss_of(twin), val)
-    assert torch.equal(supernet.alpha, twin.alpha)
-    assert torch.equal(architect.gradient_sums, twin_architect.gradient_sums)
+        architect.step(loss_fn, iter([good]))
+    before, gains = supernet.alpha.detach().clone(), architect.measured.gains.clone()
+    bad = batch(rows=0) if what == "rows" else (good[0] * torch.inf, good[1])
+    weights = [w.detach().clone() for w in supernet.weight_parameters()]
+    for val in ([bad], [good, good, bad, good, good]):
+        with pytest.raises(DivergedError, match=r"validation loss nan\): alpha was left as it was"):
+            architect.step(loss_fn, iter(val))
+        assert torch.equal(supernet.alpha, before) and torch.equal(architect.measured.gains, gains)
+        assert all(map(torch.equal, supernet.weight_parameters(), weights))
+        architect.taken -= 1
 
 
-def test_the_optimizer_of_one_entry_is_adam():
-    ours, adams = (torch.nn.Parameter(torch.tensor([0.5])) for _ in range(2))
-    options = {"lr": 0.1, "betas": (0.5, 0.9), "weight_decay": 0.2}
-    optimizers = SharedAdam([ours], **options), torch.optim.Adam([adams], **options)
-    for step in range(20):
-        for parameter, optimizer in zip((ours, adams), optimizers, strict=True):
-            parameter.grad = torch.tensor([math.sin(step)]) * (1 + parameter.detach())
-            optimizer.step()
-        torch.testing.assert_close(ours, adams)
+@pytest.mark.parametrize("at", [1, 3, 4, 5, 8])
+def test_state_round_trip(at):
+    """Before half of the search, in its second half, and behind its last step."""
+    steps, rows = 8, list(batches(torch.float32))
+    supernet, architect = make(torch.float32, steps=steps)
+    twin, other = make(torch.float32, steps=steps)
+    for step in range(1, steps + 1):
+        for weight in supernet.weight_parameters():
+            weight.data += 0.1 * torch.randn_like(weight)
+        random = torch.get_rng_state()
+        architect.step(loss_of(supernet), iter(rows))
+        if step > at:
+            twin.load_state_dict(supernet.state_dict() | alphas(twin))
+            torch.set_rng_state(random)
+            other.step(loss_of(twin), iter(rows))
+        elif step == at:
+            twin.load_state_dict(supernet.state_dict())
+            state = copy.deepcopy(architect.state_dict())
+            assert bool(state["half"]) == (at >= steps // 2)
+            other.load_state_dict(state)
+    assert torch.equal(supernet.alpha, twin.alpha) and supernet.price == twin.price
+    for name, value in vars(architect.measured).items():
+        assert torch.equal(value, getattr(other.measured, name)), name
 
 
-def test_entries_move_in_proportion_to_their_gradients_whatever_their_unit():
-    """Adam moves both by as much, at whatever noise."""
-    moved = []
-    for unit in (1.0, 1000.0):
-        parameter = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
-        optimizer = SharedAdam([parameter], lr=0.01)
-        for _ in range(10):
-            parameter.grad = unit * torch.tensor([4.0, -1.0], dtype=torch.float64)
-            optimizer.step()
-        moved.append(parameter.detach())
-    assert float(moved[0][0] / moved[0][1]) == pytest.approx(-4)
-    assert float(moved[0].square().mean().sqrt()) == pytest.approx(0.1, rel=1e-6)
-    torch.testing.assert_close(moved[0], moved[1])
+def alphas(supernet):
+    return {name: v for name, v in supernet.state_dict().items() if name.endswith(".alpha")}
+
+
+class Twice(nn.Module):
+    """A loss over two calls of the model, as those of preferences are: unlike numbers of rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = residual()
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def test_all_calls_of_one_loss_have_the_same_gates():
+    supernet, architect = make(model=Twice())
+    seen, rows = [], batch()
+
+    def loss_fn(batch):
+        outputs = []
+        for _ in range(2):
+            outputs.append(supernet.model(batch[0]))
+            seen.append(next(iter(supernet.layers.values())).gates)
+        assert torch.equal(*outputs)
+        return (outputs[0] - batch[1]).pow(2).mean() + outputs[1].pow(2).mean()
+
+    _, (twice,) = architect.path(loss_fn, rows)
+    assert torch.equal(*seen)
+    places = seen[0][:, 0] / supernet.mean_gates()[0, 0]
+    with mock.patch("torch.rand", lambda *_, **__: places[0].detach()):
+        parts = [
+            architect.path(part, rows)[1][0]
+            for part in (
+                lambda b: (supernet.model(b[0]) - b[1]).pow(2).mean(),
+                lambda b: supernet.model(b[0]).pow(2).mean(),
+            )
+        ]
+    torch.testing.assert_close(twice, parts[0] + parts[1])
+
+
+def test_calls_of_unlike_rows_in_one_loss_all_count():
+    supernet, architect = make(model=Twice())
+    x, y = batch()
+
+    def loss_fn(batch):
+        whole = (supernet.model(x) - y).pow(2).mean()
+        return whole + (supernet.model(x[:3]) - y[:3]).pow(2).mean()
+
+    found = torch.stack([architect.path(loss_fn, None)[1][0] for _ in range(400)])
+    adapted = mean_changes(supernet)
+    both = [
+        by_hand(supernet, (x, y), [part * d for d in adapted]).mean()
+        + by_hand(supernet, (x[:3], y[:3]), [part * d for d in adapted]).mean()
+        for part in (0, 1)
+    ]
+    gain, sums = float(both[0] - both[1]), found.sum(-1)
+    assert abs(float(sums.mean()) - gain) < 4 * float(sums.std()) / 20 + 1e-6

@@ -77,6 +77,7 @@ class Values:
         self.unit, self.ranks = supernet.unit_costs, supernet.layer_ranks
         self.smoother = smoother(list(supernet.layers))
         self.uniform = supernet.budget / float(self.unit.sum())
+        self.cut_rank = round(self.uniform)  # whole, as the cut that is measured
 
     def table(self, measured: Measured) -> Tensor:
         """The value of each candidate of each layer, (N, K) float64, in units of the loss."""
@@ -118,7 +119,7 @@ class Values:
 
     def _cut_scale(self, measured: Measured, kept: Tensor) -> float:
         """Loss for each part of the energy: what the uniform cut cost over what it took away."""
-        uniform = torch.full((len(kept), 1), self.uniform, dtype=torch.float64)
+        uniform = torch.full((len(kept), 1), float(self.cut_rank), dtype=torch.float64)
         taken = 1 - float(_between(kept, uniform).sum())
         return max(float(measured.cut.double().mean()), 0.0) / max(taken, 1e-6)
 

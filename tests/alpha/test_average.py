@@ -46,15 +46,18 @@ def test_weights_hold_it_inside_and_are_bitwise_as_before_behind(dtype):
     assert all(map(torch.equal, weights, before))
 
 
-def test_without_a_share_or_an_update_the_weights_stay():
-    weights = [torch.randn(3)]
-    before = weights[0].clone()
-    off, new = RunningMean(lambda: weights, 0.0), RunningMean(lambda: weights, 0.125)
-    off.update()
-    assert off.values == [] and off.steps == 0
-    for mean in (off, new):
-        with mean.in_place():
-            assert torch.equal(weights[0], before)
+def test_other_values_take_their_place_as_well_also_within():
+    weights = [torch.randn(3), torch.randn(2, 2)]
+    before, other = [w.clone() for w in weights], [torch.zeros(3), torch.ones(2, 2)]
+    mean = RunningMean(lambda: weights, 0.125)
+    mean.update()
+    weights[0].add_(1)
+    with mean.in_place():
+        assert torch.equal(weights[0], before[0])
+        with mean.in_place(other):
+            assert all(map(torch.equal, weights, other))
+        assert torch.equal(weights[0], before[0])
+    assert torch.equal(weights[0], before[0] + 1)
 
 
 def test_what_is_loaded_goes_where_the_weights_are():
