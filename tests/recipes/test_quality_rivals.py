@@ -368,7 +368,7 @@ def made_up(folder, method, budget, losses, steps=10, **more):
     ]  # fmt: skip
 
 
-def test_the_table_at_equal_cost():
+def test_the_table_at_equal_cost(benchmark_imports):
     from quality_cost import equal_cost
 
     records = made_up("r1", "uniform", 1, [1.0, 1.2]) + made_up("r2", "uniform", 2, [0.8, 1.0])
@@ -412,7 +412,7 @@ def test_the_table_of_a_folder(task, tmp_path, capsys):
     assert "-0.1000" in capsys.readouterr().out
 
 
-def test_the_published_table_comes_from_the_published_cells(task, tmp_path):
+def test_the_published_table_comes_from_the_published_cells(benchmark_imports, tmp_path):
     import quality_cost
 
     published = Path(quality_cost.__file__).parent / "results" / "equal_cost"
