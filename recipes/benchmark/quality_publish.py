@@ -68,7 +68,9 @@ def pack(folder: Path, commit: str | None = None) -> str:
     cells = [json.loads(p.read_text()) for p in folder.glob("*.json") if p.name != "options.json"]
     digests = {cell.pop("task", None) for cell in cells}
     if len(digests) > 1:
-        raise InputError(f"{folder}: cells of different rows or models (task={sorted(digests)})")
+        raise InputError(
+            f"{folder}: cells of different rows or models (task={sorted(map(str, digests))})"
+        )
     head = {
         "options": json.loads((folder / "options.json").read_text()),
         "commit": commit or _checked_out(),

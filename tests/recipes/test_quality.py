@@ -25,9 +25,13 @@ from darts_lora.lora.targets import match_modules
 BENCHMARK = Path(__file__).parents[2] / "recipes" / "benchmark"
 PUBLISHED = BENCHMARK / "results" / "quality"
 CPU = torch.device("cpu")
-METHODS = {"uniform", "one_run", "search", "search_independent"}
-METHODS |= {"search_descent", "search_no_prior", "search_seed_0", "search_seed_1"}
-METHODS |= {"search_gumbel", "search_softmax"}
+METHODS = {
+    "uniform",
+    "one_run",
+    "search",
+}
+METHODS |= {"search_seed_0", "search_seed_1"}
+METHODS |= {}
 METHODS |= {"one_run_scratch", "adalora_run", "gora", "gora_init", "autolora"}
 METHODS |= {"cut_heal", "cut_heal_fisher"}
 METHODS |= {"adalora", "eva", "eva_init", "svd", "gradient", "fisher", "attention", "mlp"}
@@ -178,7 +182,7 @@ def test_a_failing_method_leaves_its_traceback_and_not_the_others(everything, tm
     assert list(tmp_path.glob("tiny/uniform-r2-final-s0-*.json"))
 
 
-@pytest.mark.parametrize("method", ["svd", "search", "search_descent"])
+@pytest.mark.parametrize("method", ["svd", "search"])
 def test_a_rate_that_is_too_high_is_a_result(everything, tmp_path, method):
     """Its weights are no numbers, and the choice of ranks from them used to have no end."""
     from quality import Task
@@ -685,6 +689,12 @@ def test_packed_results_are_the_folder_of_cells(finished, tmp_path, capsys):
     import quality_publish
     import quality_tables
 
+    source = tmp_path / "cells" / finished.name  # other tests put cells without a digest there
+    source.mkdir(parents=True)
+    for path in finished.glob("*.json"):
+        if path.name == "options.json" or json.loads(path.read_text()).get("task"):
+            (source / path.name).write_text(path.read_text())
+    finished = source
     options = quality_publish.PublishRun(str(finished.parent), published=str(tmp_path))
     quality_publish.main(options)
     packed = tmp_path / f"{finished.name}.jsonl"
