@@ -25,13 +25,7 @@ from darts_lora.lora.targets import match_modules
 BENCHMARK = Path(__file__).parents[2] / "recipes" / "benchmark"
 PUBLISHED = BENCHMARK / "results" / "quality"
 CPU = torch.device("cpu")
-METHODS = {
-    "uniform",
-    "one_run",
-    "search",
-}
-METHODS |= {"search_seed_0", "search_seed_1"}
-METHODS |= {}
+METHODS = {"uniform", "one_run", "search", "search_seed_0", "search_seed_1"}
 METHODS |= {"one_run_scratch", "adalora_run", "gora", "gora_init", "autolora"}
 METHODS |= {"cut_heal", "cut_heal_fisher"}
 METHODS |= {"adalora", "eva", "eva_init", "svd", "gradient", "fisher", "attention", "mlp"}
