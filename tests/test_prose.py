@@ -1,4 +1,4 @@
-"""How the documents and the options' descriptions read: short sentences; two pages for README.md.
+"""How the documents and the options' descriptions read: short sentences, short pages.
 Not here: whether what they show is right (test_readme.py, recipes/test_recipes_readme.py)."""
 
 import inspect
@@ -15,6 +15,11 @@ SHARE = 0.95  # of the sentences, that keep to it
 DOCUMENTS = [
     "README.md",
     "recipes/README.md",
+    "recipes/benchmark/README.md",
+    *(
+        f"recipes/benchmark/notes/{path.name}"
+        for path in sorted((ROOT / "recipes/benchmark/notes").glob("*.md"))
+    ),
     *(f"recipes/docs/{path.name}" for path in sorted((ROOT / "recipes/docs").glob("*.md"))),
 ]
 
@@ -49,9 +54,12 @@ def test_so_are_those_of_the_options():
     assert len(found) <= most, "\n".join(found)
 
 
-def test_readme_is_two_pages():
-    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= 150
+@pytest.mark.parametrize(
+    ("name", "most"), [("README.md", 150), ("recipes/benchmark/README.md", 200)]
+)
+def test_pages_are_short(name, most):
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= most
     assert [line for line in lines if len(line) > 120] == []
 
 

@@ -99,7 +99,9 @@ def _checks(model: nn.Module, record: Record):
         model.eval().gradient_checkpointing_disable()
     yield "choice"
     genotype = choose(supernet)
-    wanted, state = outputs(model, batch), genotype.inherited_state(supernet)
+    with supernet.in_directions(), supernet.probing(lambda rows: chosen_gates(supernet, genotype)):
+        wanted = outputs(model, batch)
+    state = genotype.inherited_state(supernet)
     yield "remove"
     require(torch.equal(outputs(supernet.remove(), batch), base), "the base is not what it was")
     yield "parts"
@@ -120,9 +122,9 @@ def _checks(model: nn.Module, record: Record):
 
 
 def search_config(model: nn.Module) -> SearchConfig:
-    """A supernet that draws nothing, over all linear layers, and experts where there are any."""
+    """All linear layers, and experts where there are any."""
     experts = "all-experts" if expert_tensors(model) else None
-    return SearchConfig(ranks=RANKS, target_parameters=experts, relaxation="softmax")
+    return SearchConfig(ranks=RANKS, target_parameters=experts)
 
 
 @torch.no_grad()
@@ -141,22 +143,27 @@ def randomise(supernet: Supernet) -> None:
 
 
 def backward(supernet: Supernet, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Gradients of one pass: `<layer>.A`, `.B` and `.alpha`."""
+    """Gradients of a pass of the weights and one of gates: `<layer>.A`, `.B` and `.gates`."""
     torch.manual_seed(0)
-    supernet.alpha.grad = None
     for parameter in supernet.weight_parameters():
         parameter.grad = None
-    with supernet.arch_gradients():
+    value = loss(supernet.model, batch)
+    if value.requires_grad:  # else nothing that is trained is behind it, in PEFT neither
+        value.backward()
+    torch.manual_seed(0)
+    gates = supernet.mean_gates().clone().requires_grad_()
+    of_gates = torch.zeros_like(gates)
+    with supernet.probing(lambda rows: gates):
         value = loss(supernet.model, batch)
-        if value.requires_grad:  # else nothing that is trained is behind it, in PEFT neither
-            value.backward()
+        if value.requires_grad:
+            of_gates = torch.autograd.grad(value, gates, allow_unused=True)[0]
+            of_gates = torch.zeros_like(gates) if of_gates is None else of_gates
     found = {}
     for i, (name, layer) in enumerate(supernet.layers.items()):
         for part, parameter in (("A", layer.lora_A), ("B", layer.lora_B)):
             grad = parameter.grad
             found[f"{name}.{part}"] = torch.zeros_like(parameter) if grad is None else grad
-        grad = supernet.alpha.grad
-        found[f"{name}.alpha"] = torch.zeros(len(RANKS)) if grad is None else grad[i].clone()
+        found[f"{name}.gates"] = of_gates[i]
     return found
 
 
@@ -168,8 +175,15 @@ def choose(supernet: Supernet) -> Genotype:
     return Genotype.from_supernet(supernet)
 
 
+def chosen_gates(supernet: Supernet, genotype: Genotype) -> Tensor:
+    """Of a supernet in its directions: each layer has the first ones, as many as its rank."""
+    ranks = torch.tensor([genotype.ranks[name] for name in supernet.layers])
+    columns = torch.arange(supernet.mean_gates().shape[1])
+    return supernet.config.scaling * (columns < ranks[:, None]).float()
+
+
 def check_reach(adapted, batch, genotype: Genotype, gradients: dict[str, Tensor]) -> None:
-    """Each layer that PEFT's adapter gives a gradient got one of A, B and alpha in the supernet."""
+    """Each layer that PEFT's adapter gives a gradient got one of A, B and gates in the supernet."""
     value = loss(adapted, batch)
     if value.requires_grad:
         value.backward()
@@ -178,7 +192,7 @@ def check_reach(adapted, batch, genotype: Genotype, gradients: dict[str, Tensor]
             continue
         name = re.sub(r"(\.base_layer)*\.lora_B\..*", "", key).removeprefix("base_model.model.")
         for layer in [n for n in genotype.ranks if n == name or n.rpartition(".")[0] == name]:
-            for part in ("A", "B", "alpha") if genotype.ranks[layer] else ():
+            for part in ("A", "B", "gates") if genotype.ranks[layer] else ():
                 require(gradients[f"{layer}.{part}"].any(), f"{layer}: no gradient of {part}")
 
 

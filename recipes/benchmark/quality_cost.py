@@ -6,11 +6,11 @@ python recipes/benchmark/quality_cost.py --output_dir runs/quality
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
+from quality_publish import read, tasks_in
 from quality_statistics import (
     Record,
     agreement,
@@ -33,8 +33,8 @@ class CostRun:
     """Whose table."""
 
     output_dir: str = "runs/quality"
-    """Folder of the folders of cells: of a task, a budget, a length or a variant each.
-    equal_cost.md and equal_cost.json go there."""
+    """Folder of the folders of cells, or of packed files (quality_publish.py): of a task, a budget,
+    a length or a variant each. equal_cost.md and equal_cost.json go there."""
 
 
 def main(options: CostRun) -> None:
@@ -42,9 +42,9 @@ def main(options: CostRun) -> None:
     same seeds with a 95 % t-interval, and the parameters that it saves."""
     folder = Path(options.output_dir)
     found = []
-    for path in sorted(folder.glob("*/options.json")):
-        steps = json.loads(path.read_text())["max_steps"]
-        found += [r | {"folder": path.parent.name, "steps": steps} for r in load_cells(path.parent)]
+    for name, path in sorted(tasks_in(folder).items()):
+        steps = read(path)[0]["max_steps"]
+        found += [r | {"folder": name, "steps": steps} for r in load_cells(path)]
     rows = equal_cost(found)
     if not rows:
         raise InputError(f"output_dir={options.output_dir!r}: no finished plan in a folder in it")

@@ -4,7 +4,6 @@ Not here: the cells themselves (quality_cells.py), how figures are shown (qualit
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,19 +11,17 @@ from statistics import mean, median, stdev
 from typing import Any
 
 import numpy as np
+from quality_publish import read
 from scipy.stats import spearmanr, t
 
 Record = dict[str, Any]
 
 
-def load_cells(folder: Path) -> list[Record]:
-    """The records of a task's finished cells; those of random_0 ... are all of method random. Final
-    ones of rates that were chosen by fewer seeds of the tuning, and no longer are, are left out."""
-    records = [
-        json.loads(path.read_text())
-        for path in sorted(folder.glob("*.json"))
-        if path.name != "options.json"
-    ]
+def load_cells(path: Path) -> list[Record]:
+    """The records of a task's finished cells, of a folder or a packed file; those of random_0 ...
+    are all of method random. Final ones of rates that were chosen by fewer seeds of the tuning, and
+    no longer are, are left out."""
+    _, records = read(path)
     for record in records:
         if record["method"].startswith("random_"):
             record["method"] = "random"

@@ -15,6 +15,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from quality_publish import tasks_in
 from quality_statistics import Record, by_seed, finals, headlines, interval, load_cells, summarise
 from rich import box
 from rich.console import Console
@@ -30,13 +31,14 @@ class TablesRun:
     """Whose tables."""
 
     output_dir: str = "runs/quality"
-    """Folder of the tasks' folders. tables.md goes there, <task>.png beside it."""
+    """Folder of the tasks' folders, or of their packed files (quality_publish.py). tables.md goes
+    there, <task>.png beside it."""
 
 
 def main(options: TablesRun) -> None:
     """Show what is finished: test loss against trainable parameters, and the headlines."""
     folder = Path(options.output_dir)
-    tasks = {path.parent.name: load_cells(path.parent) for path in folder.glob("*/options.json")}
+    tasks = {name: load_cells(path) for name, path in tasks_in(folder).items()}
     tasks = {n: r for n, r in sorted(tasks.items()) if any(c["stage"] == "final" for c in r)}
     if not tasks:
         raise InputError(f"output_dir={options.output_dir!r}: no finished plan in a task's folder")

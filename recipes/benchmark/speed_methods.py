@@ -104,17 +104,20 @@ def _ours(model, ranks, *, branches: str, graphs=False, dtype="float32"):
     accelerator = Accelerator(cpu=next(model.parameters()).device.type == "cpu")
     training = TrainingConfig(learning_rate=1e-4, lr_scheduler="constant", max_grad_norm=0.0)
     weights = WeightStep(supernet, accelerator, training, model_loss)
-    architect, loss = Architect(supernet), partial(model_loss, model)
+    architect, loss = Architect(supernet, 10**9), partial(model_loss, model)
+    path = partial(architect.path, loss)
     if graphs:
         pool = torch.cuda.graph_pool_handle()
         weights.graphed = Graphed(weights.gradients, pool=pool)
-        architect.graphed = Graphed(partial(architect.gradients, loss), pool=pool)
+        path = Graphed(path, pool=pool)
 
     def weight_step(batch):
         weights.step(iter([batch]))
+        architect.mean.update()
 
     def architecture_step(batch):
-        architect.step(loss, batch)
+        with architect.mean.in_place():
+            path(batch)
 
     return _bilevel(weight_step, architecture_step), supernet.remove
 

@@ -11,10 +11,12 @@ import contextlib
 import gc
 import itertools
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -39,7 +41,7 @@ from darts_lora.lora.targets import match_modules
 from darts_lora.run.beginning import plain_adapter
 from darts_lora.run.bilevel import BilevelStep
 from darts_lora.run.graphs import Graphed
-from darts_lora.run.schedule import Schedule, derive_genotype
+from darts_lora.run.schedule import derive_genotype, search_steps
 from darts_lora.run.tokens import model_loss
 
 Batch = dict[str, Tensor]
@@ -131,7 +133,7 @@ class Bench:
     """One round on a frozen model, which is as it was behind each method.
 
     Attributes:
-        shares: steps of the run, those of its search.
+        shares: weight steps of the run, those of its search, architecture steps.
     """
 
     def __init__(
@@ -147,7 +149,7 @@ class Bench:
         self.base, self.batches, self.graphs, self.timed = base, batches, graphs, timed
         self.search, self.training, self.passes = search, training, passes
         self.cuda = batches[0]["input_ids"].device.type == "cuda"
-        self.shares: tuple[int, int] = training.max_steps, 0
+        self.shares: tuple[int, int, int] = training.max_steps, 0, 0
         self.base.train()
 
     def plain(self) -> None:
@@ -171,21 +173,28 @@ class Bench:
         with self._once("search, built"):
             supernet = Supernet(self.base, self.search)
             accelerator = Accelerator(cpu=not self.cuda)
-            steps = BilevelStep(supernet, accelerator, self.training, model_loss)
-            schedule = Schedule(supernet, self.training.max_steps)
+            count = search_steps(supernet, self.training.max_steps)
+            steps = BilevelStep(supernet, accelerator, self.training, model_loss, count)
             if self.graphs:
                 steps.capture()
-        self.shares = self.training.max_steps, schedule.steps
-        schedule.enter(schedule.warmup_steps)
-        numbers = itertools.count(schedule.warmup_steps)
+        due = count - count // 2  # weight steps in the search's second half
+        self.shares = self.training.max_steps, count, math.ceil(due / self.search.arch_every)
+        architect, loss = steps.architect, steps.val_loss_fn
+        self._time("search, weights", lambda b: steps.weights.step(iter([b])))
+        self._time("search, mean", lambda b: architect.mean.update())
+        path = architect.graphed or partial(architect.path, loss)
 
-        def bilevel(batch: Batch) -> None:
-            steps.step(iter([batch]), iter([batch]), schedule.trains_alpha(next(numbers)))
+        def architecture(batch: Batch) -> None:
+            with architect.mean.in_place():
+                path(batch)
 
-        self._time("search", bilevel)
-        self._time("search, weights", lambda b: steps.step(iter([b]), iter([b]), False))
+        self._time("search, architecture", architecture)
+        architect.half = [value.clone() for value in architect.mean.values]
+        architect.taken = count - 1  # so that the step that follows is the last, which looks closer
+        with self._once("last measurement"):
+            architect.step(loss, itertools.cycle(self.batches))
         with self._once("handover"):
-            genotype = derive_genotype(supernet, steps.architect, schedule)
+            genotype = derive_genotype(supernet, architect, self.training.max_steps)
             return plain_adapter(supernet.remove(), genotype, supernet)
 
     def _finetune(self, kind: str, adapted: PeftModel) -> None:
@@ -257,22 +266,26 @@ def weight_step(adapted: PeftModel, training: TrainingConfig, graphs: bool) -> C
     return step
 
 
-def summary(timed: Timed, batches: int, shares: tuple[int, int]) -> dict[str, Any]:
+def summary(timed: Timed, batches: int, shares: tuple[int, int, int]) -> dict[str, Any]:
     """Milliseconds of the steps (medians of passes), seconds of what happens once, and of a run of
-    `shares` (steps, those of its search) beside a plain finetune of as many steps.
+    `shares` (steps, those of its search, architecture steps) beside a plain finetune of as many
+    steps. The last architecture step is part of the last measurement, which happens once.
 
     ratio is of everything but the making of graphs, ratio_with_graphs of that as well.
     """
     step = {kind: median(times) / batches for kind, times in timed.passes.items()}
     once = {name: median(times) for name, times in timed.once.items()}
-    steps, searched = shares
+    steps, searched, architecture = shares
     plain = steps * step["plain"] + once["plain, built"]
-    whole = searched * step["search"] + (steps - searched) * step["finetune"]
-    whole += once["search, built"] + once["handover"]
-    made = sum(once[f"{kind}, graphs"] for kind in ("search", "finetune"))
+    whole = searched * (step["search, weights"] + step["search, mean"])
+    whole += (architecture - 1) * step["search, architecture"] + once["last measurement"]
+    whole += (steps - searched) * step["finetune"] + once["search, built"] + once["handover"]
+    kinds = ("search, weights", "search, architecture", "finetune")
+    made = sum(once[f"{kind}, graphs"] for kind in kinds)
     found = {
         "steps": steps,
         "search_steps": searched,
+        "architecture_steps": architecture,
         "ms": {kind: round(1000 * value, 3) for kind, value in step.items()},
         "once_s": {name: round(value, 3) for name, value in once.items()},
         "plain_s": round(plain, 2),

@@ -62,7 +62,7 @@ def quality_options(benchmark_imports, tmp_path_factory):
         SearchConfig(ranks=(0, 1, 2, 4)),
         ModelConfig(model),
         DataConfig("json", files, pad_to_multiple_of=4),
-        TrainingConfig(max_steps=4, batch_size=8),
+        TrainingConfig(max_steps=12, batch_size=8),
     )
 
 

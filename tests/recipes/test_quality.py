@@ -25,9 +25,7 @@ from darts_lora.lora.targets import match_modules
 BENCHMARK = Path(__file__).parents[2] / "recipes" / "benchmark"
 PUBLISHED = BENCHMARK / "results" / "quality"
 CPU = torch.device("cpu")
-METHODS = {"uniform", "one_run", "search", "search_independent"}
-METHODS |= {"search_descent", "search_no_prior", "search_seed_0", "search_seed_1"}
-METHODS |= {"search_gumbel", "search_softmax"}
+METHODS = {"uniform", "one_run", "search", "search_seed_0", "search_seed_1"}
 METHODS |= {"one_run_scratch", "adalora_run", "gora", "gora_init", "autolora"}
 METHODS |= {"cut_heal", "cut_heal_fisher"}
 METHODS |= {"adalora", "eva", "eva_init", "svd", "gradient", "fisher", "attention", "mlp"}
@@ -178,7 +176,7 @@ def test_a_failing_method_leaves_its_traceback_and_not_the_others(everything, tm
     assert list(tmp_path.glob("tiny/uniform-r2-final-s0-*.json"))
 
 
-@pytest.mark.parametrize("method", ["svd", "search", "search_descent"])
+@pytest.mark.parametrize("method", ["svd", "search"])
 def test_a_rate_that_is_too_high_is_a_result(everything, tmp_path, method):
     """Its weights are no numbers, and the choice of ranks from them used to have no end."""
     from quality import Task
@@ -247,7 +245,7 @@ def test_tables_show_what_is_finished(finished, capsys, monkeypatch):
     rows = {line.split(" | ")[1]: line.split(" | ") for line in text.splitlines() if " | " in line}
     mlp = json.loads(next(finished.glob("mlp-r2-final-*.json")).read_text())
     assert rows["mlp"][4] == f"{mlp['loss']:.4f}" and rows["random"][2] == "5"
-    assert {"search", "search_independent", "adalora", "eva_init", "svd"} <= set(rows)
+    assert {"search", "adalora", "eva_init", "svd"} <= set(rows)
     assert (finished.parent / "tiny.png").stat().st_size > 10_000
     assert "tiny: the search" in capsys.readouterr().out
     (legend,) = (panel.get_legend() for panel in figures[0].axes if panel.get_legend())
@@ -674,8 +672,6 @@ def test_bad_options_are_told(everything):
 def test_the_configurations_are_read(name):
     from quality_cells import QualityRun
 
-    from darts_lora.base.options import parse
-
     path = BENCHMARK / "quality" / f"{name}.yaml"
     classes = (QualityRun, SearchConfig, ModelConfig, DataConfig, TrainingConfig)
     options, search, *_, training = parse(["--config", str(path)], *classes)
@@ -683,17 +679,54 @@ def test_the_configurations_are_read(name):
     assert max(search.ranks) == max(options.curve) and training.learning_rate == 1e-3
 
 
-@pytest.mark.parametrize(
-    "task", sorted(PUBLISHED.glob("*/options.json")), ids=lambda p: p.parent.name
-)
-def test_published_cells_are_told_from_those_of_the_search_as_it_is(task):
-    """They are of the search before the handover: no new ones may stand among them."""
-    import quality
-    from quality_cells import QualityRun
+def test_packed_results_are_the_folder_of_cells(finished, tmp_path, capsys):
+    import quality_publish
+    import quality_tables
 
-    classes = (QualityRun, SearchConfig, ModelConfig, DataConfig, TrainingConfig)
-    everything = parse(
-        ["--config", str(BENCHMARK / "quality" / f"{task.parent.name}.yaml")], *classes
-    )
-    with pytest.raises(InputError, match=r"its cells were made with another .*arch_every"):
-        quality._check_same_task(task.parent, tuple(everything))
+    source = tmp_path / "cells" / finished.name  # other tests put cells without a digest there
+    source.mkdir(parents=True)
+    for path in finished.glob("*.json"):
+        if path.name == "options.json" or json.loads(path.read_text()).get("task"):
+            (source / path.name).write_text(path.read_text())
+    finished = source
+    options = quality_publish.PublishRun(str(finished.parent), published=str(tmp_path))
+    quality_publish.main(options)
+    packed = tmp_path / f"{finished.name}.jsonl"
+    head, *lines = map(json.loads, packed.read_text().splitlines())
+    assert len(lines) == len(list(finished.glob("*.json"))) - 1, "all but the options"
+    assert head["commit"] and head["versions"]["torch"] and head["task"]
+    assert [cell["task"] for cell in quality_publish.read(packed)[1]] == [head["task"]] * len(lines)
+    for folder in (finished.parent, tmp_path):
+        quality_tables.main(quality_tables.TablesRun(str(folder)))
+    for name in ("tables.md", f"{finished.name}.png"):
+        assert (tmp_path / name).read_bytes() == (finished.parent / name).read_bytes()
+    quality_publish.main(replace(options, commit="abc"))
+    head = json.loads(packed.read_text().splitlines()[0])
+    assert head["commit"] == "abc" and head["versions"] is None, "of another time"
+
+
+def test_cells_of_two_models_are_not_packed(finished, tmp_path):
+    import quality_publish
+
+    paths = list(finished.glob("mlp-r2-*.json"))
+    for path in (*paths, finished / "options.json"):
+        (tmp_path / path.name).write_text(path.read_text())
+    other = json.loads(paths[0].read_text()) | {"task": "another"}
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    with pytest.raises(InputError, match="cells of different rows or models"):
+        quality_publish.pack(tmp_path)
+    with pytest.raises(InputError, match="no folder in it has cells"):
+        quality_publish.main(quality_publish.PublishRun(str(tmp_path / "none")))
+
+
+@pytest.mark.parametrize("task", sorted(PUBLISHED.glob("*.jsonl")), ids=lambda p: p.stem)
+def test_published_cells_are_sorted_and_of_methods_with_a_name(task):
+    """What they amount to is tables.md; that of methods which are gone stays as history."""
+    from quality_publish import _name, read
+
+    options, cells = read(task)
+    names = [_name(cell) for cell in cells]
+    assert names == sorted(set(names)) and options["benchmark"] == task.stem
+    text = (PUBLISHED / "tables.md").read_text()
+    for method in {cell["method"] for cell in cells if cell["stage"] == "final"}:
+        assert f"| {'random' if method.startswith('random_') else method} |" in text

@@ -4,6 +4,7 @@ Not here: how well they do (recipes/benchmark/README.md), the cells of a run (te
 import json
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -367,7 +368,7 @@ def made_up(folder, method, budget, losses, steps=10, **more):
     ]  # fmt: skip
 
 
-def test_the_table_at_equal_cost():
+def test_the_table_at_equal_cost(benchmark_imports):
     from quality_cost import equal_cost
 
     records = made_up("r1", "uniform", 1, [1.0, 1.2]) + made_up("r2", "uniform", 2, [0.8, 1.0])
@@ -409,3 +410,13 @@ def test_the_table_of_a_folder(task, tmp_path, capsys):
     assert rows[1]["difference"] == pytest.approx(-0.1) and rows[1]["spearman"] > 0.99
     assert "| one_run | 2 |" in (tmp_path / "equal_cost.md").read_text()
     assert "-0.1000" in capsys.readouterr().out
+
+
+def test_the_published_table_comes_from_the_published_cells(benchmark_imports, tmp_path):
+    import quality_cost
+
+    published = Path(quality_cost.__file__).parent / "results" / "equal_cost"
+    for path in published.glob("*.jsonl"):
+        (tmp_path / path.name).write_text(path.read_text())
+    quality_cost.main(quality_cost.CostRun(str(tmp_path)))
+    assert (tmp_path / "equal_cost.md").read_text() == (published / "equal_cost.md").read_text()

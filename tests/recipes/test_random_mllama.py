@@ -22,4 +22,4 @@ def test_a_tiny_one_is_searched_with_the_papers_configuration(launch, tmp_path):
     launch("search", *[part for name, value in options.items() for part in (f"--{name}", value)])
     records = [json.loads(line) for line in (tmp_path / "search" / "metrics.jsonl").open()]
     assert [record["step"] for record in records] == [1, 2, 3]
-    assert records[-1]["validation_loss"] > 0 and records[-1]["peak_memory_gib"] is None
+    assert records[-1]["validation_gain"] is not None and records[-1]["peak_memory_gib"] is None
