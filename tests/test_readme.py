@@ -127,15 +127,17 @@ def test_the_dry_run_on_ones_own_model_and_data(tmp_path):
 
 
 def test_the_table_of_results_is_that_of_the_cells():
-    path = ROOT / "recipes" / "benchmark" / "results" / "one_run.json"
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    folder = ROOT / "recipes" / "benchmark" / "results" / "equal_cost"
     names = {"embedded": "embedded", "LLaVA": "llava", "SmolLM2 on E2E": "e2e"}
     rows = re.findall(r"^\| ([\w ]+) \| rank (\d) \| (.*) \|$", README, flags=re.MULTILINE)
     assert len(rows) == 6
     for task, budget, shown in rows:
-        found = {}
-        for cell in cells:
-            if cell["benchmark"] == f"{names[task]}_r{budget}":
+        found, lines = (
+            {},
+            (folder / f"{names[task]}.jsonl").read_text(encoding="utf-8").splitlines(),
+        )
+        for cell in map(json.loads, lines[1:]):
+            if cell["budget"] == int(budget):
                 found.setdefault((cell["method"], cell["stage"]), {})[cell["seed"]] = cell
         uniform, run, search = (
             found[way] for way in (("uniform", "final"), ("one_run", "final"), ("one_run", "find"))

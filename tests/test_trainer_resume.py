@@ -16,8 +16,8 @@ from darts_lora.trainer import RankSearchCallback
 
 
 def make(folder, max_steps=10, dropout=0.3, **options):
-    """A search in the first five steps, of four an epoch, that draw ranks, and dropout in all."""
-    chosen = {"search_fraction": 0.5, "arch_every": 1, "arch_update": "gradient", "dropout": 0.1}
+    """A search in the first five steps, of four an epoch, and dropout in all."""
+    chosen = {"search_fraction": 0.5, "arch_every": 1, "dropout": 0.1}
     config = SearchConfig(**{"ranks": (0, 1, 2), "budget_rank": 1, **chosen, **options})
     args = TrainingArguments(
         str(folder), max_steps=max_steps, per_device_train_batch_size=4, report_to=[],

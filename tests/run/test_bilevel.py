@@ -20,7 +20,7 @@ def make(accelerator=None, steps=4, **options):
         return model(batch).pow(2).mean()
 
     accelerator = accelerator or Accelerator(cpu=True)
-    return BilevelStep(supernet, accelerator, training, loss_fn, None, steps), passes
+    return BilevelStep(supernet, accelerator, training, loss_fn, steps), passes
 
 
 def test_both_steps_scale_their_losses_alike():
