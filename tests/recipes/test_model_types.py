@@ -42,7 +42,7 @@ def test_the_types_are_those_of_the_installed_release(benchmark):
 @pytest.mark.filterwarnings("ignore")
 def test_it_finds_an_adapter_that_is_another_one(benchmark, monkeypatch, tmp_path, capsys):
     """Without the way around what PEFT rewrites, and without a trial that would leave it out."""
-    monkeypatch.setattr(adapter, "_survives", lambda *_: True)
+    monkeypatch.setattr(adapter, "survives", lambda *_: True)
     monkeypatch.setattr(adapter, "_refusal", lambda *_: None)
     output = str(tmp_path / "out.jsonl")
     monkeypatch.setattr(sys, "argv", ["model_types.py", "--types", "mixtral", "--output", output])
