@@ -6,6 +6,7 @@ run whole in processes that are killed.
 python recipes/benchmark/kill_test.py     # 20 kills of each, some inside a write or the handover
 """
 
+import contextlib
 import json
 import os
 import random
@@ -192,11 +193,13 @@ def _kill(child: int, folder: Path, place: str, at: float) -> dict | None:
 
 def _half_written(folder: Path) -> bool:
     """Whether a checkpoint of the search or of the finetune is."""
-    own, finetunes = folder / "checkpoints", folder / FINETUNE / "checkpoints"
-    searches = own.is_dir() and any(".darts_lora-tmp-" in name for name in os.listdir(own))
-    return searches or any(
-        not (path / "checkpoint.json").exists() for path in finetunes.glob("checkpoint-*")
-    )
+    with contextlib.suppress(FileNotFoundError):  # a run that ends removes them
+        own, finetunes = folder / "checkpoints", folder / FINETUNE / "checkpoints"
+        searches = own.is_dir() and any(".darts_lora-tmp-" in name for name in os.listdir(own))
+        return searches or any(
+            not (path / "checkpoint.json").exists() for path in finetunes.glob("checkpoint-*")
+        )
+    return False
 
 
 def _same(one: Path, other: Path) -> bool:
