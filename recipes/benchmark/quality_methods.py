@@ -80,10 +80,8 @@ def made_search(
     """A search that has not begun; behind it the model is as it was. By default it is a run of its
     own, with the task's steps of a search."""
     parts = hold_back(setting.indices, setting.rows.prompts, setting.validation_fraction)
-    config = replace(
-        setting.search, budget_rank=None, budget_parameters=setting.budget, seed=setting.seed,
-        **options,
-    )  # fmt: skip
+    own = {"budget_rank": None, "budget_parameters": setting.budget, "seed": setting.seed}
+    config = replace(setting.search, **(own | options))
     if training is None:
         training = replace(setting.search_training, learning_rate=setting.rate)
         config = replace(config, search_fraction=1.0)
