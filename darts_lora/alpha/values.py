@@ -76,12 +76,14 @@ class Values:
 
     Args:
         supernet: its layers and candidates.
+        budget: trainable parameters; default: the supernet's.
     """
 
-    def __init__(self, supernet: Supernet):
+    def __init__(self, supernet: Supernet, budget: float | None = None):
         self.unit, self.ranks = supernet.unit_costs, supernet.layer_ranks
         self.smoother = smoother(list(supernet.layers))
-        self.uniform = supernet.budget / float(self.unit.sum())
+        self.budget = supernet.budget if budget is None else budget
+        self.uniform = self.budget / float(self.unit.sum())
         self.cut_rank = round(self.uniform)  # whole, as the cut that is measured
 
     def table(self, measured: Measured) -> Tensor:

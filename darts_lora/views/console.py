@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -13,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from darts_lora.alpha.sizes import RATE_TEXT, gained, recommended, sizes_text
 from darts_lora.base.errors import printable
 from darts_lora.data.collator import IGNORED
 from darts_lora.genotype import Genotype
@@ -103,15 +105,52 @@ def show(genotype: Genotype, console: Console | None = None) -> None:
     console = console or Console()
     plain = console.options.ascii_only
     for table in rank_tables(genotype, PLAIN_BARS if plain else BARS):
-        if not (console.is_terminal or console.is_jupyter):
-            table.box = None  # few lines in a file
-        console.print(table)
+        console.print(_plain(table, console))
     if genotype.shapes is not None:
         adapted = sum(rank > 0 for rank in genotype.ranks.values())
         console.print(
             f"{adapted} of {len(genotype.ranks)} layers adapted, "
             f"{genotype.num_parameters:,} trainable parameters"
         )
+
+
+def _plain(table: Table, console: Console) -> Table:
+    """The table, in a file without lines around it: few lines there."""
+    if not (console.is_terminal or console.is_jupyter):
+        table.box = None
+    return table
+
+
+def size_table(sizes: dict[str, Any]) -> Table:
+    """What is predicted of each size: a row for each uniform rank."""
+    table, best = (
+        Table(title="predicted loss of a whole run", title_justify="left"),
+        recommended(sizes),
+    )
+    for column in ("rank", "parameters", "uniform", "searched", "+-", "lacks", ""):
+        table.add_column(column, justify="right" if column else "left")
+    gain = gained(sizes)
+    for point in sizes["points"]:
+        lacks = (100 * point[name] / gain for name in ("behind", "behind_error"))
+        table.add_row(
+            str(point["rank"]),
+            f"{point['parameters']:,}",
+            f"{point['uniform']:.4g}",
+            f"{point['searched']:.4g}",
+            f"{point['uniform_error']:.1g}",
+            "{:.1f} +- {:.1f} %".format(*lacks) if gain > 0 else "-",
+            "recommended" if point is best else "",
+        )
+    return table
+
+
+def show_sizes(sizes: dict[str, Any] | None, console: Console | None = None) -> None:
+    """Print the predicted losses, the recommended size, and what is known of the learning rate."""
+    console = console or Console()
+    if sizes is not None:
+        console.print(_plain(size_table(sizes), console))
+    for line in (sizes_text(sizes), RATE_TEXT) if sizes is not None else (sizes_text(sizes),):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def show_batch(batch: dict[str, Tensor], tokenizer, console: Console | None = None) -> None:
