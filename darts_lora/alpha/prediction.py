@@ -13,9 +13,9 @@ from darts_lora.alpha.values import Measured, Values
 from darts_lora.alpha.verdict import FEWEST, FOLDS, Found, predicted_gain
 from darts_lora.supernet import Supernet
 
-SLOPE = 0.5  # of the loss against 1 / sqrt(rank), of the fall over the last doubling of the steps
+TO_COME = 1.5  # falls as that over the last doubling of the steps, to the end of a run
+SLOPE = 0.44  # of the loss against 1 / sqrt(rank), of what the loss still falls by
 SPREAD = 0.3  # standard deviation of that, relative, between tasks
-TO_COME = 1.5  # what the loss still falls by to the end of a run, of that same fall
 
 
 @dataclass
@@ -37,45 +37,53 @@ def predicted_sizes(supernet: Supernet, found: Found, tolerance: float) -> dict[
     """The losses that are predicted of whole runs at each candidate rank above 0, uniform and
     searched (sizes.check_sizes says how); None: a budget was given, or too little was measured.
 
-    A run at a uniform rank r ends at a loss that lies above that of the largest rank R by
+    From the loss L at the end of the search, which fell by d over its last doubling of the steps, a
+    run at the largest rank R is taken to come to L exp(-TO_COME d / L): falls of one share each. At
+    a uniform rank r it ends above that by
 
-        SLOPE * growth * (1 / sqrt(r) - 1 / sqrt(R))
+        SLOPE * (L - L exp(-TO_COME d / L)) * (1 / sqrt(r) - 1 / sqrt(R))
 
-    where growth is what the loss fell by over the last doubling of the search's steps: what is
-    still learnt is what needs rank. On four tasks of the benchmark the measured losses of uniform
-    ranks follow such a curve, and SLOPE is its mean; SPREAD is in the standard errors, beside the
-    spread over batches. Searched ranks lie below it by the verdict's predicted gain g, of which
-    g b / (g + b) counts where the uniform rank lies b behind.
+    for what is still to be learnt is what needs rank. On four tasks of the benchmark the measured
+    losses of uniform ranks follow such a curve. SLOPE is its mean; SPREAD is in the standard
+    errors, beside the spread over batches. Searched ranks lie below it by the verdict's predicted
+    gain g, of which g b / (g + b) counts where the uniform rank lies b behind.
     """
     measured = found.measured
     few = min(len(measured.base), len(measured.energies), len(measured.growth)) < FOLDS
     if few or len(measured.gains) < FEWEST:
         return None
-    growth, error = mean_error(measured.growth)
-    growth = max(growth, 0.0)
-    final, final_error = mean_error(measured.losses - TO_COME * measured.growth.clamp_min(0))
+    loss, loss_error = mean_error(measured.losses)
+    to_come, error = to_fall(measured)
     points = []
     ranks = [int(supernet.config.ranks[k]) for k in _places(supernet)]
     for place, rank in enumerate(ranks):
         steepness = SLOPE * (rank**-0.5 - ranks[-1] ** -0.5)
-        behind = steepness * growth
-        behind_error = steepness * math.hypot(error, SPREAD * growth)
+        behind = steepness * to_come
+        behind_error = steepness * math.hypot(error, SPREAD * to_come)
         there = at_budget(supernet, measured, place)
         gain, gain_error = _healed(*predicted_gain(supernet, there), behind)
         points.append(
             {
                 "rank": rank,
                 "parameters": int(there.values.budget),
-                "uniform": final + behind,
-                "uniform_error": math.hypot(final_error, behind_error),
-                "searched": final + behind - gain,
-                "searched_error": math.hypot(final_error, behind_error, gain_error),
+                "uniform": loss - to_come + behind,
+                "uniform_error": math.hypot(loss_error, error, behind_error),
+                "searched": loss - to_come + behind - gain,
+                "searched_error": math.hypot(loss_error, error, behind_error, gain_error),
                 "behind": behind,
                 "behind_error": behind_error,
             }
         )
     base = float(measured.base.double().mean())
     return {"base_loss": base, "tolerance": tolerance, "points": points}
+
+
+def to_fall(measured: Measured) -> tuple[float, float]:
+    """What the loss still falls by to the end of a run, and its standard error; 0 where it rose."""
+    loss = max(float(measured.loss), 1e-30)
+    growth, error = mean_error(measured.growth)
+    left = math.exp(-TO_COME * max(growth, 0.0) / loss)
+    return loss * (1 - left), TO_COME * left * error
 
 
 def _healed(gain: float, error: float, most: float) -> tuple[float, float]:
