@@ -48,8 +48,9 @@ def main(options: TablesRun) -> None:
             (f"{task}: test loss per token", *_method_rows(summarise(records))),
             (f"{task}: the search", *_headline_rows(headlines(records))),
         ):
-            Console(width=140).print(rich_table(title, columns, rows))
-            text += markdown(title, columns, rows)
+            if rows:
+                Console(width=140).print(rich_table(title, columns, rows))
+                text += markdown(title, columns, rows)
         draw(records, folder / f"{task}.png", task)
         text += f"![{task}]({task}.png)\n\n"
     write_text(folder / "tables.md", text)

@@ -53,8 +53,7 @@ def quality_options(benchmark_imports, tmp_path_factory):
         (root / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = QualityRun(
         benchmark="tiny", output_dir=str(root / "runs"), curve=[1, 2], budgets=[2], seeds=[0],
-        learning_rates=[0.01, 0.03], search_steps=6, search_batch_size=8, adalora_steps=20,
-        gradient_batches=2, eval_batch_size=5, exact_match=True,
+        learning_rates=[0.01, 0.03], eval_batch_size=5, exact_match=True,
     )  # fmt: skip
     files = {split: str(root / f"{split}.jsonl") for split in ("train", "test")}
     return (
