@@ -112,7 +112,8 @@ def jobs(options: PlantedRun) -> list[tuple[str, int, str]]:
 
 def run_jobs(todo: list[tuple], workers: int, training: Training) -> Iterator[dict]:
     """The records in the order in which they are done."""
-    context = multiprocessing.get_context("spawn")  # forked threads of torch can hang
+    context = multiprocessing.get_context("forkserver")  # forked threads of torch can hang
+    context.set_forkserver_preload(["darts_lora.search"])
     with (
         ProcessPoolExecutor(workers, mp_context=context) as pool,
         tqdm(total=len(todo), desc="planted", unit="run") as bar,

@@ -60,7 +60,8 @@ def main(
     if options.workers == 1:
         work(everything, digest, started)
     else:
-        context = get_context("spawn")  # forked processes cannot use the GPU
+        context = get_context("forkserver")  # which, unlike this one, has not used the GPU
+        context.set_forkserver_preload(["darts_lora.search"])
         processes = [
             context.Process(target=work, args=(everything, digest, started))
             for _ in range(options.workers)

@@ -21,7 +21,7 @@ def test_another_budget_from_the_same_search(launch, search_dir, tmp_path):
 
 
 def test_no_search_there_is_one_line_and_status_2(launch, tmp_path):
-    done = launch("derive", "--search_dir", tmp_path, alone=True, status=2)
+    done = launch("derive", "--search_dir", tmp_path, status=2)
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "Traceback" not in done.stderr
     assert line.startswith(f"error: search_dir='{tmp_path}': has no genotype.json; run ")
@@ -33,7 +33,7 @@ def test_for_another_trainer_nothing_else_is_on_the_standard_output(
 ):
     output = tmp_path / "genotype.json"
     options = ("--search_dir", search_dir, "--format", form, "--output", output)
-    done = launch("derive", *options, alone=True)
+    done = launch("derive", *options)
     pattern = {"axolotl": "lora_rank_pattern", "peft": "rank_pattern"}[form]
     assert read(done.stdout)[pattern] == Genotype.load(output).to_lora_config().rank_pattern
     assert "trainable parameters" in done.stderr and f"--genotype {output}" in done.stderr

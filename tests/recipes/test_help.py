@@ -41,7 +41,7 @@ def described(text):
 
 @pytest.mark.parametrize("recipe", list(OWN))
 def test_every_option_has_a_description(launch, recipe):
-    done = launch(recipe, "--help", alone=True)
+    done = launch(recipe, "--help")
     found = described(done.stdout)
     assert set(found) == COMMON | OWN[recipe] | {f.name for c in CONFIGS[recipe] for f in fields(c)}
     assert [name for name, text in found.items() if len(text.split()) < 3] == []

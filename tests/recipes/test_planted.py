@@ -78,14 +78,14 @@ def test_summary_divides_by_the_oracle_of_the_same_seed(planted):
 
 def test_unknown_names_are_told(launch):
     wrong = ("--problems", "[easy, nonesuch]")
-    done = launch("benchmark/planted", *wrong, alone=True, status=2)
+    done = launch("benchmark/planted", *wrong, status=2)
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "Traceback" not in done.stderr
     assert "nonesuch" in line
 
 
 def test_quick_finds_the_easy_ranks(launch, tmp_path):
-    done = launch("benchmark/planted", "--quick", "--output_dir", tmp_path, alone=True)
+    done = launch("benchmark/planted", "--quick", "--output_dir", tmp_path)
     with open(tmp_path / "planted.json", encoding="utf-8") as file:
         result = json.load(file)
     assert set(result) == {"options", "seconds", "summary", "records"}

@@ -61,7 +61,7 @@ def made(launch, text_folder, tmp_path_factory):
         "batch_size": 4, "num_workers": 0, "test_questions": 4,
     }  # fmt: skip
     given = [part for name, value in options.items() for part in (f"--{name}", value)]
-    return folder, launch("pretrain_llava", *given, alone=True), given
+    return folder, launch("pretrain_llava", *given), given
 
 
 @pytest.fixture
@@ -151,9 +151,7 @@ def test_vision_tower_and_projector_alone_are_trained(fresh, text_folder):
 
 def test_a_trained_vision_side_gives_the_same_model_again(launch, made, tmp_path):
     given = [*made[2], "--output_dir", tmp_path]
-    again = launch(
-        "pretrain_llava", *given, "--vision_side", made[0] / "vision.safetensors", alone=True
-    )
+    again = launch("pretrain_llava", *given, "--vision_side", made[0] / "vision.safetensors")
     assert "pretrain:" in made[1].stderr and "pretrain:" not in again.stderr
     assert again.stdout == made[1].stdout
     first, second = (load_file(f / "model/model.safetensors") for f in (made[0], tmp_path))

@@ -24,13 +24,13 @@ def searched(tmp_path):
 
 
 def test_a_report(launch, searched):
-    done = launch("report", "--search_dir", searched, alone=True)
+    done = launch("report", "--search_dir", searched)
     assert done.stdout.strip() == f"Report: {searched}/report.html"
     assert "<h1>LoRA ranks found by" in (searched / "report.html").read_text()
     assert len(list((searched / "report_pictures").glob("*.png"))) == 4
 
 
 def test_errors_are_one_line(launch, tmp_path):
-    done = launch("report", "--search_dir", tmp_path, alone=True, status=2)
+    done = launch("report", "--search_dir", tmp_path, status=2)
     assert done.stderr.splitlines()[-1].startswith("error: search_dir=")
     assert "Traceback" not in done.stderr

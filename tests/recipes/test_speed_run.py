@@ -10,7 +10,7 @@ def test_both_ways_on_the_tiny_shape(launch, tmp_path):
     output = tmp_path / "speed_run.json"
     options = ("--shape", "tiny", "--batches", 2, "--passes", 1, "--rounds", 2, "--max_steps", 40)
     output.write_text('{"another task": {}}')
-    launch("benchmark/speed_run", *options, "--budget_rank", 2, "--output", output, alone=True)
+    launch("benchmark/speed_run", *options, "--budget_rank", 2, "--output", output)
     record = json.loads(output.read_text())
     assert list(record) == ["another task", "tiny, eager"], "a CPU has no graphs"
     found = record["tiny, eager"]
@@ -39,8 +39,8 @@ def test_a_run_is_weighed_by_its_parts(benchmark_imports):
 
 
 def test_bad_options_are_told(launch, tmp_path):
-    done = launch("benchmark/speed_run", "--shape", "nonesuch", alone=True, status=2)
+    done = launch("benchmark/speed_run", "--shape", "nonesuch", status=2)
     assert "shape='nonesuch': must be one of tiny" in done.stderr
     only = ("--shape", "tiny", "--graphs", "[true]", "--output", tmp_path / "none.json")
-    done = launch("benchmark/speed_run", *only, alone=True, status=2)
+    done = launch("benchmark/speed_run", *only, status=2)
     assert "graphs=[True]: there are none on a CPU" in done.stderr
