@@ -121,7 +121,7 @@ class Values:
         return ordered / ordered[:, -1].sum().clamp_min(1e-300)
 
     def _cut_scale(self, measured: Measured, kept: Tensor) -> float:
-        """Loss for each part of the energy: what lasts of the uniform cut over what it took away."""
+        """Loss for each part of the energy: what lasts of the uniform cut over what it took."""
         uniform = torch.full((len(kept), 1), float(self.cut_rank), dtype=torch.float64)
         taken = 1 - float(_between(kept, uniform).sum())
         cut, fall = (
