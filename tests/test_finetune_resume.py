@@ -1,5 +1,5 @@
 """A finetune that was cut off and goes on: bit for bit, from a whole checkpoint, by its options.
-Not here: kills at random moments of whole recipes (recipes/test_kill_test.py)."""
+Not here: kills at random moments of whole recipes (recipes/test_benchmarks.py)."""
 
 import json
 import os
