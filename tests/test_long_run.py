@@ -4,9 +4,9 @@ Not here: what a search finds (test_search.py)."""
 import gc
 import json
 import os
-import subprocess
 import sys
 
+import forked
 import psutil
 import torch
 
@@ -50,13 +50,7 @@ def search(folder):
 
 def test_a_thousand_steps_hold_no_more_than_six_hundred(tmp_path):
     """In a process of its own: what other tests left would be freed, and counted, in this one."""
-    done = subprocess.run(
-        [sys.executable, __file__, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = forked.run(__file__, tmp_path, folder=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     (tensors, files, memory), (tensors_later, files_later, memory_later) = json.loads(done.stdout)
     assert os.listdir(tmp_path / "checkpoints")

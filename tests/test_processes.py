@@ -2,39 +2,21 @@
 Not here: what the processes do (two_processes.py), the recipe (recipes/test_search.py)."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 
 from darts_lora.architect import LAST
-
-HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     """What each of the two processes saw."""
     folder = tmp_path_factory.mktemp("processes")
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "accelerate.commands.launch"),
-            *("--multi_gpu", "--num_processes=2", str(HERE / "two_processes.py"), str(folder)),
-        ],
-        env={
-            **os.environ,
-            "ACCELERATE_USE_CPU": "true",
-            "CUDA_VISIBLE_DEVICES": "",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
-        },
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    script = Path(__file__).with_name("two_processes.py")
+    done = forked.run(script, folder, folder=folder, processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"{process}.json").read_text()) for process in (0, 1)]
 

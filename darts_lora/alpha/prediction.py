@@ -13,9 +13,10 @@ from darts_lora.alpha.values import Measured, Values
 from darts_lora.alpha.verdict import FEWEST, FOLDS, Found, predicted_gain
 from darts_lora.supernet import Supernet
 
-TO_COME = 1.5  # falls as that over the last doubling of the steps, to the end of a run
-SLOPE = 0.44  # of the loss against 1 / sqrt(rank), of what the loss still falls by
-SPREAD = 0.3  # standard deviation of that, relative, between tasks
+TO_COME = 2.0  # falls as that over the last doubling of the steps, to the end of a run
+SLOPE = 0.28  # of the loss against 1 / sqrt(rank), of what the loss still falls by
+SPREAD = 0.5  # standard deviation of that, relative, between tasks
+MENDED = 4.0  # cuts as large as what the loss still falls by, of which a run mends all but a fifth
 
 
 @dataclass
@@ -38,13 +39,14 @@ def predicted_sizes(supernet: Supernet, found: Found, tolerance: float) -> dict[
     searched (sizes.check_sizes says how); None: a budget was given, or too little was measured.
 
     From the loss L at the end of the search, which fell by d over its last doubling of the steps, a
-    run at the largest rank R is taken to come to L exp(-TO_COME d / L): falls of one share each. At
-    a uniform rank r it ends above that by
+    run at the largest rank R is taken to fall by F = L - L exp(-TO_COME d / L) more. At a uniform
+    rank r it ends above that by the larger of
 
-        SLOPE * (L - L exp(-TO_COME d / L)) * (1 / sqrt(r) - 1 / sqrt(R))
+        SLOPE * F * (1 / sqrt(r) - 1 / sqrt(R))    and    c * c / (c + MENDED * F)
 
-    for what is still to be learnt is what needs rank. On four tasks of the benchmark the measured
-    losses of uniform ranks follow such a curve. SLOPE is its mean; SPREAD is in the standard
+    First, what is still to be learnt is what needs rank: the benchmark's measured losses of uniform
+    ranks follow such curves, and SLOPE is their mean. Second, c is what the cut to rank r was
+    measured to cost, which the rest of the run mends as far as it learns. SPREAD is in the standard
     errors, beside the spread over batches. Searched ranks lie below it by the verdict's predicted
     gain g, of which g b / (g + b) counts where the uniform rank lies b behind.
     """
@@ -53,29 +55,41 @@ def predicted_sizes(supernet: Supernet, found: Found, tolerance: float) -> dict[
     if few or len(measured.gains) < FEWEST:
         return None
     loss, loss_error = mean_error(measured.losses)
-    to_come, error = to_fall(measured)
-    points = []
+    fall, fall_error = to_fall(measured)
     ranks = [int(supernet.config.ranks[k]) for k in _places(supernet)]
-    for place, rank in enumerate(ranks):
-        steepness = SLOPE * (rank**-0.5 - ranks[-1] ** -0.5)
-        behind = steepness * to_come
-        behind_error = steepness * math.hypot(error, SPREAD * to_come)
+    behinds = [(0.0, 0.0)]
+    for place in reversed(range(len(ranks) - 1)):  # less rank never lacks less
+        steepness = SLOPE * (ranks[place] ** -0.5 - ranks[-1] ** -0.5)
+        cut, error = _mended(*mean_error(measured.cuts[:, place]), fall)
+        behinds.insert(0, max(behinds[0], (steepness * fall, steepness * fall_error), (cut, error)))
+    points = []
+    for place, (rank, (behind, noise)) in enumerate(zip(ranks, behinds, strict=True)):
         there = at_budget(supernet, measured, place)
         gain, gain_error = _healed(*predicted_gain(supernet, there), behind)
+        error = math.hypot(noise, SPREAD * behind)
         points.append(
             {
                 "rank": rank,
                 "parameters": int(there.values.budget),
-                "uniform": loss - to_come + behind,
-                "uniform_error": math.hypot(loss_error, error, behind_error),
-                "searched": loss - to_come + behind - gain,
-                "searched_error": math.hypot(loss_error, error, behind_error, gain_error),
+                "uniform": loss - fall + behind,
+                "uniform_error": math.hypot(loss_error, fall_error, error),
+                "searched": loss - fall + behind - gain,
+                "searched_error": math.hypot(loss_error, fall_error, error, gain_error),
                 "behind": behind,
-                "behind_error": behind_error,
+                "behind_error": error,
             }
         )
     base = float(measured.base.double().mean())
-    return {"base_loss": base, "tolerance": tolerance, "points": points}
+    noise = behinds[0][1]
+    return {"base_loss": base, "tolerance": tolerance, "noise": noise, "points": points}
+
+
+def _mended(cut: float, error: float, fall: float) -> tuple[float, float]:
+    """What is left at the end of a run of what a cut costs, and its error."""
+    cut, whole = max(cut, 0.0), max(cut, 0.0) + MENDED * fall
+    if not whole:
+        return 0.0, 0.0
+    return cut * cut / whole, error * cut * (whole + MENDED * fall) / whole**2
 
 
 def to_fall(measured: Measured) -> tuple[float, float]:

@@ -25,6 +25,7 @@ def check_sizes(sizes: Any) -> None:
 
     - base_loss: validation loss of the base model;
     - tolerance: of the loss gained over it, which a recommended adapter may lack;
+    - noise: standard error over batches of what the smallest rank lies behind;
     - points: a mapping for each uniform rank, from the smallest on, with rank, parameters (count)
       and FIGURES: the loss that is predicted of a whole run (uniform ranks; searched ranks of as
       many parameters), what the uniform one lies behind that of the largest rank, and the standard
@@ -35,15 +36,15 @@ def check_sizes(sizes: Any) -> None:
     """
     if sizes is None:
         return
-    ok = isinstance(sizes, dict) and is_real(sizes.get("base_loss"))
+    ok = isinstance(sizes, dict) and all(is_real(sizes.get(n)) for n in ("base_loss", "noise"))
     ok = ok and is_real(sizes.get("tolerance")) and 0 <= sizes["tolerance"] < 1
     points = sizes.get("points") if ok else None
     ok = ok and isinstance(points, list) and bool(points) and all(map(_is_point, points))
     ok = ok and all(a["rank"] < b["rank"] for a, b in pairwise(points))
     if not ok:
         raise InputError(
-            f"genotype: sizes={sizes!r:.100}: must give base_loss, a tolerance and points with "
-            f"rank, parameters, {', '.join(FIGURES)}, in order of their ranks"
+            f"genotype: sizes={sizes!r:.100}: must give base_loss, noise, a tolerance and points, "
+            f"in order of their ranks, with rank, parameters, {', '.join(FIGURES)}"
         )
 
 
@@ -73,9 +74,8 @@ def predicted_loss(sizes: dict[str, Any], parameters: float, curve: str) -> floa
 
 
 def matters(sizes: dict[str, Any]) -> bool:
-    """Whether the smallest rank is predicted to lack anything, beyond two standard errors."""
-    first = sizes["points"][0]
-    return first["behind"] > 2 * first["behind_error"]
+    """Whether the smallest rank is predicted to lack anything, beyond twice the noise."""
+    return sizes["points"][0]["behind"] > 2 * sizes["noise"]
 
 
 def sizes_text(sizes: dict[str, Any] | None) -> str:
@@ -96,7 +96,7 @@ def sizes_text(sizes: dict[str, Any] | None) -> str:
         )
     if len(sizes["points"]) == 1:
         return f"There is one candidate rank: {size}."
-    lacks = f"{first['behind']:.2g} +- {first['behind_error']:.1g}"
+    lacks = f"{first['behind']:.2g} +- {sizes['noise']:.1g}"
     of = f"of the {gain:.3g} that rank {last['rank']} gains over the base model"
     if best is first and not matters(sizes):
         return f"Rank does not matter here within noise: take {size}. It lacks {lacks} {of}."

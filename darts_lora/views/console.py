@@ -26,6 +26,7 @@ from darts_lora.supernet import Supernet
 
 BARS, PLAIN_BARS = "▁▂▃▄▅▆▇█", "12345678"  # the others for terminals that have no blocks
 MOST_ALONE = 20  # names without a number, each of which gets a table and a panel
+FILE_WIDTH = 250  # characters: a file has no edge at which lines must end
 MOST_NUMBERS = 50  # characters of a row of numbers; deeper models show bars alone
 _LAYER_NUMBER = re.compile(r"^(?P<part>.*?)\.(?P<layer>\d+)\.(?P<kind>.+)$")
 
@@ -105,7 +106,7 @@ def show(genotype: Genotype, console: Console | None = None) -> None:
     console = console or Console()
     plain = console.options.ascii_only
     for table in rank_tables(genotype, PLAIN_BARS if plain else BARS):
-        console.print(_plain(table, console))
+        _print(table, console)
     if genotype.shapes is not None:
         adapted = sum(rank > 0 for rank in genotype.ranks.values())
         console.print(
@@ -114,11 +115,13 @@ def show(genotype: Genotype, console: Console | None = None) -> None:
         )
 
 
-def _plain(table: Table, console: Console) -> Table:
-    """The table, in a file without lines around it: few lines there."""
-    if not (console.is_terminal or console.is_jupyter):
-        table.box = None
-    return table
+def _print(table: Table, console: Console) -> None:
+    """In a file in few lines, which do not depend on a terminal's width."""
+    if console.is_terminal or console.is_jupyter:
+        console.print(table)
+        return
+    table.box, table.columns[0].header, table.title = None, table.title, None
+    console.print(table, width=FILE_WIDTH, crop=False)
 
 
 def size_table(sizes: dict[str, Any]) -> Table:
@@ -148,7 +151,7 @@ def show_sizes(sizes: dict[str, Any] | None, console: Console | None = None) -> 
     """Print the predicted losses, the recommended size, and what is known of the learning rate."""
     console = console or Console()
     if sizes is not None:
-        console.print(_plain(size_table(sizes), console))
+        _print(size_table(sizes), console)
     for line in (sizes_text(sizes), RATE_TEXT) if sizes is not None else (sizes_text(sizes),):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 

@@ -1,9 +1,8 @@
-"""Kills recipes by SIGKILL at random moments, and compares what comes out with one that was not.
+"""Kills runs by SIGKILL at random moments, and compares what comes out with one that was not.
 A run is a search and its finetune in one process (search.py --finetune_dir).
-Not here: what a killed finetune, derive or report may leave (kill_results.py); the recipes, which
-run whole in processes that are killed.
+Not here: the recipe, which runs whole in processes that are killed.
 
-python recipes/benchmark/kill_test.py     # 20 kills of each, some inside a write or the handover
+python recipes/benchmark/kill_test.py     # 20 kills, some inside a write or at the handover
 """
 
 import contextlib
@@ -22,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from kill_results import KILLED, kill_results
 from tqdm import tqdm
 
 from darts_lora import InputError
@@ -31,7 +29,7 @@ from darts_lora.base.options import run
 from darts_lora.run.checkpoint import checkpoints, sealed
 from darts_lora.views.tensorboard import TensorBoard  # noqa: F401 - not in each process
 
-RECIPES = Path(__file__).parents[1]
+SEARCH = Path(__file__).parents[1] / "search.py"
 FINETUNE = "finetune"  # its folder, in that of the search
 # Ranks; weights and alpha; the adapter.
 RESULTS = ("genotype.json", "supernet.safetensors", f"{FINETUNE}/adapter_model.safetensors")
@@ -46,21 +44,18 @@ class KillTest:
     output_dir: str = "runs/kill_test"
     """Folder of the runs and of kill_test.json."""
     kills: int = 20
-    """Runs of each recipe that are killed once each; of three, one inside the write of a checkpoint
-    and one between the search and the first checkpoint of its finetune."""
+    """Runs that are killed once each. Of three, one is inside the write of a checkpoint, and one
+    between the search and the first checkpoint of its finetune."""
     seed: int = 0
     """Seed of the moments."""
     search: str = (
         "--max_steps 24 --search_fraction 0.5 --batch_size 8 --save_steps 1 --logging_steps 4"
     )
     """Options of recipes/search.py, of the whole run."""
-    finetune: str = "--max_steps 8 --save_steps 1 --pad_to_max"
-    """Options of recipes/finetune.py."""
 
 
 def main(options: KillTest) -> None:
-    """Is a run that was killed and resumed bit for bit the one that was not? Does a killed
-    finetune, derive or report leave files of one run alone, and end as one that was not?"""
+    """Is a run that was killed and resumed bit for bit the one that was not?"""
     folder, moments = Path(check_writable(options.output_dir)), random.Random(options.seed)
     whole = folder / "whole"
     first = _start(whole, options.search)
@@ -86,14 +81,8 @@ def main(options: KillTest) -> None:
         print(json.dumps(record), flush=True)
     equal, inside = (sum(record[name] for record in records) for name in ("equal", "half_written"))
     print(f"{equal} of {len(records)} bitwise equal, {inside} killed inside a write", flush=True)
-    another = folder / "another"
-    _finish(_start(another, f"{options.search} --seed 1"))
-    for recipe in KILLED:
-        found = kill_results(recipe, folder, whole, another, options, moments, (run_recipe, _end))
-        print(f"{recipe}: {sum(r['right'] for r in found)} of {len(found)} right", flush=True)
-        records += found
     write_json(folder / "kill_test.json", {"seconds": spans, "kills": records})
-    wrong = [record for record in records if not record.get("equal", record.get("right"))]
+    wrong = [record for record in records if not record["equal"]]
     if wrong:
         raise InputError(f"output_dir={options.output_dir!r}: {len(wrong)} wrong, first {wrong[0]}")
 
@@ -104,13 +93,6 @@ def _start(folder: Path, search: str, resume: bool = False) -> int:
         shutil.rmtree(folder, ignore_errors=True)
     options = [*shlex.split(search), "--output_dir", str(folder), *["--resume"] * resume]
     options += ["--finetune_dir", str(folder / FINETUNE)]
-    return run_recipe("search", options, folder.parent / "log.txt")
-
-
-def run_recipe(
-    recipe: str, options: list[str], log: Path, first: Callable[[], None] = lambda: None
-) -> int:
-    """A recipe in a process of its own, where `first` is called before; its number."""
     child = os.fork()
     if child:
         return child
@@ -119,14 +101,12 @@ def run_recipe(
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         torch.set_num_threads(1)  # threads of the forking process are not here
         _set_lock(tqdm, threading.RLock())
-        log.parent.mkdir(exist_ok=True)
-        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        folder.parent.mkdir(exist_ok=True)
+        file = os.open(folder.parent / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, 1)
         os.dup2(file, 2)
-        path = RECIPES / f"{recipe}.py"
-        sys.argv = [str(path), *options]
-        first()
-        runpy.run_path(str(path), run_name="__main__")
+        sys.argv = [str(SEARCH), *options]
+        runpy.run_path(sys.argv[0], run_name="__main__")
         status = 0
     except SystemExit as stopped:
         status = stopped.code
@@ -156,13 +136,8 @@ def _status(child: int, until: Callable[[], bool]) -> int | None:
     return None
 
 
-def _end(child: int) -> int | None:
-    """The exit status of the process, when it ends."""
-    return _status(child, until=lambda: False)
-
-
 def _finish(child: int) -> None:
-    if status := _end(child):
+    if status := _status(child, until=lambda: False):
         raise InputError(f"search: ended with status {status}; see log.txt in output_dir")
 
 

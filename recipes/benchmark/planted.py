@@ -1,8 +1,9 @@
 """The planted-rank benchmark: does a search find ranks that are known? A table and planted.json.
-Not here: the problems (planted_problems.py) and the methods (planted_methods.py)."""
+Not here: the problems and the methods (planted_problems.py)."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -10,10 +11,9 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
-from statistics import mean
 
-from planted_methods import METHODS, Training, measure
-from planted_problems import DIFFICULTIES
+import pandas
+from planted_problems import DIFFICULTIES, METHODS, Training, measure
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -23,8 +23,7 @@ from darts_lora import InputError
 from darts_lora.base.files import check_writable, write_json
 from darts_lora.base.options import run, save_config
 
-QUICK_METHODS = ["search", "SVD of rank 16", "uniform", "random"]
-QUICK_STEPS = {"run_steps": 4000, "adalora_steps": 500, "retrain_steps": 300}
+QUICK_STEPS = {"run_steps": 4000, "retrain_steps": 300}
 
 
 @dataclass
@@ -42,7 +41,7 @@ class PlantedRun:
     workers: int = 2
     """Processes that work side by side, one thread each (count)."""
     quick: bool = False
-    """A short look: the easy problem, one seed, four methods, and fewer steps than the defaults."""
+    """A short look: the easy problem, one seed, and fewer steps than the defaults."""
 
     def __post_init__(self):
         for name, known in (("problems", DIFFICULTIES), ("methods", METHODS)):
@@ -97,13 +96,8 @@ def finished(path: str, training: Training) -> tuple[list[dict], float]:
 
 
 def shortened(options: PlantedRun, training: Training) -> tuple[PlantedRun, Training]:
-    """The options of --quick; problems and methods that were named stay."""
-    options = replace(
-        options,
-        problems=options.problems or ["easy"],
-        methods=options.methods or QUICK_METHODS,
-        seeds=options.seeds[:1],
-    )
+    """The options of --quick; problems that were named stay."""
+    options = replace(options, problems=options.problems or ["easy"], seeds=options.seeds[:1])
     steps = {n: min(getattr(training, n), most) for n, most in QUICK_STEPS.items()}
     return options, replace(training, **steps)
 
@@ -118,7 +112,8 @@ def jobs(options: PlantedRun) -> list[tuple[str, int, str]]:
 
 def run_jobs(todo: list[tuple], workers: int, training: Training) -> Iterator[dict]:
     """The records in the order in which they are done."""
-    context = multiprocessing.get_context("spawn")  # forked threads of torch can hang
+    context = multiprocessing.get_context("forkserver")  # forked threads of torch can hang
+    context.set_forkserver_preload(["darts_lora.search"])
     with (
         ProcessPoolExecutor(workers, mp_context=context) as pool,
         tqdm(total=len(todo), desc="planted", unit="run") as bar,
@@ -137,34 +132,21 @@ def run_jobs(todo: list[tuple], workers: int, training: Training) -> Iterator[di
 
 def summarise(records: list[dict]) -> list[dict]:
     """One row for each problem and method, over the seeds whose oracle is there as well."""
-    oracle = {(r["problem"], r["seed"]): r["test_loss"] for r in records if r["method"] == "oracle"}
-    groups: dict[tuple[str, str], list[dict]] = {}
-    for problem in DIFFICULTIES:  # the order of the table, whatever was done first
-        for method in METHODS:
-            groups[problem, method] = [
-                r
-                for r in records
-                if (r["problem"], r["method"]) == (problem, method)
-                and (problem, r["seed"]) in oracle
-            ]
-    rows = []
-    for (problem, method), group in groups.items():
-        ratios = [r["test_loss"] / oracle[problem, r["seed"]] for r in group]
-        if ratios:
-            rows.append(
-                {
-                    "problem": problem,
-                    "method": method,
-                    "seeds": len(group),
-                    "exact": mean(r["exact"] for r in group),
-                    "loss_of_oracle": mean(ratios),
-                    "loss_of_oracle_min": min(ratios),
-                    "loss_of_oracle_max": max(ratios),
-                    "parameters_of_budget": mean(r["parameters_of_budget"] for r in group),
-                    "seconds": mean(r["seconds"] for r in group),
-                }
-            )
-    return rows
+    found = pandas.DataFrame(records)
+    oracle = found[found.method == "oracle"].set_index(["problem", "seed"]).test_loss
+    found = found.join(oracle.rename("oracle"), on=["problem", "seed"], how="inner")
+    found["ratio"] = found.test_loss / found.oracle
+    rows = found.groupby(["problem", "method"]).agg(
+        seeds=("seed", "size"),
+        exact=("exact", "mean"),
+        loss_of_oracle=("ratio", "mean"),
+        loss_of_oracle_min=("ratio", "min"),
+        loss_of_oracle_max=("ratio", "max"),
+        parameters_of_budget=("parameters_of_budget", "mean"),
+        seconds=("seconds", "mean"),
+    )
+    order = [key for key in itertools.product(DIFFICULTIES, METHODS) if key in rows.index]
+    return rows.loc[order].reset_index().to_dict("records")
 
 
 def result_table(summary: list[dict]) -> Table:

@@ -1,14 +1,27 @@
 """Problems with a known answer: a frozen residual model, and data from a copy of it with planted
-low-rank changes. Not here: the methods that look for the ranks (planted_methods.py)."""
+low-rank changes; ways to look for the ranks, and the retraining that judges a plan.
+Not here: which are run, and the table (planted.py)."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import os
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
+from darts_lora import Genotype, RankSearch, SearchConfig, Supernet
+from darts_lora.base.bounds import check_bounds
+from darts_lora.config import TrainingConfig
+from darts_lora.lora.adapter import add_lora
+
+Plan = dict[str, int]
 WIDTH, RANKS = 32, (0, 1, 2, 4, 8, 16)
 PLANTED = (0, 0, 1, 1, 2, 4, 8, 16)  # in an order of its own for each seed; uniform rank 4
 
@@ -129,3 +142,113 @@ def _draw(truth: Residual, rows: int, difficulty: Difficulty) -> Samples:
     x = torch.randn(rows, WIDTH) * _spread(WIDTH, difficulty.input_spread)
     y = truth(x)
     return Samples(x, y + difficulty.label_noise * torch.randn_like(y))
+
+
+@dataclass
+class Training:
+    """How weights are trained, the same for every method."""
+
+    run_steps: int = 8000
+    """Weight steps of the run that a search is the first part of (search_fraction)."""
+    retrain_steps: int = 500
+    """Weight steps of every retraining."""
+    batch_size: int = 256
+    """Rows of a batch."""
+    learning_rate: float = 1e-2
+    """Peak learning rate of the LoRA weights (AdamW, cosine)."""
+
+    def __post_init__(self):
+        counts = dict.fromkeys(("run_steps", "retrain_steps", "batch_size"), 0)
+        check_bounds(self, above={**counts, "learning_rate": 0.0})
+
+
+def mse(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    x, y = batch
+    return F.mse_loss(model(x), y)
+
+
+def search(problem: Problem, seed: int, training: Training) -> Plan:
+    """The library's search under the budget, all at its defaults."""
+    config = SearchConfig(ranks=RANKS, budget_parameters=problem.budget, seed=seed)
+    supernet = Supernet(copy.deepcopy(problem.model), config)
+    loaders = (
+        DataLoader(rows, training.batch_size, shuffle=True, collate_fn=_as_it_is)
+        for rows in (problem.train, problem.validation)
+    )
+    steps = TrainingConfig(
+        max_steps=training.run_steps,
+        learning_rate=training.learning_rate,
+        logging_steps=training.run_steps,
+    )
+    with open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet):  # one bar is enough
+        return RankSearch(supernet, *loaders, training=steps, loss_fn=mse).run().ranks
+
+
+def _as_it_is(batch):
+    return batch
+
+
+def oracle(problem: Problem, seed: int, training: Training) -> Plan:
+    """The planted ranks."""
+    return problem.ranks
+
+
+def uniform(problem: Problem, seed: int, training: Training) -> Plan:
+    """The same rank everywhere; the planted ranks' mean is an integer."""
+    return dict.fromkeys(problem.ranks, sum(problem.ranks.values()) // len(problem.ranks))
+
+
+METHODS: dict[str, Callable[[Problem, int, Training], Plan]] = {
+    "oracle": oracle,
+    "search": search,
+    "uniform": uniform,
+}
+
+
+def retrained_loss(problem: Problem, plan: Plan, seed: int, training: Training) -> float:
+    """Mean squared error on the test rows, after a plain PEFT LoRA of these ranks was trained from
+    scratch on training and validation rows; without any rank above 0 nothing is trained."""
+    model = copy.deepcopy(problem.model)
+    if any(plan.values()):
+        torch.manual_seed(seed)
+        model = add_lora(model, Genotype(plan).to_lora_config(model), plan, [])
+        _train(model, problem, training)
+    with torch.no_grad():
+        return float(mse(model, (problem.test.x, problem.test.y)))
+
+
+def _train(model: nn.Module, problem: Problem, training: Training) -> None:
+    """AdamW and a cosine."""
+    splits = problem.train, problem.validation
+    rows = Samples(torch.cat([s.x for s in splits]), torch.cat([s.y for s in splits]))
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=training.learning_rate, weight_decay=0.0, fused=True)
+    steps = training.retrain_steps
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        batch = rows.__getitems__(torch.randint(len(rows), (training.batch_size,)))
+        mse(model, batch).backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+
+
+def measure(difficulty: str, seed: int, method: str, training: Training) -> dict:
+    """One method on one problem: its plan, share of exact ranks, retrained test loss, seconds."""
+    torch.set_num_threads(1)
+    problem = make_problem(DIFFICULTIES[difficulty], seed)
+    started = time.monotonic()
+    plan = METHODS[method](problem, seed, training)
+    seconds = time.monotonic() - started
+    planted = problem.ranks
+    return {
+        "problem": difficulty,
+        "seed": seed,
+        "method": method,
+        "planted_ranks": list(planted.values()),
+        "found_ranks": [plan[name] for name in planted],
+        "exact": sum(plan[name] == rank for name, rank in planted.items()) / len(planted),
+        "test_loss": retrained_loss(problem, plan, seed, training),
+        "parameters_of_budget": sum(plan.values()) / sum(planted.values()),
+        "seconds": round(seconds, 2),
+    }

@@ -1,5 +1,5 @@
-"""Fewer parameters at equal quality? The uniform-rank curve, the search, and every other way to
-choose ranks, at equal budgets. Not here: methods, cells, retraining, tables (quality_*.py).
+"""A better model at equal budget and equal cost? The uniform-rank curve, the search, and other ways
+to choose ranks. Not here: methods, cells, retraining, tables (quality_*.py).
 
 python recipes/benchmark/quality.py --config recipes/benchmark/quality/embedded_vqa.yaml
 python recipes/benchmark/quality_tables.py           # whatever is finished, as tables and plots
@@ -15,17 +15,16 @@ import os
 import sys
 import time
 import traceback
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
-from quality_allocation import parameters
 from quality_cells import TUNING_SEED, Cell, QualityRun, Store, cells
 from quality_methods import METHODS
 from quality_rows import EncodedRows, mean_loss, task_digest, task_rows
-from quality_setting import Found, Setting
+from quality_setting import Found, Setting, parameters
 from quality_training import Retrainer, Retraining
 
 from darts_lora import DivergedError, InputError, SearchConfig
@@ -61,7 +60,8 @@ def main(
     if options.workers == 1:
         work(everything, digest, started)
     else:
-        context = get_context("spawn")  # forked processes cannot use the GPU
+        context = get_context("forkserver")  # which, unlike this one, has not used the GPU
+        context.set_forkserver_preload(["darts_lora.search"])
         processes = [
             context.Process(target=work, args=(everything, digest, started))
             for _ in range(options.workers)
@@ -231,10 +231,6 @@ class Task:
         if max(options.curve) > self.retrainer.capacity[smallest]:
             most = self.retrainer.capacity[smallest]
             raise InputError(f"curve={options.curve}: {smallest} takes ranks up to {most}")
-        self.search_training = replace(
-            training, max_steps=options.search_steps, batch_size=options.search_batch_size,
-            logging_steps=min(50, options.search_steps), save_steps=0,
-        )  # fmt: skip
 
     def compute(self, cells: list[Cell], store: Store) -> list[dict[str, Any]]:
         """The records of cells that find plans together, or that retrain plans."""
@@ -252,20 +248,15 @@ class Task:
 
     def setting(self, cell: Cell) -> Setting:
         """What the method of a cell may use."""
-        tuning = cell.seed >= TUNING_SEED
         return Setting(
             self.retrainer,
             self.rows,
-            self.tuning if tuning else self.all,
+            self.tuning if cell.seed >= TUNING_SEED else self.all,
             budget_rank=cell.budget,
             seed=cell.seed,
             rate=cell.find_rate,
             search=self.search,
-            search_training=self.search_training,
-            adalora_steps=self.options.adalora_steps,
-            gradient_batches=self.options.gradient_batches,
             validation_fraction=self.data.validation_fraction,
-            judge=None if tuning else self._test_loss,
         )
 
     def _find(self, cells: list[Cell], store: Store) -> list[dict[str, Any]]:
@@ -308,7 +299,6 @@ class Task:
             self.tuning if cell.stage == "tune" else self.all,
             cell.seed,
             cell.rate,
-            method.first(self.setting(cell)) if method.first else {},
         )
         job.taken, job.read = plan.get("taken", 0), plan.get("read", 0)
         job.run_steps = plan.get("run_steps")
@@ -327,14 +317,11 @@ class Task:
         size = self.options.eval_batch_size
         if cell.stage == "tune":
             return {"loss": mean_loss(model, self.rows, self.validation, size)}
-        record = {"loss": self._test_loss(model)}
+        record = {"loss": mean_loss(model, self.test, range(len(self.test)), size)}
         if self.options.exact_match:
             result = score(model, self.test_rows, self.collator, batch_size=size)
             record["exact_match"] = result["exact_match"]
         return record
-
-    def _test_loss(self, model: torch.nn.Module) -> float | None:
-        return mean_loss(model, self.test, range(len(self.test)), self.options.eval_batch_size)
 
 
 if __name__ == "__main__":

@@ -45,14 +45,6 @@ class QualityRun:
     differ by as much as two rates."""
     tuning_fraction: float = 0.1
     """Share of the training rows that tuning holds out, in (0, 1)."""
-    search_steps: int = 1000
-    """Weight steps of a search; max_steps are those of a retraining."""
-    search_batch_size: int = 16
-    """Rows of a batch of a search."""
-    adalora_steps: int = 400
-    """Weight steps of AdaLoRA."""
-    gradient_batches: int = 64
-    """Batches whose gradients are summed (gradient, fisher)."""
     group_by_length: bool = False
     """Train on batches of rows of similar length, where lengths differ: little is padded."""
     eval_batch_size: int = 64
@@ -117,9 +109,8 @@ class Cell:
     @property
     def plan(self) -> Cell:
         """The cell that finds the plan which this one retrains."""
-        method = METHODS[self.method]
-        seed = self.seed if method.plan_seed is None else method.plan_seed
-        return Cell("find", method.plan_of or self.method, self.budget, seed, self.find_rate)
+        method = METHODS[self.method].plan_of or self.method
+        return Cell("find", method, self.budget, self.seed, self.find_rate)
 
 
 class Store:
@@ -227,49 +218,38 @@ class Store:
 def cells(options: QualityRun, store: Store) -> Iterator[Cell]:
     """All cells in the order in which they should be done, what depends on unfinished ones left
     out: the uniform plans of the budgets (unless they are not asked for and no rate rests on them),
-    then the methods, the rest of the curve after the search."""
-    rest = [rank for rank in options.curve if rank not in options.budgets]
-    settled = len(options.learning_rates) == 1 or all(METHODS[m].own_rate for m in options.methods)
-    alone = settled and "uniform" not in options.methods
-    pairs = [] if alone else [("uniform", rank) for rank in options.budgets]
-    for method in METHODS:
-        if method in options.methods and method != "uniform":
-            pairs += [(method, budget) for budget in options.budgets]
-        if method == "search" and not alone:
-            pairs += [("uniform", rank) for rank in rest]
+    then the methods, then the rest of the curve."""
+    asked = [method for method in METHODS if method in options.methods and method != "uniform"]
+    tuned = len(options.learning_rates) > 1 and any(METHODS[m].trains != "own" for m in asked)
+    pairs = [(method, budget) for method in asked for budget in options.budgets]
+    if tuned or "uniform" in options.methods:
+        rest = [rank for rank in options.curve if rank not in options.budgets]
+        pairs = [("uniform", rank) for rank in options.budgets] + pairs
+        pairs += [("uniform", rank) for rank in rest]
     for method, budget in pairs:
-        yield from _cells_of(options, method, budget, store)
-
-
-def _cells_of(options: QualityRun, method: str, budget: int, store: Store) -> Iterator[Cell]:
-    tuned = yield from _tune(options, METHODS[method].rates_of or method, budget, store)
-    if tuned is None:
-        return
-    for seed in options.seeds:
-        final = Cell("final", method, budget, seed, tuned.find_rate, tuned.rate)
-        yield final.plan
-        yield final
+        if found := (yield from _tune(options, method, budget, store)):
+            for seed in options.seeds:
+                final = Cell("final", method, budget, seed, found.find_rate, found.rate)
+                yield final.plan
+                yield final
 
 
 def _tune(options: QualityRun, method: str, budget: int, store: Store) -> Iterator[Cell]:
     """Tuning cells; returns the best one, None while it is not known. The rate of finding is that
-    of the budget's uniform plan, or chosen by retrainings at that rate; then the rate of the
-    retraining."""
-    best, way = None, METHODS[METHODS[method].plan_of or method]
-    if way.own_rate:
-        pairs = [(rate, rate) for rate in options.learning_rates]
+    of the whole run, tuned by itself, or of the budget's uniform plan; then the retraining's."""
+    way, rates = METHODS[METHODS[method].plan_of or method], options.learning_rates
+    if way.trains == "own":
+        pairs = [(rate, rate) for rate in rates]
         return (yield from _try(_tries(options, method, budget, pairs), store))
-    if way.trains:
-        best = uniform = store.best(_retrainings(options, "uniform", budget, None))
-        if best and way.trains == "tuned":
-            pairs = [(rate, uniform.rate) for rate in options.learning_rates]
-            best = yield from _try(_tries(options, method, budget, pairs), store)
-        if best is None:
-            return None
-    if way.trains and way.goes_on:  # one rate for what finds the plan and the rest
-        return replace(best, find_rate=best.rate)
-    find_rate = best and (best.rate if way.trains == "as uniform" else best.find_rate)
-    return (yield from _try(_retrainings(options, method, budget, find_rate), store))
+    find_rate = None
+    if way.trains == "uniform":
+        plain = _tries(options, "uniform", budget, [(None, rate) for rate in rates])
+        best = store.best(plain)
+        if best is None or way.goes_on:  # one rate for what finds the plan and the rest
+            return best and replace(best, find_rate=best.rate)
+        find_rate = best.rate
+    pairs = [(find_rate, rate) for rate in rates]
+    return (yield from _try(_tries(options, method, budget, pairs), store))
 
 
 def _try(tries: list[list[Cell]], store: Store) -> Iterator[Cell]:
@@ -281,12 +261,6 @@ def _try(tries: list[list[Cell]], store: Store) -> Iterator[Cell]:
         yield cell.plan
         yield cell
     return store.best(tries)
-
-
-def _retrainings(
-    options: QualityRun, method: str, budget: int, find_rate: float | None
-) -> list[list[Cell]]:
-    return _tries(options, method, budget, [(find_rate, rate) for rate in options.learning_rates])
 
 
 def _tries(

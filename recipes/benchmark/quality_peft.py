@@ -1,4 +1,4 @@
-"""PEFT's own ways to choose ranks: AdaLoRA and EVA.
+"""PEFT's own way to choose ranks, AdaLoRA, as a run.
 Not here: all others (quality_methods.py)."""
 
 from __future__ import annotations
@@ -6,61 +6,30 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from functools import partial
 
 import torch
-from peft import (
-    AdaLoraConfig,
-    EvaConfig,
-    LoraConfig,
-    PeftModel,
-    get_eva_state_dict,
-    get_peft_model,
-)
+from peft import AdaLoraConfig, PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.adalora import AdaLoraLayer, RankAllocator
-from quality_allocation import largest_values, parameters, scaled_to_budget
-from quality_rows import model_inputs, supervised_loss
-from quality_setting import Found, Setting
+from quality_rows import supervised_loss
+from quality_setting import Found, Setting, largest_values
 from quality_training import learning_rates
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from darts_lora import DivergedError
-from darts_lora.config import TrainingConfig
-from darts_lora.data.collator import IGNORED
 from darts_lora.lora.handover import cut
 from darts_lora.run.graphs import Graphed
 
 
-def adalora(setting: Setting) -> Found:
-    """PEFT's AdaLoRA from 1.5 times the budget's rank, as in its paper (arXiv 2303.10512);
-    the ranks it ends with, scaled to the budget: it counts singular values, not parameters."""
-    steps = setting.adalora_steps
-    training = replace(
-        setting.retrainer.training, max_steps=steps, lr_scheduler="cosine", lr_warmup_steps=0,
-        weight_decay=0.0,
-    )  # fmt: skip
-    with adalora_model(setting, steps) as model:
-        train_adalora(model, setting, training)
-        with half_precision(model):
-            own_loss = setting.judge(model) if setting.judge else None
-        pattern = model.peft_config["default"].rank_pattern
-    shapes, capacity = setting.retrainer.shapes, setting.retrainer.capacity
-    own = {name: sum(pattern[f"{name}.lora_E.default"]) for name in shapes}
-    ranks = scaled_to_budget(own, shapes, capacity, setting.budget)
-    notes = {"own_parameters": parameters(own, shapes), "own_test_loss": own_loss}
-    return Found(ranks, notes | {"own_ranks": list(own.values())})
-
-
 def adalora_run(setting: Setting) -> Found:
-    """PEFT's AdaLoRA as the run itself: its schedule over all steps of the task, on the task's
-    learning rates. At its last allocation the budget is counted in parameters, by its own
-    importance. What it ends with is judged as a plain LoRA, without its singular values of 0."""
+    """PEFT's AdaLoRA from 1.5 times the budget's rank, as in its paper (arXiv 2303.10512), as the
+    run itself: its schedule over all steps of the task, on the task's learning rates. At its last
+    allocation the budget is counted in parameters, by its own importance. What it ends with is
+    judged as a plain LoRA, without its singular values of 0."""
     training = setting.retrainer.training
     with adalora_model(setting, training.max_steps) as model:
-        train_adalora(model, setting, training, setting.budget)
+        train_adalora(model, setting, setting.budget)
         weights = plain_lora(model, setting.retrainer.scaling)
     if not all(value.isfinite().all() for pair in weights.values() for value in pair):
         raise DivergedError(f"find_rate={setting.rate}: a weight is infinite or NaN")
@@ -95,14 +64,13 @@ def adalora_model(setting: Setting, steps: int) -> Iterator[PeftModel]:
         model.unload()
 
 
-def train_adalora(
-    model: PeftModel, setting: Setting, training: TrainingConfig, budget: int | None = None
-) -> None:
+def train_adalora(model: PeftModel, setting: Setting, budget: int) -> None:
     """AdamW with the retraining's clipping and schedule; gradients as a CUDA graph on a GPU.
 
     Args:
-        budget: of the last allocation, in parameters; None: AdaLoRA's, in singular values.
+        budget: of the last allocation, in parameters: AdaLoRA's own counts singular values.
     """
+    training = setting.retrainer.training
     weights = [p for p in model.parameters() if p.requires_grad]
     rate = torch.zeros((), device=setting.retrainer.device)
     optimizer = torch.optim.AdamW(
@@ -129,9 +97,9 @@ def train_adalora(
         rate.fill_(now)
         optimizer.step()
         last = number == config.total_step - config.tfinal
-        scores = importance(allocator, setting.retrainer.shapes) if last and budget else None
+        scores = importance(allocator, setting.retrainer.shapes) if last else {}
         model.base_model.update_and_allocate(number)
-        if scores:
+        if last:
             kept = largest_values(scores, setting.retrainer.shapes, budget)
             config.rank_pattern = {f"{name}.lora_E.default": kept[name].tolist() for name in kept}
             allocator.mask_using_rank_pattern(model.base_model.model, config.rank_pattern)
@@ -191,50 +159,3 @@ def half_precision(model: nn.Module):
         torch.autocast(model.device.type, model.dtype if half else None, enabled=half),
     ):
         yield
-
-
-def eva_components(setting: Setting) -> dict[str, Tensor]:
-    """Layer -> right singular vectors (rank, in) of its inputs by PEFT's EVA, its rank raised until
-    the redistributed ranks reach the budget: EVA counts singular values and not parameters."""
-    shapes = setting.retrainer.shapes
-    chosen = list(setting.rows.batches(setting.indices, setting.batch_size, setting.seed))
-    loader = DataLoader(chosen, batch_size=None, collate_fn=setting.rows.batch)
-    most = min(min(shape) for shape in shapes.values()) // 2  # EVA looks at twice the rank
-    for rank in range(min(setting.budget_rank, most), most + 1):
-        config = LoraConfig(r=rank, target_modules=list(shapes), init_lora_weights="eva",
-                            eva_config=EvaConfig(rho=2.0))  # fmt: skip
-        components = get_eva_state_dict(
-            setting.retrainer.model,
-            loader,
-            config,
-            forward_fn=lambda model, batch: model(**model_inputs(batch), use_cache=False),
-            prepare_model_inputs_fn=_answer_mask,
-            prepare_layer_inputs_fn=_inputs_of_answers,
-            show_progress_bar=False,
-        )
-        ranks = {name: len(components[name]) for name in shapes}
-        if parameters(ranks, shapes) >= setting.budget:
-            break
-    return components
-
-
-def _answer_mask(batch: dict[str, Tensor], _) -> Tensor:
-    """Tokens that EVA looks at by default: those that are learnt."""
-    return batch["labels"] != IGNORED
-
-
-def _inputs_of_answers(x: Tensor | tuple, mask: Tensor, name: str) -> Tensor:
-    x = x[0] if isinstance(x, tuple) else x
-    return x[mask] if x.shape[:2] == mask.shape else x.flatten(0, -2)  # image patches: all
-
-
-def eva(setting: Setting) -> Found:
-    """EVA's redistribution of ranks by explained variance."""
-    own = {name: len(vectors) for name, vectors in eva_components(setting).items()}
-    own = {name: own[name] for name in setting.retrainer.shapes}
-    shapes = setting.retrainer.shapes
-    capacity = {name: min(own[name], most) for name, most in setting.retrainer.capacity.items()}
-    ranks = scaled_to_budget(own, shapes, capacity, setting.budget)
-    return Found(
-        ranks, {"own_parameters": parameters(own, shapes), "own_ranks": list(own.values())}
-    )

@@ -1,5 +1,5 @@
 """Rivals at equal cost: what they spend on finding ranks is paid for with steps of their training.
-Not here: AdaLoRA (quality_peft.py), ways that find ranks for nothing (quality_methods.py)."""
+Not here: AdaLoRA (quality_peft.py), the search (quality_methods.py)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from quality_allocation import largest_gain, largest_values, parameters, scaled_to_budget
 from quality_rows import supervised_loss
-from quality_setting import Found, Setting, Weights
+from quality_setting import (
+    Found,
+    Setting,
+    Weights,
+    largest_gain,
+    largest_values,
+    parameters,
+    scaled_to_budget,
+)
 from quality_training import Plan, Retrainer, Retraining
 from torch import Tensor, nn
 
@@ -118,8 +125,7 @@ def gora(setting: Setting, *, starts: bool = False) -> Found:
     """
     retrainer, rank = setting.retrainer, setting.budget_rank
     count = paid_batches(GORA_BATCHES, setting)
-    sums, _ = weight_gradients(setting, count)
-    means = {name: total / count for name, total in sums.items()}
+    means = mean_gradients(setting, count)
     worth = {
         name: float((retrainer.originals[name].weight.float() * mean).abs().mean())
         for name, mean in means.items()
@@ -155,24 +161,21 @@ def gora_weights(setting: Setting, gradients: dict[str, Tensor], ranks: Plan) ->
     return found
 
 
-def weight_gradients(setting: Setting, count: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Layer -> sum over so many batches of the gradient of its weight (float32), and of its
-    square."""
+def mean_gradients(setting: Setting, count: int) -> dict[str, Tensor]:
+    """Layer -> mean over so many batches of the gradient of its weight (float32)."""
     model, names = setting.retrainer.model, list(setting.retrainer.shapes)
     weights = [setting.retrainer.originals[name].weight for name in names]
     sums = [torch.zeros_like(w, dtype=torch.float32) for w in weights]
-    squares = [torch.zeros((), device=setting.retrainer.device) for _ in weights]
     model.eval()
     for weight in weights:
         weight.requires_grad_(True)
     for batch in setting.batches(count):
         found = torch.autograd.grad(supervised_loss(model, batch), weights, materialize_grads=True)
-        for total, square, gradient in zip(sums, squares, found, strict=True):
+        for total, gradient in zip(sums, found, strict=True):
             total += gradient
-            square += gradient.float().square().sum()
     for weight in weights:
         weight.requires_grad_(False)
-    return dict(zip(names, sums, strict=True)), dict(zip(names, squares, strict=True))
+    return {name: total / count for name, total in zip(names, sums, strict=True)}
 
 
 def autolora(settings: Sequence[Setting]) -> list[Found]:

@@ -8,8 +8,6 @@ python recipes/benchmark/size.py --config recipes/benchmark/quality/embedded_vqa
 
 from __future__ import annotations
 
-import contextlib
-import math
 import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -20,8 +18,7 @@ import torch
 from quality import Task
 from quality_cells import Cell, QualityRun
 from quality_methods import made_search
-from quality_rows import supervised_loss, task_digest
-from quality_setting import Setting
+from quality_rows import task_digest
 
 from darts_lora import SearchConfig
 from darts_lora.base.files import check_writable, write_json
@@ -67,17 +64,9 @@ def main(
 def searched(task: Task, seed: int, rate: float) -> dict[str, Any]:
     """All that a search without a budget measures."""
     cell = Cell("find", "search", max(task.options.curve), seed, rate)
-    setting = task.setting(cell)
-    training = replace(
-        task.retrainer.training, learning_rate=rate, logging_steps=task.retrainer.training.max_steps
-    )
-    with (
-        made_search(setting, training, budget_rank=None, budget_parameters=None) as ready,
-        open(os.devnull, "w") as quiet,
-        contextlib.redirect_stderr(quiet),
-    ):
+    steps = task.retrainer.training.max_steps
+    with made_search(task.setting(cell), steps, None) as ready:
         genotype = ready.run()
-        explored = _explored(ready, setting)
     architect = ready.architect
     measured, values = architect.measured, architect.values
     found = {f.name: getattr(measured, f.name).tolist() for f in fields(measured)}
@@ -88,37 +77,14 @@ def searched(task: Task, seed: int, rate: float) -> dict[str, Any]:
         "seed": seed,
         "rate": rate,
         "steps": ready.steps,
-        "run_steps": training.max_steps,
+        "run_steps": steps,
         "candidates": list(task.search.ranks),
         "parameters_per_rank": ready.supernet.parameters_per_rank,
         "gain": float(measured.gains.double().mean(0).sum()),
         "kept": dict(zip(ranks.int().tolist(), kept.tolist(), strict=True)),
         "energy": float(measured.energies.double().mean(0).sum()),
         "found_by": genotype.found_by,
-        "explored": explored,
     }
-
-
-def _explored(ready: Any, setting: Setting) -> dict[str, Any]:
-    """Losses of cuts at half of the search and at its end, on more validation rows."""
-    supernet, architect, stream = ready.supernet, ready.architect, ready.val_stream
-    batches = [next(stream) for _ in range(16)]
-    found: dict[str, Any] = {}
-
-    def loss(batch: Any) -> torch.Tensor:
-        return supervised_loss(supernet.model, batch)
-
-    for name, values in {"half": architect.half, "end": architect.mean.values}.items():
-        with architect.mean.in_place(values):
-            gates = supernet.mean_gates()
-            found[f"{name}_mean"] = [float(architect._loss(loss, b, gates)) for b in batches]
-            with supernet.in_directions():
-                for rank in (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32):
-                    if rank <= gates.shape[1]:
-                        cut = architect._uniform_gates(rank)
-                        losses = [float(architect._loss(loss, b, cut)) for b in batches]
-                        found[f"{name}_{rank}"] = losses
-    return {k: v if all(map(math.isfinite, v)) else None for k, v in found.items()}
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """What one run costs beside a plain PEFT finetune of as many weight steps: wall time and memory.
-Not here: what it is worth (quality.py), other ways to mix ranks (speed.py).
+Not here: what it is worth (quality.py), the shapes (speed_shapes.py).
 
 python recipes/benchmark/speed_run.py     # the embedded default, alone on a machine
 python recipes/benchmark/speed_run.py --shape mllama_11b_batch4 --batches 2 --max_steps 400
@@ -27,7 +27,7 @@ from peft import PeftModel
 from quality_cells import QualityRun
 from quality_peft import half_precision
 from quality_rows import EncodedRows, model_inputs, task_rows
-from speed import SHAPES, SpeedRun, make_batches, make_model
+from speed_shapes import SHAPES, make_batch, make_model
 from torch import Tensor, nn
 
 from darts_lora import Genotype, InputError, SearchConfig, Supernet
@@ -52,7 +52,7 @@ class SpeedOfRun:
     """What is timed. The task is that of a file of recipes/benchmark/quality (--config)."""
 
     shape: str | None = None
-    """A shape of speed.py in place of the task, with random weights."""
+    """A shape of speed_shapes.py in place of the task, with random weights."""
     graphs: list[bool] = field(default_factory=lambda: [False, True])
     """Launch the steps one by one, as CUDA graphs, or both (on a GPU)."""
     batches: int = 8
@@ -97,7 +97,7 @@ def main(
     if options.shape:
         shape = SHAPES[options.shape]
         base = make_model(shape, device.type)
-        batches = make_batches(shape, SpeedRun(options.shape, device=device.type))
+        batches = [make_batch(shape, device.type) for _ in range(options.batches)]
     else:
         rows = EncodedRows(task_rows(data), make_collator(model, data), device,
                            task.group_by_length)  # fmt: skip
@@ -107,7 +107,6 @@ def main(
         ]
         base = load_model(model).to(device).requires_grad_(False)
         base.config.get_text_config().use_cache = False
-    batches = batches[: options.batches]
     modes = [graphs for graphs in options.graphs if device.type == "cuda" or not graphs]
     if not modes:
         raise InputError(f"graphs={options.graphs}: there are none on a CPU")

@@ -2,11 +2,9 @@
 Not here: what the callback does (../test_trainer.py)."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 
+import forked
 import pytest
 from families import TEXT_FAMILIES, make_family
 from peft import PeftModel
@@ -24,12 +22,8 @@ def run_example(name, folder, row, *more):
         colours = [("red", "green", "blue")[i % 3] for i in range(count)]
         files.append(folder / f"{split}.jsonl")
         files[-1].write_text("".join(json.dumps(row(question, c)) + "\n" for c in colours))
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, str(ROOT / f"recipes/examples/{name}.py"), model, *map(str, files), *more],
-        cwd=folder, env={**env, "PYTHONPATH": path}, capture_output=True, text=True, timeout=180,
-    )  # fmt: skip
+    script = ROOT / "recipes" / "examples" / f"{name}.py"
+    done = forked.run(script, model, *files, *more, folder=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

@@ -2,7 +2,6 @@
 Not here: how well searches do on the hard problems (recipes/benchmark/README.md)."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,23 +9,23 @@ import torch
 
 from darts_lora import InputError
 
-BENCHMARK = Path(__file__).parents[2] / "recipes" / "benchmark"
+
+@pytest.fixture
+def problems(benchmark_imports):
+    import planted_problems
+
+    return planted_problems
 
 
 @pytest.fixture
-def recipe(monkeypatch):
-    """The benchmark's modules: a recipe is a script, its folder is no package."""
-    monkeypatch.syspath_prepend(BENCHMARK)
+def planted(benchmark_imports):
     import planted
-    import planted_methods
-    import planted_problems
 
-    return planted, planted_methods, planted_problems
+    return planted
 
 
 @pytest.mark.parametrize("difficulty", ["easy", "hard-1500", "hard-5000"])
-def test_planted_ranks_are_the_true_ones(recipe, difficulty):
-    _, _, problems = recipe
+def test_planted_ranks_are_the_true_ones(problems, difficulty):
     problem = problems.make_problem(problems.DIFFICULTIES[difficulty], seed=3)
     for name, rank in problem.ranks.items():
         assert np.linalg.matrix_rank(problem.changes[name].numpy(), tol=1e-4) == rank
@@ -36,22 +35,20 @@ def test_planted_ranks_are_the_true_ones(recipe, difficulty):
     assert sum(costs) == problem.budget
 
 
-def test_labels_come_from_the_planted_changes(recipe):
-    _, methods, problems = recipe
+def test_labels_come_from_the_planted_changes(problems):
     difficulty = problems.DIFFICULTIES["hard-1500"]
     problem = problems.make_problem(difficulty, seed=0)
     assert (len(problem.train), len(problem.validation)) == (1500, 750)
     with torch.no_grad():
-        before = float(methods.mse(problem.model, (problem.test.x, problem.test.y)))
+        before = float(problems.mse(problem.model, (problem.test.x, problem.test.y)))
         for name, change in problem.changes.items():
             problem.model.get_submodule(name).weight += change
-        after = float(methods.mse(problem.model, (problem.test.x, problem.test.y)))
+        after = float(problems.mse(problem.model, (problem.test.x, problem.test.y)))
     assert after == pytest.approx(difficulty.label_noise**2, rel=0.02)
     assert before > 1.5 * after
 
 
-def test_problems_repeat_and_differ_by_seed(recipe):
-    _, _, problems = recipe
+def test_problems_repeat_and_differ_by_seed(problems):
     state = torch.get_rng_state()
     first, again, other = (
         problems.make_problem(problems.DIFFICULTIES["easy"], seed) for seed in (0, 0, 1)
@@ -61,18 +58,14 @@ def test_problems_repeat_and_differ_by_seed(recipe):
     assert torch.equal(state, torch.get_rng_state())  # the caller's random state is not touched
 
 
-@pytest.mark.parametrize("plan", ["uniform", "random_ranks", "svd", "adalora"])
-def test_baselines_use_the_budget(recipe, plan):
-    _, methods, problems = recipe
+def test_uniform_ranks_use_the_budget(problems):
     problem = problems.make_problem(problems.DIFFICULTIES["easy"], seed=0)
-    training = methods.Training(adalora_steps=30, retrain_steps=5, adalora_learning_rates=(0.01,))
-    for found in getattr(methods, plan)(problem, 0, training):
-        assert list(found) == list(problem.ranks)
-        assert sum(found.values()) == sum(problems.PLANTED)
+    found = problems.uniform(problem, 0, problems.Training())
+    assert list(found) == list(problem.ranks)
+    assert sum(found.values()) == sum(problems.PLANTED)
 
 
-def test_summary_divides_by_the_oracle_of_the_same_seed(recipe):
-    planted, _, _ = recipe
+def test_summary_divides_by_the_oracle_of_the_same_seed(planted):
     common = {"problem": "easy", "exact": 1.0, "parameters_of_budget": 1.0, "seconds": 1.0}
     rows = [("oracle", 0, 1.0), ("oracle", 1, 4.0), ("uniform", 0, 2.0), ("uniform", 1, 4.0)]
     rows += [("uniform", 2, 9.0)]  # its oracle is not there yet
@@ -85,14 +78,14 @@ def test_summary_divides_by_the_oracle_of_the_same_seed(recipe):
 
 def test_unknown_names_are_told(launch):
     wrong = ("--problems", "[easy, nonesuch]")
-    done = launch("benchmark/planted", *wrong, alone=True, status=2)
+    done = launch("benchmark/planted", *wrong, status=2)
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "Traceback" not in done.stderr
     assert "nonesuch" in line
 
 
 def test_quick_finds_the_easy_ranks(launch, tmp_path):
-    done = launch("benchmark/planted", "--quick", "--output_dir", tmp_path, alone=True)
+    done = launch("benchmark/planted", "--quick", "--output_dir", tmp_path)
     with open(tmp_path / "planted.json", encoding="utf-8") as file:
         result = json.load(file)
     assert set(result) == {"options", "seconds", "summary", "records"}
@@ -101,16 +94,13 @@ def test_quick_finds_the_easy_ranks(launch, tmp_path):
     row = rows["search"]
     assert row["exact"] == 1
     assert row["loss_of_oracle"] == pytest.approx(1.0, abs=1e-3)
-    assert row["loss_of_oracle"] < 0.5 * min(
-        rows[m]["loss_of_oracle"] for m in ("uniform", "random")
-    )
+    assert row["loss_of_oracle"] < 0.5 * rows["uniform"]["loss_of_oracle"]
     assert row["parameters_of_budget"] <= 1
     assert "search" in done.stdout
 
 
-def test_what_is_finished_is_not_run_again(recipe, tmp_path):
-    planted, methods, _ = recipe
-    training = methods.Training()
+def test_what_is_finished_is_not_run_again(planted, problems, tmp_path):
+    training = problems.Training()
     path = str(tmp_path / "planted.json")
     assert planted.finished(path, training) == ([], 0.0)
     records = [{"problem": "easy", "seed": 0, "method": "oracle"}]
@@ -118,4 +108,4 @@ def test_what_is_finished_is_not_run_again(recipe, tmp_path):
     planted.write_json(path, {"options": options, "seconds": 3.5, "records": records})
     assert planted.finished(path, training) == (records, 3.5)
     with pytest.raises(InputError, match="other training options"):
-        planted.finished(path, methods.Training(run_steps=7))
+        planted.finished(path, problems.Training(run_steps=7))

@@ -25,7 +25,7 @@ import pretrain_embedded
 def made(launch, tmp_path_factory):
     folder = tmp_path_factory.mktemp("embedded")
     options = ("--output_dir", folder, "--max_steps", 2, "--batch_size", 8, "--num_workers", 0)
-    return folder, launch("pretrain_embedded", *options, alone=True)
+    return folder, launch("pretrain_embedded", *options)
 
 
 @pytest.mark.parametrize("split", ["train", "test"])

@@ -1,7 +1,9 @@
-"""recipes/pretrain_llava.py on a tiny language model: put together, trained, loaded back.
+"""recipes/pretrain_llava.py on a tiny language model: put together, trained, loaded back; its facts
+are asked about the right objects.
 Not here: how good the model of SmolLM2 is (recipes/benchmark/README.md), its size."""
 
 import re
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
@@ -59,7 +61,7 @@ def made(launch, text_folder, tmp_path_factory):
         "batch_size": 4, "num_workers": 0, "test_questions": 4,
     }  # fmt: skip
     given = [part for name, value in options.items() for part in (f"--{name}", value)]
-    return folder, launch("pretrain_llava", *given, alone=True), given
+    return folder, launch("pretrain_llava", *given), given
 
 
 @pytest.fixture
@@ -149,9 +151,7 @@ def test_vision_tower_and_projector_alone_are_trained(fresh, text_folder):
 
 def test_a_trained_vision_side_gives_the_same_model_again(launch, made, tmp_path):
     given = [*made[2], "--output_dir", tmp_path]
-    again = launch(
-        "pretrain_llava", *given, "--vision_side", made[0] / "vision.safetensors", alone=True
-    )
+    again = launch("pretrain_llava", *given, "--vision_side", made[0] / "vision.safetensors")
     assert "pretrain:" in made[1].stderr and "pretrain:" not in again.stderr
     assert again.stdout == made[1].stdout
     first, second = (load_file(f / "model/model.safetensors") for f in (made[0], tmp_path))
@@ -226,3 +226,77 @@ def test_the_quality_task_reads_what_the_recipe_writes(recipe, monkeypatch):
     folder = recipe.LlavaRun().output_dir
     assert (model.model_name_or_path, data.dataset) == (f"{folder}/model", f"{folder}/data")
     assert options.benchmark == "llava_vqa" and max(search.ranks) == max(options.curve)
+
+
+@pytest.fixture(scope="module")
+def all_rows(recipe):
+    return recipe.read_rows("test")
+
+
+def row(question: str, answer: str) -> dict:
+    return {"messages": [{"content": question}, {"content": answer}]}
+
+
+@pytest.mark.parametrize(
+    ("questions", "thing"),
+    [
+        ([("what color is the circle?", "teal")], ("teal", "circle")),
+        ([("what is the red shape?", "triangle")], ("red", "triangle")),
+        (
+            [("is there a circle?", "yes"), ("is there a red shape?", "no"),
+             ("does the image not contain a blue shape?", "no")],
+            ("blue", "circle"),
+        ),
+        ([("is no red shape present?", "no"), ("is a circle present?", "yes")], ("red", "circle")),
+        ([("what shape is present?", "circle"), ("is there not a red shape?", "yes")], None),
+        ([("what color is the shape?", "red"), ("is there a circle?", "no")], None),
+    ],
+)  # fmt: skip
+def test_what_is_seen_follows_from_the_answers(recipe, questions, thing):
+    assert recipe.seen_object([row(*pair) for pair in questions]) == thing
+
+
+def test_what_is_seen_is_what_the_image_shows(recipe, all_rows):
+    """By its pixels: every colour of easy-vqa is one value, the background is another."""
+    colours = defaultdict(set)
+    for of_image in recipe.by_image(all_rows):
+        if thing := recipe.seen_object(of_image):
+            counts = of_image[0]["image"].getcolors(4096)
+            _, inside = sorted(counts, reverse=True)[:2]
+            colours[thing[0]].add(inside[1])
+    assert set(colours) == set(recipe.COLOURS)
+    assert all(len(found) == 1 for found in colours.values())
+    assert len(set.union(*colours.values())) == len(recipe.COLOURS)
+
+
+def test_every_object_has_an_answer_of_its_kind_for_each_question(recipe):
+    known = recipe.object_facts(seed=0)
+    assert len(known) == 24
+    for of_object in known.values():
+        assert len(of_object) == len(recipe.PLACES) * len(recipe.KINDS) == len(dict(of_object))
+        for question, answer in of_object:
+            (kind,) = [
+                kind for kind, form in recipe.KINDS.items()
+                if any(form.format(place=place) == question for place in recipe.PLACES)
+            ]  # fmt: skip
+            assert answer in recipe.ANSWERS[kind]
+
+
+def test_facts_are_drawn_at_random_by_the_seed(recipe):
+    known, other = (recipe.object_facts(seed) for seed in (0, 1))
+    assert known == recipe.object_facts(seed=0) != other
+    days = Counter(answer for of_object in known.values() for answer in dict(of_object).values())
+    assert set(recipe.ANSWERS["day"]) <= set(days)
+
+
+def test_rows_tell_the_same_facts_of_training_and_test_images(recipe, all_rows):
+    known = recipe.object_facts(seed=0)
+    for split in (all_rows, recipe.read_rows("train")):
+        made = recipe.fact_rows(split, seed=0, per_image=3)
+        rows_of = {of_image[0]["image_id"]: of_image for of_image in recipe.by_image(split)}
+        things = {image: recipe.seen_object(of_image) for image, of_image in rows_of.items()}
+        asked = Counter(r["image_id"] for r in made)
+        assert asked == {image: 3 for image, thing in things.items() if thing}
+        assert all(recipe.said(r) in known[things[r["image_id"]]] for r in made)
+        assert len({(r["image_id"], recipe.said(r)) for r in made}) == len(made)
+        assert all(r["image"] is rows_of[r["image_id"]][0]["image"] for r in made[:50])

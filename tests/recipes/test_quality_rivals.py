@@ -88,14 +88,14 @@ def logits(model, task):
 
 
 def test_a_converted_adalora_is_adalora(task):
-    from quality_allocation import parameters
     from quality_peft import adalora_model, plain_lora, train_adalora
+    from quality_setting import parameters
 
     setting = task.setting(cell_of("adalora_run").plan)
-    training, shapes = setting.retrainer.training, setting.retrainer.shapes
+    shapes = setting.retrainer.shapes
     budget = round(0.8 * setting.budget)  # fewer parameters than its singular values would have
     with adalora_model(setting, STEPS) as model:
-        train_adalora(model, setting, training, budget)
+        train_adalora(model, setting, budget)
         own = logits(model, task)
         weights = plain_lora(model, setting.retrainer.scaling)
         values = [p for n, p in model.named_parameters() if "lora_E" in n]
@@ -229,7 +229,7 @@ def test_gate_gradients_are_slopes_of_the_loss(task):
 
 
 def test_goras_ranks_and_first_step(task):
-    from quality_rivals import GORA_RATE, gora, weight_gradients
+    from quality_rivals import GORA_RATE, gora, mean_gradients
     from quality_rows import mean_loss
     from quality_training import Retraining
 
@@ -240,9 +240,8 @@ def test_goras_ranks_and_first_step(task):
     worth = dict(zip(shapes, found.notes["importance"], strict=True))
     order = sorted(worth, key=lambda name: worth[name] / sum(shapes[name]))
     assert found.ranks[order[0]] < found.ranks[order[-1]] <= 8
-    sums, _ = weight_gradients(setting, 4)
     name = order[-1]
-    mean, weight = sums[name] / 4, retrainer.originals[name].weight
+    mean, weight = mean_gradients(setting, 4)[name], retrainer.originals[name].weight
     assert worth[name] == pytest.approx(float((weight * mean).abs().mean()), rel=1e-4)
     a, b = setting.kept[name]
     step = GORA_RATE * (shapes[name][0] / len(a)) ** 0.5
@@ -337,7 +336,7 @@ def test_weights_lie_beside_the_cells_until_they_are_trained(quality_options, tm
 
 
 def test_one_threshold_for_all_layers():
-    from quality_allocation import largest_values
+    from quality_setting import largest_values
 
     shapes = {"wide": (10, 10), "narrow": (2, 3)}
     values = {"wide": torch.tensor([3.0, 9.0, 8.0]), "narrow": torch.tensor([1.0, 2.0])}
@@ -372,6 +371,7 @@ def made_up(folder, method, budget, losses, steps=10, **more):
 
 def test_the_table_at_equal_cost(benchmark_imports):
     from quality_cost import equal_cost
+    from quality_statistics import table
 
     records = made_up("r1", "uniform", 1, [1.0, 1.2]) + made_up("r2", "uniform", 2, [0.8, 1.0])
     records += made_up("r2", "uniform", 2, [0.1, 0.1], steps=20)
@@ -379,7 +379,7 @@ def test_the_table_at_equal_cost(benchmark_imports):
     records += made_up("other", "gora", 1, [0.5], task="b")
     records += [r | {"stage": "find", "expected_ranks": ranks} for r, ranks in zip(
         made_up("r1", "gora", 1, [0, 0]), ([1, 2, 3], [1, 3, 2]), strict=True)]  # fmt: skip
-    rows = {(r["folder"], r["method"], r["steps"]): r for r in equal_cost(records)}
+    rows = {(r["folder"], r["method"], r["steps"]): r for r in equal_cost(table(records))}
     row = rows["r1", "gora", 10]
     assert (row["seeds"], row["uniform"]) == (3, pytest.approx(1.1))
     assert row["difference"] == pytest.approx(-0.2), "of the two seeds that both have"

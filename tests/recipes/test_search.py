@@ -36,7 +36,7 @@ def options(vision_folder, data_folder, output_dir, **changed):
 @pytest.fixture(scope="module")
 def searched(launch, vision_folder, data_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    return folder, launch("search", *options(vision_folder, data_folder, folder))
+    return folder, launch("search", *options(vision_folder, data_folder, folder), fresh=True)
 
 
 def test_what_it_leaves(searched, vision_folder):
@@ -133,7 +133,7 @@ def test_sigterm_to_the_whole_job_then_a_resume_with_other_options(
 
     config = (tmp_path / "config.yaml").read_text()
     changed = options(vision_folder, data_folder, tmp_path, max_steps=2000, pad_to_multiple_of=8)
-    done = launch("search", *changed, "--resume", alone=True, status=2)
+    done = launch("search", *changed, "--resume", status=2)
     told = "error: pad_to_multiple_of=8: the search to resume has pad_to_multiple_of=1; go on with"
     assert told in done.stderr
     assert (tmp_path / "config.yaml").read_text() == config
@@ -141,7 +141,7 @@ def test_sigterm_to_the_whole_job_then_a_resume_with_other_options(
 
 def test_two_processes_search_together(launch, vision_folder, data_folder, tmp_path):
     chosen = options(vision_folder, data_folder, tmp_path, batch_size=2, seed=1)
-    done = launch("search", *chosen, processes=2)
+    done = launch("search", *chosen, processes=2, fresh=True)
     assert done.stdout.count("trainable parameters") == 1, "one process speaks"
     genotype = Genotype.load(tmp_path / "genotype.json")
     assert genotype.num_parameters <= genotype.found_by["budget_parameters"]
@@ -159,7 +159,7 @@ def test_bad_input_is_one_line_and_status_2(
     launch, vision_folder, data_folder, tmp_path, changed, message
 ):
     chosen = options(vision_folder, data_folder, **{"output_dir": tmp_path / "run", **changed})
-    done = launch("search", *chosen, alone=True, status=2)
+    done = launch("search", *chosen, status=2)
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert message in line
     assert "Traceback" not in done.stderr
