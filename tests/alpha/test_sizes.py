@@ -10,15 +10,16 @@ from darts_lora import InputError
 from darts_lora.alpha.sizes import check_sizes, predicted_loss, recommended, sizes_text
 
 
-def sizes(behind=(0.5, 0.2, 0.05, 0.0), error=0.1, base=3.0, tolerance=0.1, final=1.0):
-    """Of ranks 1, 2, 4 and 8; errors are a share of what is behind."""
+def sizes(behind=(0.5, 0.2, 0.05, 0.0), noise=0.01, base=3.0, tolerance=0.1, final=1.0):
+    """Of ranks 1, 2, 4 and 8; errors are a tenth of what is behind."""
     return {
         "base_loss": base,
+        "noise": noise,
         "tolerance": tolerance,
         "points": [
             {"rank": 2**k, "parameters": 100 * 2**k, "uniform": final + b, "uniform_error": 0.1}
             | {"searched": final + b / 2, "searched_error": 0.1}
-            | {"behind": b, "behind_error": error * b}
+            | {"behind": b, "behind_error": 0.1 * b}
             for k, b in enumerate(behind)
         ],
     }
@@ -37,14 +38,14 @@ def test_where_rank_does_not_matter_within_noise_it_says_so_and_takes_the_smalle
     flat = sizes((0.0, 0.0, 0.0, 0.0))
     assert recommended(flat, 0.0)["rank"] == 1
     assert sizes_text(flat).startswith("Rank does not matter here within noise: take rank 1 (100 ")
-    noisy = sizes(error=0.6)
+    noisy = sizes(noise=0.3)
     assert recommended(noisy)["rank"] == 1
     assert "does not matter here within noise" in sizes_text(noisy)
     assert "+- 0.3 of the 2 that rank 8 gains" in sizes_text(noisy)
 
 
 def test_where_it_matters_less_than_the_tolerance_it_says_that():
-    text = sizes_text(sizes((0.02, 0.01, 0.005, 0.0), tolerance=0.01))
+    text = sizes_text(sizes((0.02, 0.01, 0.005, 0.0), noise=0.001, tolerance=0.01))
     assert text.startswith("Rank hardly matters here: take rank 1 (100 parameters). It lacks 0.02")
 
 
@@ -81,6 +82,7 @@ def broken(change):
         {},
         broken(lambda s: s.pop("base_loss")),
         broken(lambda s: s.update(base_loss=math.nan)),
+        broken(lambda s: s.pop("noise")),
         broken(lambda s: s.update(tolerance=1.0)),
         broken(lambda s: s.update(tolerance=None)),
         broken(lambda s: s.update(points=[])),
@@ -97,5 +99,5 @@ def broken(change):
 def test_anything_else_in_a_file_is_refused(value):
     check_sizes(None)
     check_sizes(sizes())
-    with pytest.raises(InputError, match="genotype: sizes=.*must give base_loss"):
+    with pytest.raises(InputError, match="genotype: sizes=.*must give base_loss, noise"):
         check_sizes(value)
