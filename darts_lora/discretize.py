@@ -63,6 +63,8 @@ def discretize(
     _check_method(method, budget, given)
     if method == "argmax":
         choice = probabilities.argmax(-1).tolist()
+    elif budget >= costs.max(-1).values.sum():  # all fits; no price tells one choice from another
+        choice = costs.argmax(-1).tolist()
     else:
         values = probabilities.clamp_min(1e-300).log() + genotype.found_by.get("price", 0) * costs
         choice = choose(values, costs, budget)

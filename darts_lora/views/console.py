@@ -120,16 +120,15 @@ def _print(table: Table, console: Console) -> None:
     if console.is_terminal or console.is_jupyter:
         console.print(table)
         return
-    table.box, table.columns[0].header, table.title = None, table.title, None
+    table.box = None
+    if table.title:
+        table.columns[0].header, table.title = table.title, None
     console.print(table, width=FILE_WIDTH, crop=False)
 
 
 def size_table(sizes: dict[str, Any]) -> Table:
     """What is predicted of each size: a row for each uniform rank."""
-    table, best = (
-        Table(title="predicted loss of a whole run", title_justify="left"),
-        recommended(sizes),
-    )
+    table, best = Table(), recommended(sizes)
     for column in ("rank", "parameters", "uniform", "searched", "+-", "lacks", ""):
         table.add_column(column, justify="right" if column else "left")
     gain = gained(sizes)
@@ -150,9 +149,12 @@ def size_table(sizes: dict[str, Any]) -> Table:
 def show_sizes(sizes: dict[str, Any] | None, console: Console | None = None) -> None:
     """Print the predicted losses, the recommended size, and what is known of the learning rate."""
     console = console or Console()
+    lines = [sizes_text(sizes)]
     if sizes is not None:
+        console.print("Predicted loss of a whole run at each size:", highlight=False)
         _print(size_table(sizes), console)
-    for line in (sizes_text(sizes), RATE_TEXT) if sizes is not None else (sizes_text(sizes),):
+        lines.append(RATE_TEXT)
+    for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -99,5 +99,5 @@ def broken(change):
 def test_anything_else_in_a_file_is_refused(value):
     check_sizes(None)
     check_sizes(sizes())
-    with pytest.raises(InputError, match="genotype: sizes=.*must give base_loss, noise"):
+    with pytest.raises(InputError, match=r"genotype: sizes=.*must give base_loss, noise"):
         check_sizes(value)
