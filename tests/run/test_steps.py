@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader
 
 from darts_lora import RankSearch, SearchConfig, Supernet, TrainingConfig
 from darts_lora.architect import LAST
-from darts_lora.config import TrainingConfig
 from darts_lora.run.bilevel import BilevelStep
 from darts_lora.run.tokens import learnt_tokens, model_loss
 from small_models import Residual, randomise, residual
