@@ -99,7 +99,10 @@ def sizes_text(sizes: dict[str, Any] | None) -> str:
     lacks = f"{first['behind']:.2g} +- {sizes['noise']:.1g}"
     of = f"of the {gain:.3g} that rank {last['rank']} gains over the base model"
     if best is first and not matters(sizes):
-        return f"Rank does not matter here within noise: take {size}. It lacks {lacks} {of}."
+        more = ""
+        if 2 * sizes["noise"] > share * gain:
+            more = " That noise is above the tolerance: a longer search may tell more."
+        return f"Rank does not matter here within noise: take {size}. It lacks {lacks} {of}.{more}"
     if best is first:
         return (
             f"Rank hardly matters here: take {size}. It lacks {lacks} {of}, at most the tolerance "

@@ -42,6 +42,8 @@ def test_where_rank_does_not_matter_within_noise_it_says_so_and_takes_the_smalle
     assert recommended(noisy)["rank"] == 1
     assert "does not matter here within noise" in sizes_text(noisy)
     assert "+- 0.3 of the 2 that rank 8 gains" in sizes_text(noisy)
+    assert sizes_text(noisy).endswith("above the tolerance: a longer search may tell more.")
+    assert "longer" not in sizes_text(flat)
 
 
 def test_where_it_matters_less_than_the_tolerance_it_says_that():
