@@ -38,9 +38,6 @@ class SearchConfig:
     does not count them. Default: none."""
     scaling: float = 2.0
     """The factor lora_alpha / r on what an adapter adds, the same for all ranks."""
-    branches: Literal["independent", "nested"] = "nested"
-    """nested: a rank is the first columns of the next larger one; independent: each rank has its
-    own A and B."""
     dropout: float = 0.0
     """Dropout probability of the adapter's input, in [0, 1)."""
     adapter_dtype: Literal["float32", "bfloat16"] = "float32"

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig
@@ -55,8 +55,6 @@ class Genotype:
     in_features, out_features). None where only ranks are known."""
     candidates: list[int] | None = None
     """The candidate ranks of the search."""
-    branches: Literal["independent", "nested"] = "independent"
-    """How the search's weights were shared between ranks."""
     probabilities: dict[str, list[float]] | None = None
     """Module name -> probability of each candidate at the end of the search."""
     modules_to_save: list[str] = field(default_factory=list)
@@ -77,8 +75,6 @@ class Genotype:
             _require(is_name(name), "ranks", {name: rank}, "must map " + NAMES)
         ok = type(self.scaling) in (int, float) and 0 < self.scaling < 1e30
         _require(ok, "scaling", self.scaling, "must be a number above 0")
-        ok = self.branches in ("independent", "nested")
-        _require(ok, "branches", self.branches, "must be independent or nested")
         saved = self.modules_to_save
         ok = isinstance(saved, list) and all(map(is_name, saved))
         _require(ok, "modules_to_save", saved, "must be a list of " + NAMES)
@@ -139,7 +135,6 @@ class Genotype:
             scaling=supernet.config.scaling,
             shapes={name: layer.shape for name, layer in supernet.layers.items()},
             candidates=candidates,
-            branches=supernet.config.branches,
             probabilities=dict(zip(names, probabilities.tolist(), strict=True)),
             modules_to_save=list(supernet.saved_modules),
             base_model=getattr(model_config, "_name_or_path", None) or None,

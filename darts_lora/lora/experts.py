@@ -4,7 +4,6 @@ parameters of a model are such. Not here: branches in general (branches.py), lin
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -66,11 +65,11 @@ class MixedRankExperts(RankBranches):
         base_layer: the module that holds the parameter, or the MixedRankExperts of another
             parameter of it; its forward is called with the sum in the parameter's place.
         parameter_name: of the 3-D parameter.
-        ranks, scaling, branches: of RankBranches.
+        ranks, scaling: of RankBranches.
         dtype: of A and B.
 
     Raises:
-        InputError: unusable ranks, branches or scaling; no such parameter.
+        InputError: unusable ranks or scaling; no such parameter.
     """
 
     def __init__(
@@ -80,7 +79,6 @@ class MixedRankExperts(RankBranches):
         ranks: list[int] | tuple[int, ...],
         *,
         scaling: float = 2.0,
-        branches: Literal["independent", "nested"] = "independent",
         dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
@@ -97,7 +95,7 @@ class MixedRankExperts(RankBranches):
         experts.requires_grad_(False)
         shape = _shape(experts, weight)
         self.num_experts, self.in_features, self.out_features = shape
-        self._set_branches(shape, ranks, scaling, branches, weight.device)
+        self._set_branches(shape, ranks, scaling, weight.device)
         columns, device = len(self.membership), weight.device
         a = torch.zeros(self.num_experts, columns, self.in_features, device=device)
         bound = 1 / math.sqrt(self.in_features)  # of kaiming_uniform_ with a=sqrt(5), as PEFT
