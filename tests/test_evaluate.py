@@ -1,5 +1,5 @@
 """Evaluation: loss and exact match against reference values, base beside adapter, bad input.
-Not here: the recipe around it (recipes/test_evaluate.py)."""
+Not here: the recipe around it (recipes/test_recipes.py)."""
 
 import json
 import shutil

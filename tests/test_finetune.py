@@ -1,5 +1,5 @@
 """Retraining as a plain PEFT adapter: what is trained, what is saved, when it stops.
-Not here: the recipe around it (recipes/test_finetune.py)."""
+Not here: the recipe around it (recipes/test_recipes.py)."""
 
 import itertools
 import json

@@ -57,8 +57,9 @@ class Values:
 
     The first is the measured one. A layer is its singular directions; the loss rises by about the
     sum of the energies of those that are cut off (Fisher information of their gates), scaled so
-    that a cut to the uniform rank costs what it was measured to cost. Where a layer has a rank that
-    it needs and no more, this alone finds it.
+    that a cut to the uniform rank costs what lasts of it. A run that still learns mends a cut: of
+    what it was measured to cost, the part cut / (cut + growth) is taken to last. Where a layer has
+    a rank that it needs and no more, this alone finds it.
 
     The second is what is still to come. Along a curve of uniform ranks the loss falls with their
     logarithm, so a layer's part of it is share * log(rank), and ranks in proportion to the shares
@@ -120,10 +121,14 @@ class Values:
         return ordered / ordered[:, -1].sum().clamp_min(1e-300)
 
     def _cut_scale(self, measured: Measured, kept: Tensor) -> float:
-        """Loss for each part of the energy: what the uniform cut cost over what it took away."""
+        """Loss for each part of the energy: what lasts of the uniform cut over what it took."""
         uniform = torch.full((len(kept), 1), float(self.cut_rank), dtype=torch.float64)
         taken = 1 - float(_between(kept, uniform).sum())
-        return max(float(measured.cut.double().mean()), 0.0) / max(taken, 1e-6)
+        cut, fall = (
+            max(float(part.double().mean()), 0.0) if len(part) else 0.0
+            for part in (measured.cut, measured.growth)
+        )
+        return cut * cut / max(cut + fall, 1e-300) / max(taken, 1e-6)
 
 
 def logarithm(ranks: Tensor) -> Tensor:

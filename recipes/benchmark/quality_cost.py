@@ -6,13 +6,15 @@ python recipes/benchmark/quality_cost.py --output_dir runs/quality
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
 
+import pandas
+from pandas import DataFrame, Series
 from quality_publish import read, tasks_in
 from quality_statistics import (
-    Record,
+    Row,
     agreement,
     by_seed,
     finals,
@@ -41,11 +43,11 @@ def main(options: CostRun) -> None:
     """Show what is finished: every way's test loss, its difference to the uniform rank's on the
     same seeds with a 95 % t-interval, and the parameters that it saves."""
     folder = Path(options.output_dir)
-    found = []
-    for name, path in sorted(tasks_in(folder).items()):
-        steps = read(path)[0]["max_steps"]
-        found += [r | {"folder": name, "steps": steps} for r in load_cells(path)]
-    rows = equal_cost(found)
+    found = [
+        load_cells(path).assign(folder=name, steps=read(path)[0]["max_steps"])
+        for name, path in sorted(tasks_in(folder).items())
+    ]
+    rows = equal_cost(pandas.concat(found)) if found else []
     if not rows:
         raise InputError(f"output_dir={options.output_dir!r}: no finished plan in a folder in it")
     columns = ["cells", "r", "steps", "method", "seeds", "parameters", "test loss", "uniform"]
@@ -56,7 +58,7 @@ def main(options: CostRun) -> None:
     write_json(folder / "equal_cost.json", rows)
 
 
-def equal_cost(records: list[Record]) -> list[Record]:
+def equal_cost(cells: DataFrame) -> list[Row]:
     """A row for each folder, budget, number of steps and method: seeds, diverged, parameters, loss;
     uniform and difference (means over the seeds that both have) with interval; saved,
     saved_interval and saved_bound as of quality_statistics.summarise; spearman of the expected
@@ -66,50 +68,40 @@ def equal_cost(records: list[Record]) -> list[Record]:
     another one. The curve is made of all folders.
 
     Args:
-        records: of cells, with folder and steps beside what quality.py wrote.
+        cells: of quality_statistics.table, with folder and steps beside what quality.py wrote.
     """
-    keys = ("folder", "budget", "steps", "method")
-    groups = {tuple(r[key] for key in keys): r["task"] for r in records if r["stage"] == "final"}
+    order = ["task", "budget", "steps", "rival", "folder", "method"]
+    judged = cells[cells.stage == "final"].assign(rival=lambda c: c.method != "uniform")
     rows = []
-    for (folder, budget, steps, method), task in sorted(groups.items(), key=_order):
-        same = [r for r in records if (r["task"], r["steps"]) == (task, steps)]
-        own = [r for r in same if r["folder"] == folder]
-        runs = finals(own, method, budget)
-        tried = [r for r in own if (r["stage"], r["method"], r["budget"]) ==
-                 ("final", method, budget)]  # fmt: skip
+    for (task, budget, steps, rival, folder, method), tried in judged.groupby(order):
+        same = cells[(cells.task == task) & (cells.steps == steps)]
+        own, runs = same[same.folder == folder], tried[tried.loss.notna()]
         row = {"folder": folder, "budget": budget, "steps": steps, "method": method}
         row |= {"seeds": len(runs), "diverged": len(tried) - len(runs)}
         row |= dict.fromkeys(("loss", "parameters", "uniform", "difference", "interval"))
-        if runs:
+        if len(runs):
             losses = by_seed(runs)
-            row["loss"] = mean(losses.values())
-            row["parameters"] = mean(r["parameters"] for r in runs)
-            curve = finals(same, "uniform")
-            if method != "uniform":
-                here = [r for r in curve if r["budget"] == budget]
-                others = by_seed([r for r in here if r["folder"] == folder] or here)
-                row |= _difference(losses, others) | saved_parameters(runs, curve)
+            row |= {"loss": losses.mean(), "parameters": runs.parameters.mean()}
+            if rival:
+                here = finals(own, "uniform", budget)
+                others = by_seed(finals(same, "uniform", budget) if here.empty else here)
+                row |= _difference(losses, others)
+                row |= saved_parameters(runs, finals(same, "uniform"))
                 row["spearman"] = agreement(own, budget, method)
         rows.append(row)
     return rows
 
 
-def _order(group: tuple[tuple, str]) -> tuple:
-    (folder, budget, steps, method), task = group
-    return task, budget, steps, method != "uniform", folder, method
-
-
-def _difference(losses: dict[int, float], others: dict[int, float]) -> Record:
-    shared = [seed for seed in losses if seed in others]
-    if not shared:
+def _difference(losses: Series, others: Series) -> Row:
+    shared = (losses - others).dropna()
+    if shared.empty:
         return {}
-    difference, half = interval([losses[seed] - others[seed] for seed in shared])
-    uniform = mean(others[seed] for seed in shared)
-    known = half if half == half else None
-    return {"uniform": uniform, "difference": difference, "interval": known}
+    difference, half = interval(shared)
+    known = None if math.isnan(half) else half
+    return {"uniform": others[shared.index].mean(), "difference": difference, "interval": known}
 
 
-def _line(row: Record) -> list[str]:
+def _line(row: Row) -> list[str]:
     seeds = str(row["seeds"]) + (f" ({row['diverged']} diverged)" if row["diverged"] else "")
     cells = [row["folder"], str(row["budget"]), str(row["steps"]), row["method"], seeds]
     cells += [text_of(row["parameters"], ",.0f")]

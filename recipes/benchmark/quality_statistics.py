@@ -3,59 +3,48 @@ Not here: the cells themselves (quality_cells.py), how figures are shown (qualit
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean
 from typing import Any
 
 import numpy as np
+from pandas import DataFrame, Series
 from quality_publish import read
-from scipy.stats import spearmanr, t
+from scipy.stats import sem, t
 
-Record = dict[str, Any]
-
-
-def load_cells(path: Path) -> list[Record]:
-    """The records of a task's finished cells, of a folder or a packed file; those of random_0 ...
-    are all of method random. Final ones of rates that were chosen by fewer seeds of the tuning, and
-    no longer are, are left out."""
-    _, records = read(path)
-    for record in records:
-        if record["method"].startswith("random_"):
-            record["method"] = "random"
-    chosen = _chosen_rates(records)
-    return [
-        r for r in records if r["stage"] != "final" or _rates(r) == chosen.get(_plans(r), _rates(r))
-    ]
+Row = dict[str, Any]
+SOMETIMES = ("exact_match", "expected_ranks", "stack")  # columns that not every cell has
+PLANS = ["method", "budget"]
 
 
-def _plans(record: Record) -> tuple[str, int]:
-    return record["method"], record["budget"]
+def load_cells(path: Path) -> DataFrame:
+    """A task's finished cells, of a folder or a packed file; random_0 and so on are method random.
+    Final ones of rates that were chosen by fewer seeds of the tuning, and no longer are, are left
+    out."""
+    cells = table(read(path)[1])
+    cells["method"] = cells.method.replace(r"random_\d+", "random", regex=True)
+    cells["rates"] = list(zip(cells.find_rate.fillna(0), cells.rate.fillna(0), strict=True))
+    tries = cells[cells.stage == "tune"].assign(loss=lambda tune: tune.loss.fillna(math.inf))
+    means = tries.groupby([*PLANS, "rates"]).loss.mean().reset_index("rates")
+    best = means.sort_values("loss", kind="stable").groupby(PLANS).rates.first()
+    chosen = cells.join(best.rename("chosen"), on=PLANS).chosen
+    return cells[(cells.stage != "final") | chosen.isna() | (cells.rates == chosen)]
 
 
-def _rates(record: Record) -> tuple[float | None, float | None]:
-    return record["find_rate"], record["rate"]
-
-
-def _chosen_rates(records: Iterable[Record]) -> dict[tuple, tuple]:
-    """(method, budget) -> its rates of the lowest mean loss over the seeds of the tuning."""
-    tries: dict[tuple, dict[tuple, list[float]]] = {}
-    for r in records:
-        if r["stage"] == "tune":
-            loss = math.inf if r["loss"] is None else r["loss"]
-            tries.setdefault(_plans(r), {}).setdefault(_rates(r), []).append(loss)
-    return {plans: min(by_rate, key=lambda rates: mean(by_rate[rates]))
-            for plans, by_rate in tries.items()}  # fmt: skip
+def table(records: Sequence[Row]) -> DataFrame:
+    """Records of cells; the loss of a training that diverged is NaN."""
+    cells = DataFrame(records)
+    cells = cells.reindex(columns=cells.columns.union(SOMETIMES, sort=False))
+    return cells.astype({"loss": float}).fillna({"stack": 1})
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean and half width of its 95 % t-interval; NaN for a single value."""
     if len(values) < 2:
         return mean(values), math.nan
-    factor = t.ppf(0.975, len(values) - 1)
-    return mean(values), float(factor * stdev(values) / math.sqrt(len(values)))
+    return mean(values), float(t.ppf(0.975, len(values) - 1) * sem(values))
 
 
 def parameters_at_loss(
@@ -80,26 +69,18 @@ def parameters_at_loss(
     return float(np.exp(logs[after - 1] + share * (logs[after] - logs[after - 1]))), True
 
 
-def finals(records: Iterable[Record], method: str, budget: int | None = None) -> list[Record]:
+def finals(cells: DataFrame, method: str, budget: int | None = None) -> DataFrame:
     """A method's judged plans whose training did not diverge."""
-    return [
-        r
-        for r in records
-        if (r["stage"], r["method"]) == ("final", method)
-        and budget in (None, r["budget"])
-        and r["loss"] is not None
-    ]
+    found = cells[(cells.stage == "final") & (cells.method == method) & cells.loss.notna()]
+    return found if budget is None else found[found.budget == budget]
 
 
-def by_seed(records: Iterable[Record], key: str = "loss") -> dict[int, float]:
+def by_seed(cells: DataFrame, key: str = "loss") -> Series:
     """Seed -> mean over that seed's plans (random ones are several)."""
-    groups: dict[int, list[float]] = {}
-    for record in records:
-        groups.setdefault(record["seed"], []).append(record[key])
-    return {seed: mean(values) for seed, values in sorted(groups.items())}
+    return cells.groupby("seed")[key].mean()
 
 
-def summarise(records: list[Record]) -> list[Record]:
+def summarise(cells: DataFrame) -> list[Row]:
     """One row for each method and budget; rows of uniform first, then in order of the loss.
 
     A row has: method, budget, runs, seeds, diverged, parameters, loss and loss_interval,
@@ -108,120 +89,97 @@ def summarise(records: list[Record]) -> list[Record]:
     the curve); behind: loss - that of the search, of the same seeds, with behind_interval;
     and find_seconds, seconds (medians of cells that ran alone, None where none did).
     """
-    pairs = {(r["method"], r["budget"]) for r in records if r["stage"] == "final"}
-    rows = [_row(records, *pair) for pair in pairs]
-    return sorted(rows, key=lambda r: (r["budget"], r["method"] != "uniform", _last(r["loss"])))
+    plans = cells[cells.stage == "final"][PLANS].drop_duplicates()
+    rows = [_row(cells, *plan) for plan in plans.itertuples(index=False)]
+
+    def order(row: Row) -> tuple:
+        loss = math.inf if row["loss"] is None else row["loss"]
+        return row["budget"], row["method"] != "uniform", loss
+
+    return sorted(rows, key=order)
 
 
-def _last(loss: float | None) -> float:
-    return math.inf if loss is None else loss
-
-
-def _row(records: list[Record], method: str, budget: int) -> Record:
-    runs = finals(records, method, budget)
-    losses = by_seed(runs)
-    alone = [r for r in records if r["workers"] == 1 and r.get("stack", 1) == 1]
-    tried = [r for r in records if (r["stage"], r["method"], r["budget"]) ==
-             ("final", method, budget)]  # fmt: skip
-    row = {"method": method, "budget": budget, "runs": len(runs), "seeds": len(losses)}
-    row |= {"diverged": len(tried) - len(runs), "loss": None, "parameters": None}
-    if not runs:
+def _row(cells: DataFrame, method: str, budget: int) -> Row:
+    own = cells[(cells.method == method) & (cells.budget == budget)]
+    runs = finals(own, method)
+    row = {"method": method, "budget": budget, "runs": len(runs), "seeds": runs.seed.nunique()}
+    row |= {"diverged": sum(own.stage == "final") - len(runs), "loss": None, "parameters": None}
+    if runs.empty:
         return row
-    row["loss"], row["loss_interval"] = interval(list(losses.values()))
-    row["parameters"] = mean(r["parameters"] for r in runs)
-    matches = [r["exact_match"] for r in runs if r.get("exact_match") is not None]
-    row["exact_match"] = mean(matches) if matches else None
-    searched = by_seed(finals(records, "search", budget))
-    behind = [losses[seed] - searched[seed] for seed in losses if seed in searched]
-    row["behind"], row["behind_interval"] = interval(behind) if behind else (None, None)
+    losses, matches = by_seed(runs), runs.exact_match.dropna()
+    row["loss"], row["loss_interval"] = interval(losses)
+    row["parameters"] = runs.parameters.mean()
+    row["exact_match"] = None if matches.empty else matches.mean()
+    behind = (losses - by_seed(finals(cells, "search", budget))).dropna()
+    row["behind"], row["behind_interval"] = (None, None) if behind.empty else interval(behind)
     if method != "uniform":
-        row |= saved_parameters(runs, finals(records, "uniform"))
+        row |= saved_parameters(runs, finals(cells, "uniform"))
+    alone = own[(own.workers == 1) & (own["stack"] == 1)]
     for key, stage in (("find_seconds", "find"), ("seconds", "final")):
-        times = [r["seconds"] for r in alone if (r["method"], r["budget"]) == (method, budget)
-                 and r["stage"] == stage and r["seed"] in losses]  # fmt: skip
-        row[key] = median(times) if times else None
+        times = alone[(alone.stage == stage) & alone.seed.isin(losses.index)].seconds
+        row[key] = None if times.empty else times.median()
     return row
 
 
-def saved_parameters(runs: list[Record], curve: list[Record]) -> Record:
+def saved_parameters(runs: DataFrame, curve: DataFrame) -> Row:
     """What a plan saves on the uniform curve, both as means over the seeds that they share.
 
     The ratio of a single seed jumps where its curve is flat or not monotone, and a mean of such
     ratios means nothing. The interval is the jackknife's, of the logarithm, by Student's t.
     """
-    ranks = sorted({r["budget"] for r in curve})
-    losses = [by_seed([r for r in curve if r["budget"] == rank]) for rank in ranks]
-    sizes = [next(r["parameters"] for r in curve if r["budget"] == rank) for rank in ranks]
-    own_losses, own_sizes = by_seed(runs), by_seed(runs, "parameters")
-    seeds = sorted(set(own_losses).intersection(*losses))
-    if len(ranks) < 2 or not seeds:
+    points = curve.pivot_table(index="seed", columns="budget", values="loss")
+    sizes = curve.groupby("budget").parameters.first()
+    own = runs.groupby("seed")[["loss", "parameters"]].mean()
+    shared = points.join(own, how="inner").dropna()
+    if len(sizes) < 2 or shared.empty:
         return {}
 
-    def log_ratio(chosen: Sequence[int]) -> tuple[float, bool]:
-        means = [mean(point[seed] for seed in chosen) for point in losses]
-        loss = mean(own_losses[seed] for seed in chosen)
-        needed, inside = parameters_at_loss(sizes, means, loss)
-        return math.log(mean(own_sizes[seed] for seed in chosen) / needed), inside
+    def log_ratio(seeds: DataFrame) -> tuple[float, bool]:
+        means = seeds.mean()
+        needed, inside = parameters_at_loss(sizes, means[sizes.index], means["loss"])
+        return math.log(means["parameters"] / needed), inside
 
-    ratio, inside = log_ratio(seeds)
+    ratio, inside = log_ratio(shared)
     found = {"saved": 1 - math.exp(ratio), "saved_bound": not inside, "saved_interval": None}
-    if len(seeds) > 1:
-        n = len(seeds)
-        without = [log_ratio([s for s in seeds if s != left])[0] for left in seeds]
+    if (n := len(shared)) > 1:
+        without = [log_ratio(shared.drop(seed))[0] for seed in shared.index]
         half = interval([n * ratio - (n - 1) * value for value in without])[1]
         found["saved_interval"] = (1 - math.exp(ratio + half), 1 - math.exp(ratio - half))
     return found
 
 
-def headlines(records: list[Record]) -> list[Record]:
+def headlines(cells: DataFrame) -> list[Row]:
     """For each budget at which the search was judged: saved over uniform, and over the best other
     method (both in uniform's parameters at their losses), the expected ranks' Spearman correlation
     between seeds, times over one finetune's and the whole sweep over uniform ranks."""
-    rows = summarise(records)
-    uniform = [r for r in rows if r["method"] == "uniform"]
+    rows = [row for row in summarise(cells) if row["loss"] is not None]
     found = []
-    for row in rows:
-        if row["method"] != "search" or row["loss"] is None:
-            continue
-        others = [
-            r
-            for r in rows
-            if r["budget"] == row["budget"]
-            and r["loss"] is not None
-            and not r["method"].startswith(("search", "uniform"))
-        ]
-        best = min(others, key=lambda r: r["loss"], default=None)
-        saved, of_best = row.get("saved"), best and best.get("saved")
-        over_best = None if None in (saved, of_best) else 1 - (1 - saved) / (1 - of_best)
-        found.append(
-            {
-                "budget": row["budget"],
-                **{key: row.get(key) for key in ("saved", "saved_interval", "saved_bound")},
-                "best_other": best and best["method"],
-                "saved_over_best": over_best,
-                "spearman": agreement(records, row["budget"]),
-                **_times(row, uniform),
-            }
-        )
+    for row in (row for row in rows if row["method"] == "search"):
+        same = [other for other in rows if other["budget"] == row["budget"]]
+        others = [r for r in same if not r["method"].startswith(("search", "uniform"))]
+        best = min(others, key=lambda r: r["loss"], default={"method": None})
+        saved, of_best = row.get("saved"), best.get("saved")
+        line = {key: row.get(key) for key in ("budget", "saved", "saved_interval", "saved_bound")}
+        line["best_other"] = best["method"]
+        unknown = None in (saved, of_best)
+        line["saved_over_best"] = None if unknown else 1 - (1 - saved) / (1 - of_best)
+        line["spearman"] = agreement(cells, row["budget"])
+        found.append(line | _times(row, [r for r in rows if r["method"] == "uniform"]))
     return found
 
 
-def agreement(records: list[Record], budget: int, method: str = "search") -> float | None:
+def agreement(cells: DataFrame, budget: int, method: str = "search") -> float | None:
     """Mean Spearman correlation of the expected ranks of searches of different seeds; None with
     fewer than two. Tuning's search, on fewer rows, is none of them."""
-    judged = {r["seed"] for r in finals(records, method, budget)}
-    ranks = {
-        r["seed"]: r["expected_ranks"]
-        for r in records
-        if (r["stage"], r["method"], r["budget"]) == ("find", method, budget)
-        and r["seed"] in judged
-        and "expected_ranks" in r
-    }
-    pairs = list(itertools.combinations(ranks.values(), 2))
-    return mean(float(spearmanr(*pair).statistic) for pair in pairs) if pairs else None
+    found = cells[(cells.stage == "find") & (cells.method == method) & (cells.budget == budget)]
+    found = found[found.seed.isin(finals(cells, method, budget).seed)].set_index("seed")
+    ranks = DataFrame(found.expected_ranks.dropna().to_dict())
+    if (n := ranks.shape[1]) < 2:
+        return None
+    return float(ranks.corr("spearman").to_numpy()[np.triu_indices(n, 1)].mean())
 
 
-def _times(row: Record, uniform: list[Record]) -> Record:
+def _times(row: Row, uniform: list[Row]) -> Row:
     """Search and finetune over one finetune of the uniform rank, and over the sweep."""
     one = next((r.get("seconds") for r in uniform if r["budget"] == row["budget"]), None)
     sweep = [r.get("seconds") for r in uniform]

@@ -6,6 +6,7 @@ python recipes/benchmark/quality_tables.py --output_dir runs/quality
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,9 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from pandas import DataFrame
 from quality_publish import tasks_in
-from quality_statistics import Record, by_seed, finals, headlines, interval, load_cells, summarise
+from quality_statistics import Row, by_seed, finals, headlines, interval, load_cells, summarise
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -39,25 +41,25 @@ def main(options: TablesRun) -> None:
     """Show what is finished: test loss against trainable parameters, and the headlines."""
     folder = Path(options.output_dir)
     tasks = {name: load_cells(path) for name, path in tasks_in(folder).items()}
-    tasks = {n: r for n, r in sorted(tasks.items()) if any(c["stage"] == "final" for c in r)}
+    tasks = {name: tasks[name] for name in sorted(tasks) if (tasks[name].stage == "final").any()}
     if not tasks:
         raise InputError(f"output_dir={options.output_dir!r}: no finished plan in a task's folder")
     text = ""
-    for task, records in tasks.items():
+    for task, cells in tasks.items():
         for title, columns, rows in (
-            (f"{task}: test loss per token", *_method_rows(summarise(records))),
-            (f"{task}: the search", *_headline_rows(headlines(records))),
+            (f"{task}: test loss per token", *_method_rows(summarise(cells))),
+            (f"{task}: the search", *_headline_rows(headlines(cells))),
         ):
             if rows:
                 Console(width=140).print(rich_table(title, columns, rows))
                 text += markdown(title, columns, rows)
-        draw(records, folder / f"{task}.png", task)
+        draw(cells, folder / f"{task}.png", task)
         text += f"![{task}]({task}.png)\n\n"
     write_text(folder / "tables.md", text)
     print(f"Tables and plots: {folder / 'tables.md'}")
 
 
-def _method_rows(summary: list[Record]) -> tuple[list[str], list[list[str]]]:
+def _method_rows(summary: list[Row]) -> tuple[list[str], list[list[str]]]:
     columns = ["r", "method", "runs", "parameters", "test loss", "behind the search", "saved"]
     matched = any(row.get("exact_match") is not None for row in summary)
     columns += ["exact match"] * matched + ["find, s", "finetune, s"]
@@ -74,7 +76,7 @@ def _method_rows(summary: list[Record]) -> tuple[list[str], list[list[str]]]:
     return columns, rows
 
 
-def _headline_rows(found: list[Record]) -> tuple[list[str], list[list[str]]]:
+def _headline_rows(found: list[Row]) -> tuple[list[str], list[list[str]]]:
     columns = ["r", "saved over uniform", "best other", "saved over it", "Spearman"]
     columns += ["time / finetune", "time / sweep"]
     rows = []
@@ -86,7 +88,7 @@ def _headline_rows(found: list[Record]) -> tuple[list[str], list[list[str]]]:
     return columns, rows
 
 
-def saved_text(row: Record) -> str:
+def saved_text(row: Row) -> str:
     """* : the loss lies beyond the uniform curve, whose nearest end stands for it."""
     text = text_of(row.get("saved"), ".0%")
     if row.get("saved_interval"):
@@ -100,7 +102,7 @@ def text_of(value: Any, form: str) -> str:
 
 def spread(value: float | None, half: float | None, form: str) -> str:
     text = text_of(value, form)
-    known = half is not None and half == half
+    known = half is not None and not math.isnan(half)
     return f"{text} ± {format(half, form.removeprefix('+'))}" if known else text
 
 
@@ -119,31 +121,24 @@ def markdown(title: str, columns: Sequence[str], rows: list[list[str]]) -> str:
     return f"## {title}\n\n{body}\n\n"
 
 
-def draw(records: list[Record], path: Path, title: str) -> None:
+def draw(cells: DataFrame, path: Path, title: str) -> None:
     """Loss, and exact match where it was measured, against trainable parameters; bars are 95 %
     intervals over seeds, of the uniform curve and the search alone. Other methods stand side by
     side to the right of their parameters, or they would hide each other. Plans of single searches
     are in the tables alone: they are the search's."""
-    judged = [
-        r for r in records
-        if r["stage"] == "final" and r["loss"] is not None
-        and not r["method"].startswith("search_seed_")
-    ]  # fmt: skip
-    measured = any(r.get("exact_match") is not None for r in judged)
+    judged = cells[(cells.stage == "final") & cells.loss.notna()]
+    judged = judged[~judged.method.str.startswith("search_seed_")]
+    measured = bool(judged.exact_match.notna().any())
     keys = ["loss"] + ["exact_match"] * measured
     figure, panels = plt.subplots(1, len(keys), figsize=(6.5 * len(keys), 4.5), squeeze=False)
-    methods = sorted(
-        {r["method"] for r in judged}, key=lambda m: (m != "uniform", m != "search", m)
-    )
+    methods = sorted(judged.method.unique(), key=lambda m: (m != "uniform", m != "search", m))
     for panel, key in zip(panels[0], keys, strict=True):
         for number, method in enumerate(methods):
             points = []
-            for budget in sorted({r["budget"] for r in finals(judged, method)}):
-                runs = [r for r in finals(judged, method, budget) if r.get(key) is not None]
-                if runs:
-                    sizes = by_seed(runs, "parameters").values()
-                    middle, half = interval(list(by_seed(runs, key).values()))
-                    points.append((sum(sizes) / len(sizes), middle, 0 if half != half else half))
+            for _, runs in finals(judged, method).dropna(subset=key).groupby("budget"):
+                middle, half = interval(by_seed(runs, key))
+                size = by_seed(runs, "parameters").mean()
+                points.append((size, middle, 0 if math.isnan(half) else half))
             style = {"uniform": "k-o", "search": "r-D"}.get(method)
             if points and style:
                 panel.errorbar(*zip(*points, strict=True), fmt=style, capsize=2, ms=4, lw=1,

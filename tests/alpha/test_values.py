@@ -64,6 +64,20 @@ def test_the_uniform_cut_costs_what_it_was_measured_to_cost():
     assert float(whole - values.at(found, 0 * uniform).sum()) == pytest.approx(0.6 * 13 / 4)
 
 
+@pytest.mark.parametrize("growth", [0.0, 0.2, 1.8])
+def test_a_run_that_still_learns_mends_a_cut(growth):
+    """Of a cut of 0.6 the part 0.6 / (0.6 + growth) lasts, on top of what growth is worth."""
+    _, values = make()
+    found = measured([1.0] * 4, EDGES, growth=growth, cut=0.6)
+    nothing_cut = dataclasses.replace(found, cut=torch.zeros(4))
+    ranks = torch.tensor([[4.0], [1.0]], dtype=torch.float64)
+    whole, cut = (
+        (values.at(found, r.expand(4, 1)) - values.at(nothing_cut, r.expand(4, 1))).sum()
+        for r in ranks
+    )
+    assert float(whole - cut) == pytest.approx(0.6 * 0.6 / (0.6 + growth))
+
+
 @pytest.mark.parametrize("budget_rank", [0.3, 1.4, 1.6])
 def test_between_whole_ranks_the_cut_that_is_measured_is_the_one_that_counts(budget_rank):
     """A cut is measured at a whole rank: of a budget between two, at the nearest."""

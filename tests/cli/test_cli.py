@@ -1,12 +1,15 @@
-"""The command darts-lora: which recipe it runs, what it says of others.
+"""The command darts-lora: which recipe it runs, what it says of others; a silent import.
 Not here: what a recipe does (tests/recipes)."""
 
+import logging
+import subprocess
 import sys
 
 import pytest
 
 from darts_lora import Genotype, cli
 from darts_lora.base.options import load_config
+from darts_lora.base.quiet import LINES
 from darts_lora.cli.search import EMBEDDED_CONFIG
 
 
@@ -45,3 +48,18 @@ def test_an_unknown_command_is_an_error(monkeypatch, capsys):
 
 def test_the_embedded_default_lies_in_the_package():
     assert load_config(EMBEDDED_CONFIG)["dataset"] == "embedded"
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_one_line_is_left_out_and_others_are_told(name, caplog):
+    logger = logging.getLogger(name)
+    with caplog.at_level(logging.WARNING, name):
+        logger.warning(LINES[name] + " by this release", *["it"] * LINES[name].count("%s"))
+        logger.warning("something else")
+    assert [record.message for record in caplog.records] == ["something else"]
+
+
+def test_the_package_is_imported_without_a_word():
+    code = "import darts_lora, darts_lora.cli.search"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == done.stderr == ""

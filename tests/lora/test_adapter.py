@@ -4,9 +4,8 @@ Not here: the genotype's own checks (test_genotype.py), experts (test_experts.py
 import pytest
 import torch
 import transformers as t
-from families import TEXT
+from families import MOE, TEXT, make_moe
 from lora.test_probe import mamba
-from moe_models import MOE, make_moe
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraModel
 from torch import nn

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from moe_models import MOE, make_moe
+from families import MOE, make_moe
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch import nn

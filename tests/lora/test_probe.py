@@ -1,11 +1,12 @@
-"""What is found before a search: models that are none to search, layers that no adapter changes.
-Not here: what PEFT refuses (test_adapter.py), layers too narrow (test_branches.py)."""
+"""What is found before a search: which layers it searches, models that are none to search, layers
+that no adapter changes. Not here: the matching (test_targets.py), PEFT itself (test_adapter.py)."""
 
 import pytest
 import torch
 import transformers as t
 from families import TEXT
 from peft import LoraConfig, get_peft_model
+from test_supernet import bert, config, llama
 from torch import nn
 
 from darts_lora import InputError, SearchConfig, Supernet
@@ -178,3 +179,28 @@ def test_all_linear_leaves_out_what_shares_its_weight():
     supernet.remove()
     with pytest.raises(InputError, match="q_proj shares a weight with extra"):
         Supernet(model, SearchConfig(ranks=(0, 1), target_modules=["q_proj"]))
+
+
+def test_the_searched_layers_are_those_that_match():
+    options = {"target_modules": ["q_proj", "up_proj"], "exclude_modules": ["layers.0.mlp.up_proj"]}
+    supernet = Supernet(llama(), config(**options))
+    assert list(supernet.layers) == match_modules(llama(), *options.values())
+    assert len(supernet.layers) == 3
+
+
+def test_target_that_is_no_linear_layer():
+    with pytest.raises(InputError, match=r"model\.norm is a LlamaRMSNorm, not a linear layer"):
+        Supernet(llama(), config(target_modules=["q_proj", "model.norm"]))
+
+
+def test_rank_above_a_layers_smaller_side_names_the_layer():
+    with pytest.raises(InputError, match=r"rank 20 is above 16, .* of model\.layers\.0\."):
+        Supernet(llama(), config(ranks=(1, 20)))
+
+
+@pytest.mark.parametrize(
+    "options", [{"target_modules": ["classifier"]}, {"modules_to_save": ["bert"]}]
+)
+def test_nothing_left_to_search(options):
+    with pytest.raises(InputError, match=r"nothing is left to search, every match is"):
+        Supernet(bert(), config(**options))

@@ -5,8 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from families import TEXT_FAMILIES, make_family
-from moe_models import make_moe
+from families import TEXT_FAMILIES, make_family, make_moe
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from torch import nn

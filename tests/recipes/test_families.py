@@ -7,8 +7,14 @@ import sys
 
 import pytest
 import torch
-from families import IMAGE_FAMILIES, TEXT_FAMILIES, TORCHVISION_FAMILIES, bert, make_family
-from moe_models import MOE_FAMILIES
+from families import (
+    IMAGE_FAMILIES,
+    MOE_FAMILIES,
+    TEXT_FAMILIES,
+    TORCHVISION_FAMILIES,
+    bert,
+    make_family,
+)
 from peft import PeftModel
 from safetensors.torch import load_file
 

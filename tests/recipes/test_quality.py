@@ -232,11 +232,11 @@ def test_a_rate_that_is_no_longer_the_best_does_not_count(finished, tmp_path):
 
     for path in finished.glob("uniform-r2-*.json"):
         (tmp_path / path.name).write_text(path.read_text())
-    (final,) = finals(load_cells(tmp_path), "uniform", 2)
-    best = next(tmp_path.glob(f"uniform-r2-tune-s1000-lr{final['rate']:g}.json"))
+    (rate,) = finals(load_cells(tmp_path), "uniform", 2).rate
+    best = next(tmp_path.glob(f"uniform-r2-tune-s1000-lr{rate:g}.json"))
     again = {**json.loads(best.read_text()), "seed": 1001, "loss": 1e3}
     (tmp_path / "again.json").write_text(json.dumps(again))  # one more seed of the tuning
-    assert finals(load_cells(tmp_path), "uniform", 2) == []
+    assert finals(load_cells(tmp_path), "uniform", 2).empty
 
 
 def test_rows_encoded_once_are_the_collators_batches(everything, base_config, data):
@@ -425,9 +425,9 @@ def made_up_records():
 
 
 def test_headlines_of_made_up_cells():
-    from quality_statistics import headlines, interval, summarise
+    from quality_statistics import headlines, interval, summarise, table
 
-    rows = {(row["method"], row["budget"]): row for row in summarise(made_up_records())}
+    rows = {(row["method"], row["budget"]): row for row in summarise(table(made_up_records()))}
     search, svd = rows["search", 2], rows["svd", 2]
     assert search["loss"] == pytest.approx(0.81)
     assert search["loss_interval"] == pytest.approx(12.706 * 0.01, rel=1e-3)  # t of one degree
@@ -435,30 +435,30 @@ def test_headlines_of_made_up_cells():
     assert search["saved_interval"] == pytest.approx((1 - 180 / 400,) * 2)  # the seeds agree
     assert svd["saved"] == pytest.approx(1 - 180 / 200)
     assert (svd["behind"], svd["behind_interval"]) == pytest.approx((0.1, 0.0), abs=1e-9)
-    (line,) = headlines(made_up_records())
+    (line,) = headlines(table(made_up_records()))
     assert line["best_other"] == "svd"
     assert line["saved_over_best"] == pytest.approx(1 - 200 / 400)
     assert line["spearman"] == pytest.approx(0.8)
     assert line["time_of_finetune"] == pytest.approx(2.5)
     assert line["time_of_sweep"] == pytest.approx(25 / 30)
     side_by_side = [{**r, "workers": 2} for r in made_up_records()]
-    assert headlines(side_by_side)[0]["time_of_finetune"] is None
+    assert headlines(table(side_by_side))[0]["time_of_finetune"] is None
     assert interval([1.0, 2.0, 3.0]) == (2.0, pytest.approx(4.303 / 3**0.5, rel=1e-3))
 
 
 def test_saved_parameters_come_from_means_over_seeds():
-    from quality_statistics import summarise
+    from quality_statistics import summarise, table
 
     records = [r for r in made_up_records() if r["method"] != "svd"]
     for record in records:  # seeds differ in opposite directions: both means are as before
         if record["stage"] == "final" and (record["method"], record["budget"]) != ("uniform", 1):
             record["loss"] += -0.06 if record["seed"] else 0.06
-    (search,) = (row for row in summarise(records) if row["method"] == "search")
+    (search,) = (row for row in summarise(table(records)) if row["method"] == "search")
     assert search["saved"] == pytest.approx(1 - 180 / 400)
     for record in records:
         if (record["method"], record["stage"], record["seed"]) == ("search", "final", 0):
             record["loss"] += 0.1  # the mean is 0.05 worse: half a rank of the curve
-    (search,) = (row for row in summarise(records) if row["method"] == "search")
+    (search,) = (row for row in summarise(table(records)) if row["method"] == "search")
     assert search["saved"] == pytest.approx(1 - 180 / 200 / 2**0.5)
     # without seed 0 as before; without seed 1 a point of the curve more is lost: 200 for 400
     low, high = (math.log(1 - bound) for bound in search["saved_interval"])

@@ -371,6 +371,7 @@ def made_up(folder, method, budget, losses, steps=10, **more):
 
 def test_the_table_at_equal_cost(benchmark_imports):
     from quality_cost import equal_cost
+    from quality_statistics import table
 
     records = made_up("r1", "uniform", 1, [1.0, 1.2]) + made_up("r2", "uniform", 2, [0.8, 1.0])
     records += made_up("r2", "uniform", 2, [0.1, 0.1], steps=20)
@@ -378,7 +379,7 @@ def test_the_table_at_equal_cost(benchmark_imports):
     records += made_up("other", "gora", 1, [0.5], task="b")
     records += [r | {"stage": "find", "expected_ranks": ranks} for r, ranks in zip(
         made_up("r1", "gora", 1, [0, 0]), ([1, 2, 3], [1, 3, 2]), strict=True)]  # fmt: skip
-    rows = {(r["folder"], r["method"], r["steps"]): r for r in equal_cost(records)}
+    rows = {(r["folder"], r["method"], r["steps"]): r for r in equal_cost(table(records))}
     row = rows["r1", "gora", 10]
     assert (row["seeds"], row["uniform"]) == (3, pytest.approx(1.1))
     assert row["difference"] == pytest.approx(-0.2), "of the two seeds that both have"

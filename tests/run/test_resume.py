@@ -1,7 +1,9 @@
-"""Whether a search may go on from a checkpoint, and the state that it goes on from.
-Not here: files (test_checkpoint.py), a search that is cut off (test_search.py)."""
+"""Whether a run may go on, or write where another one was: what is compared, and the state that it
+goes on from. Not here: files (test_checkpoint.py), a search that is cut off (test_search.py)."""
 
+import json
 import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,14 +11,17 @@ import torch
 from test_search import make
 
 from darts_lora import InputError
+from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
+from darts_lora.finetune import FinetuneConfig, finetune
 from darts_lora.run.checkpoint import load_checkpoint, save_checkpoint
-from darts_lora.run.course import FREE
+from darts_lora.run.course import FREE, placeless, task_options
 from darts_lora.run.resume import (
     check_alpha_is_one,
     check_start,
     random_state,
     restore_random_state,
 )
+from darts_lora.run.together import check_not_anothers
 from small_models import residual
 
 
@@ -131,3 +136,72 @@ def test_the_random_state_comes_back():
     drawn = torch.rand(4)
     restore_random_state(state)
     assert torch.equal(torch.rand(4), drawn)
+
+
+def test_paths_may_move_and_names_may_not(tmp_path, monkeypatch):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.jsonl").write_text("")
+    monkeypatch.chdir(tmp_path)
+    options = [
+        {"train": [f"{folder}/a.jsonl"], "test": f"{folder}/*.jsonl"}
+        for folder in ("one", "two", tmp_path / "one")
+    ]
+    first, *others = map(placeless, options)
+    assert others == [first, first] and first.keys() == {"train", "test"}
+    for kept in (None, "json", "user/data", "hf://datasets/user/data/a.jsonl", ["x/*.jsonl"]):
+        assert placeless(kept) == kept
+
+
+def test_which_options_of_a_task_count():
+    model, data, training = ModelConfig("user/model"), DataConfig("user/data"), TrainingConfig()
+    rows = {"train": [0, 2], "validation": [1]}
+    options = task_options(model, data, rows, training)
+
+    def changed(other_rows=rows, num_workers=0, **changes):
+        configs = [
+            replace(config, **{k: v for k, v in changes.items() if hasattr(config, k)})
+            for config in (model, data)
+        ]
+        trained = replace(training, num_workers=num_workers)
+        other = task_options(*configs, other_rows, trained)
+        return {name for name in {**options, **other} if options.get(name) != other.get(name)}
+
+    for free in ({"gradient_checkpointing": True}, {"max_length": 9}, {"num_workers": 2}):
+        assert changed(**free) == set()
+    assert changed(dtype="bfloat16", split_seed=1) == {"dtype", "split_seed"}
+    assert changed(max_length=9, on_long_row="truncate") == {"max_length", "on_long_row"}
+    assert changed({"train": [2, 0], "validation": [1]}) == {"split"}
+    assert changed(streaming=True, num_workers=2) == {"streaming", "num_workers"}
+
+
+OPTIONS = {"model_name_or_path": "m", "dataset": "d", "data_files": None, "test_split": "test"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({}, None),
+        ({"split_seed": 3}, None),
+        ({"model_name_or_path": "n"}, "model_name_or_path='n'"),
+        ({"dataset": "e"}, "dataset='e'"),
+        ({"data_files": "f.json"}, "data_files='f.json'"),
+    ],
+)
+def test_what_may_be_replaced(changed, told, tmp_path):
+    (tmp_path / "config.yaml").write_text(json.dumps(OPTIONS | changed))
+    configs = ModelConfig("m"), DataConfig("d")
+    check_not_anothers(str(tmp_path), *configs)  # nothing was trained there
+    (tmp_path / "adapter_config.json").write_text("{}")
+    if told is None:
+        return check_not_anothers(str(tmp_path), *configs)
+    options = FinetuneConfig(genotype=None, rank=4, output_dir=str(tmp_path))
+    with pytest.raises(
+        InputError, match=f"an adapter with {told} is there, this run has .*='?[dmN]"
+    ):
+        finetune(options, *configs, None)
+
+
+def test_an_adapter_of_another_tool_may_be_replaced(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    check_not_anothers(str(tmp_path), ModelConfig("m"), DataConfig("d"))

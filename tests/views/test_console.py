@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from moe_models import make_moe
+from families import make_moe
 from rich.console import Console
 
 from darts_lora import Genotype, SearchConfig, Supernet

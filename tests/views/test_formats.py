@@ -1,5 +1,5 @@
 """A genotype as other trainers take it: their files give the same LoraConfig, and train its ranks.
-Not here: what recipes/derive.py prints where (recipes/test_derive.py)."""
+Not here: what recipes/derive.py prints where (recipes/test_recipes.py)."""
 
 import json
 
@@ -7,8 +7,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from families import TEXT_FAMILIES, make_family
-from moe_models import make_moe
+from families import TEXT_FAMILIES, make_family, make_moe
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from torch import nn

@@ -1,10 +1,12 @@
-"""Pictures: each cell stands where it belongs, in its colour, and fits a card of TensorBoard.
-Not here: what trackers show of them (test_search_views.py)."""
+"""Pictures: each cell stands where it belongs, in its colour, and fits a card of TensorBoard; which
+pictures a report has. Not here: the page (test_report.py), trackers (test_search_views.py)."""
 
 import numpy as np
 import pytest
 import torch
 
+from darts_lora.run.runs import Search
+from darts_lora.views.charts import MOST_BARS, parameters_by_part, pictures
 from darts_lora.views.rank_images import (
     BLUE,
     CELL,
@@ -101,3 +103,40 @@ def test_worth_of_a_long_search_of_many_types_fits_a_card():
     names = [f"text.layers.{i}.kind_{k}" for i in range(48) for k in range(30)]
     image = worth_image(names, list(range(5, 5000, 5)), np.ones((999, len(names))))
     assert image.shape[1] <= WIDEST and image.shape[0] < 32 * CELL
+
+
+def search_of(ranks, steps=(1, 2)):
+    shapes = dict.fromkeys(ranks, (4, 6))
+    record = {"seconds": 1, "train_loss": 1.0, "validation_gain": 1.0, "expected_parameters": 1}
+    record |= {"expected_ranks": list(ranks.values())}
+    records = [record | {"step": step} for step in steps]
+    return Search("runs", shapes, [0, 2, 4], None, dict.fromkeys(ranks, "language"), records)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "sizes"),
+    [
+        ({"a.layers.0.q": 2, "a.layers.1.q": 4, "b.layers.0.q": 1}, {"a": 60, "b": 10}),
+        ({"a.layers.0.q": 2, "a.layers.1.q": 4, "a.layers.0.v": 1}, {"q": 60, "v": 10}),
+        ({"a.layers.0.q": 2, "model.a.0.q": 1}, {"a.layers": 20, "model.a": 10}),
+    ],
+)
+def test_bars_stand_for_parts_or_in_one_part_for_module_types(ranks, sizes):
+    assert parameters_by_part(search_of(ranks)) == sizes
+    assert "parts" in pictures(search_of(ranks), [])
+
+
+def test_what_would_show_nothing_is_no_picture():
+    one_bar = search_of({"a.layers.0.q": 2, "a.layers.1.q": 4})
+    assert set(pictures(one_bar, [])) == {"ranks", "worth", "losses"}
+    one_record = search_of({"a.layers.0.q": 2, "a.layers.0.v": 4}, steps=(1,))
+    assert set(pictures(one_record, [])) == {"ranks", "parts"}
+    failed = {"name": "x", "loss": None, "trainable_parameters": 3}
+    assert "finetunes" not in pictures(one_record, [failed])
+
+
+def test_many_module_types_make_no_endless_chart():
+    ranks = {f"a.layers.0.kind_{k}": k for k in range(100)}
+    sizes = parameters_by_part(search_of(ranks))
+    assert len(sizes) == MOST_BARS and sum(sizes.values()) == 10 * sum(range(100))
+    assert list(sizes)[-1] == f"{101 - MOST_BARS} others"

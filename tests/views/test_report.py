@@ -1,5 +1,5 @@
 """The report of a search: finished, unfinished, resumed, with finetunes beside; bad folders.
-Not here: the recipe as a user runs it (recipes/test_report.py), the record."""
+Not here: the recipe as a user runs it (recipes/test_recipes.py), the record."""
 
 import base64
 import html
