@@ -5,10 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from typing import Any, Literal
 
-from darts_lora.base.bounds import check_bounds, check_modules, check_ranks, is_real, require
+from darts_lora.base.bounds import (
+    check_bounds,
+    check_modules,
+    check_ranks,
+    is_real,
+    nearest,
+    require,
+)
 from darts_lora.base.errors import InputError
 
 ALL_EXPERTS = "all-experts"
@@ -231,7 +237,5 @@ def split_options(options: Mapping[str, Any], *classes: type) -> list[Any]:
     for name in options:
         known = sorted(set().union(*names.values()))
         if name not in known:
-            near = get_close_matches(name, known, 1)
-            hint = f"; nearest name: {near[0]}" if near else ""
-            raise InputError(f"{name}: is no option{hint}")
+            raise InputError(f"{name}: is no option{nearest(name, known)}")
     return [c(**{n: v for n, v in options.items() if n in names[c]}) for c in classes]

@@ -4,7 +4,9 @@ Not here: the options themselves (config.py), nor what needs a model or a data s
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import fields
+from difflib import get_close_matches
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from darts_lora.base.errors import InputError
@@ -35,6 +37,12 @@ def is_name(value) -> bool:
     """Whether it can be a module's name: names go to the screen and into regular expressions."""
     ok = isinstance(value, str) and len(value) <= MAX_NAME and value.isprintable()
     return ok and all(value.split("."))
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Of an unknown name the end of a message: the known one that is most like it, if any is."""
+    near = get_close_matches(name, list(known), 1)
+    return f"; nearest name: {near[0]}" if near else ""
 
 
 def check_names(option: str, names) -> None:
