@@ -83,6 +83,10 @@ class SearchConfig:
                 "give one of the two"
             )
 
+    def search_steps(self, max_steps: int) -> int:
+        """Weight steps of the search in a run of so many."""
+        return max(1, round(self.search_fraction * max_steps))
+
 
 @dataclass
 class ModelConfig:

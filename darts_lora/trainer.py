@@ -32,7 +32,7 @@ from darts_lora.lora.relaxation import entropies
 from darts_lora.run.beginning import load_adapter, plain_adapter
 from darts_lora.run.course import check_same_course
 from darts_lora.run.launch import check_distribution
-from darts_lora.run.schedule import derive_genotype, search_steps
+from darts_lora.run.schedule import derive_genotype
 from darts_lora.run.stream import BatchStream
 from darts_lora.supernet import PREPARED, Supernet
 from darts_lora.views.console import show
@@ -120,7 +120,7 @@ class RankSearchCallback(TrainerCallback):
         several = accelerator.num_processes > 1
         if several:  # a Trainer seeds them alike: all would draw the same ranks
             set_seed(args.seed, device_specific=True)
-        self.steps = search_steps(self.supernet, state.max_steps)
+        self.steps = self.supernet.config.search_steps(state.max_steps)
         if self._hands_over(state) and several:
             raise InputError(
                 f"num_processes={accelerator.num_processes}: a handover inside a Trainer has one; "

@@ -510,7 +510,7 @@ def test_options_that_cannot_work_are_refused_before_any_step(tmp_path):
         make(train=loader(rows=4))
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"output_dir=.*file'?.*: cannot be written"):
-        make(tmp_path / "file" / "below")
+        make(tmp_path / "file" / "below").run()
     with pytest.raises(InputError, match="resume: there is no checkpoint"):
         make(tmp_path / "new").run(resume=True)
     make(tmp_path / "done").run()
