@@ -54,6 +54,19 @@ def data(data_folder):
     return DataConfig(data_folder)
 
 
+@pytest.fixture(scope="session")
+def genotype(base_config, tmp_path_factory) -> str:
+    """A genotype file with ranks 0, 2 and 4 in turn over that model's linear layers."""
+    from darts_lora import Genotype
+    from darts_lora.lora.models import load_model
+
+    modules = load_model(base_config).named_modules()
+    linear = (n for n, m in modules if isinstance(m, torch.nn.Linear) and n != "lm_head")
+    path = tmp_path_factory.mktemp("search") / "genotype.json"
+    Genotype({name: (0, 2, 4)[i % 3] for i, name in enumerate(linear)}).save(path)
+    return str(path)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def datasets_cache(tmp_path_factory) -> str:
     """Where datasets caches what tests load: nothing is left in the home folder."""

@@ -1,15 +1,18 @@
-"""Every option's bounds: the error names the option, the value and what would be right.
-Not here: options that need a model or data to check."""
+"""Every option's bounds, and how they are checked: the error names the option, the value and what
+would be right. Not here: options that need a model or data to check."""
 
 import dataclasses
 import inspect
 import re
+from dataclasses import dataclass
+from typing import Literal
 
 import pytest
 import torch
 from transformers import get_scheduler
 
 from darts_lora import InputError, SearchConfig
+from darts_lora.base.bounds import check_bounds
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
 
 
@@ -81,3 +84,39 @@ def test_numbers_that_nothing_can_be_computed_with_are_refused(value):
         with pytest.raises(InputError) as error:
             make()
         assert len(str(error.value)) < 400
+
+
+@dataclass
+class Options:
+    kind: Literal["a", "b"] = "a"
+    width: Literal[4, 8] | None = None
+    name: str | None = None
+    shape: str = "tiny"
+    count: int | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        check_bounds(self, above={"count": 0}, choices={"shape": ("tiny", "large")})
+
+
+@pytest.mark.parametrize(
+    ("changed", "text"),
+    [
+        ({"kind": "c"}, "kind='c': must be one of a, b"),
+        ({"kind": None}, "kind=None: must be one of a, b"),
+        ({"width": 5}, "width=5: must be one of 4, 8, None"),
+        ({"shape": "huge"}, "shape='huge': must be one of tiny, large"),
+        ({"count": 0}, "count=0: must be an integer > 0"),
+        ({"count": True}, "count=True: must be an integer > 0"),
+        ({"seed": 2**31}, f"seed={2**31}: must be an integer <= {2**31 - 1}"),
+    ],
+)
+def test_what_is_refused(changed, text):
+    with pytest.raises(InputError) as caught:
+        Options(**changed)
+    assert str(caught.value) == text
+
+
+def test_what_passes():
+    Options()
+    Options(kind="b", width=8, name="anything", shape="large", count=1, seed=2**31 - 1)

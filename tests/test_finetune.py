@@ -43,16 +43,6 @@ TRAINING = TrainingConfig(max_steps=3, batch_size=4, logging_steps=1, save_steps
 
 
 @pytest.fixture(scope="module")
-def genotype(base_config, tmp_path_factory):
-    """A genotype file with ranks 0, 2 and 4 in turn over the small model's linear layers."""
-    modules = load_model(base_config).named_modules()
-    names = [name for name, m in modules if isinstance(m, nn.Linear) and name != "lm_head"]
-    path = tmp_path_factory.mktemp("search") / "genotype.json"
-    Genotype({name: (0, 2, 4)[i % 3] for i, name in enumerate(names)}).save(path)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
 def run(genotype, base_config, data, tmp_path_factory):
     """A finetune of three steps: its folder, its model and its record."""
     folder = tmp_path_factory.mktemp("finetune")

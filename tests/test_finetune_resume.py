@@ -1,5 +1,5 @@
 """A finetune that was cut off and goes on: bit for bit, from a whole checkpoint, by its options.
-Not here: kills at random moments of whole recipes (recipes/test_kill_test.py)."""
+Not here: kills at random moments of whole recipes (recipes/test_benchmarks.py)."""
 
 import json
 import os
@@ -13,12 +13,10 @@ import torch
 from safetensors.torch import load_file
 from test_finetune import TRAINING as SHORT
 from test_finetune import faulty
-from torch import nn
 
-from darts_lora import Genotype, InputError
+from darts_lora import InputError
 from darts_lora import finetune as finetune_module
 from darts_lora.finetune import FinetuneConfig, finetune
-from darts_lora.lora.models import load_model
 from darts_lora.run.checkpoint import FINETUNE, checkpoints, seal
 
 TRAINING = replace(SHORT, max_steps=6, save_steps=2, logging_steps=4)
@@ -30,15 +28,6 @@ def stop():
 
 def adapter(folder):
     return (folder / "adapter_model.safetensors").read_bytes()
-
-
-@pytest.fixture(scope="module")
-def genotype(base_config, tmp_path_factory):
-    modules = load_model(base_config).named_modules()
-    names = [name for name, m in modules if isinstance(m, nn.Linear) and name != "lm_head"]
-    path = tmp_path_factory.mktemp("search") / "genotype.json"
-    Genotype({name: (0, 2, 4)[i % 3] for i, name in enumerate(names)}).save(path)
-    return str(path)
 
 
 @pytest.fixture(scope="module")
