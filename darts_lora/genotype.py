@@ -50,7 +50,7 @@ class Genotype:
     """Module name -> rank; 0: the layer gets no adapter."""
     scaling: float = 2.0
     """lora_alpha / r, the same for every layer."""
-    shapes: dict[str, tuple[int, int]] | None = None
+    shapes: dict[str, tuple[int, ...]] | None = None
     """Module name -> (in_features, out_features); name of a 3-D parameter of experts -> (experts,
     in_features, out_features). None where only ranks are known."""
     candidates: list[int] | None = None
@@ -178,8 +178,9 @@ class Genotype:
         stacked = stacked_tensors(model)
         modules = dict(model.named_modules()) | dict.fromkeys(stacked)
         names = dict(zip(self.ranks, current_names(self.ranks, modules, model), strict=True))
-        linear = {name: linear_shape(module) for name, module in modules.items()}
-        linear = {name: shape for name, shape in linear.items() if shape is not None} | stacked
+        shapes = {name: linear_shape(module) for name, module in modules.items()}
+        linear: dict[str, tuple[int, ...]] = {n: s for n, s in shapes.items() if s is not None}
+        linear |= stacked
         missing = [old for old, new in names.items() if new not in linear]
         if missing:
             raise InputError(
@@ -251,14 +252,11 @@ class Genotype:
             InputError: the file cannot be read, is of another search, or a module or rank is not in
                 the supernet.
         """
-        searched = (
-            read_tensors(source, "searched weights")
-            if isinstance(source, str | os.PathLike)
-            else None
-        )
-        if searched is not None:
+        if isinstance(source, str | os.PathLike):
+            searched = read_tensors(source, "searched weights")
             self._check_search_of(searched, os.fspath(source))
-        searched = source.state_dict() if searched is None else searched
+        else:
+            searched = source.state_dict()
         adapted = [name for name, rank in self.ranks.items() if rank > 0]
         state, places = {}, peft_names(adapted, set(self.stacked))
         for name, rank in self.ranks.items():

@@ -106,7 +106,9 @@ class RankSearchCallback(TrainerCallback):
         self.adapted: PeftModel | None = None
         self._base_weights = frozen_digest(supernet.model)
         self._saved: dict[str, Any] | None = None  # of the checkpoint that is gone on from
-        trainer._load_from_checkpoint = self._open  # no event of a Trainer's is before its weights
+        vars(trainer)["_load_from_checkpoint"] = (
+            self._open
+        )  # no event of a Trainer's is before its weights
         trainer.add_callback(self)
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -126,7 +128,7 @@ class RankSearchCallback(TrainerCallback):
                 f"num_processes={accelerator.num_processes}: a handover inside a Trainer has one; "
                 "set search_fraction=1 and finetune the genotype then, or use RankSearch"
             )
-        rows = self.trainer.eval_dataset
+        rows: Any = self.trainer.eval_dataset
         if not isinstance(rows, IterableDataset):
             rows = Shuffled(rows, args.seed)
         self.stream = BatchStream(self.trainer.get_eval_dataloader(rows))
@@ -151,7 +153,7 @@ class RankSearchCallback(TrainerCallback):
         if not state.is_world_process_zero or self.trainer.is_fsdp_enabled:
             return
         folder = os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-        saved = {"course": self._course(state)}
+        saved: dict[str, Any] = {"course": self._course(state)}
         if self.genotype is None:
             saved["supernet"] = self.supernet.state_dict()
             saved["architect"] = self.architect.state_dict()
@@ -224,9 +226,10 @@ class RankSearchCallback(TrainerCallback):
         """The trainer's own loss."""
         batch, count = prepared
         with self.trainer.compute_loss_context_manager():
-            return self.trainer.compute_loss(
+            loss: Any = self.trainer.compute_loss(
                 self.supernet.model, dict(batch), num_items_in_batch=count
             )
+            return loss
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.genotype is None:
@@ -276,7 +279,7 @@ class Shuffled(Dataset):
         seed: the same on all processes.
     """
 
-    def __init__(self, rows: Dataset, seed: int):
+    def __init__(self, rows: Any, seed: int):
         self.rows, self.seed = rows, seed
         self.set_epoch(0)
 

@@ -173,9 +173,14 @@ def read_json(path: str | os.PathLike) -> Any:
 
 def parse_json(content: bytes) -> Any:
     """The value that JSON in UTF-8 stands for; raises InputError as read_json does."""
-    hooks = {"parse_int": _integer, "parse_float": _finite, "object_pairs_hook": _distinct}
     try:
-        return json.loads(content.decode(), parse_constant=_refuse, **hooks)
+        return json.loads(
+            content.decode(),
+            parse_int=_integer,
+            parse_float=_finite,
+            parse_constant=_refuse,
+            object_pairs_hook=_distinct,
+        )
     except (ValueError, RecursionError) as error:
         raise InputError(f"cannot be read ({one_line(error)})") from error
 

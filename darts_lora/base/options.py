@@ -82,7 +82,7 @@ def run(
     wherever it shows. A run that was stopped (interruption.py) has its own status, and one that was
     interrupted outside of its loop 130.
     """
-    status = 0
+    status: int | str | None = 0
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # terminals that lack a character show another
             stream.reconfigure(errors="replace" if stream is sys.stdout else "backslashreplace")
@@ -90,7 +90,7 @@ def run(
     try:
         args = sys.argv[1:]
         named = {arg.split("=")[0] for arg in args}
-        about = {"description": main.__doc__}
+        about: dict[str, Any] = {"description": main.__doc__}
         if named & {"--help", "-h"}:
             about["epilog"] = _in_force(previous, default_config)
         elif default_config and not named & {"--config", "--model_name_or_path", "--dataset"}:
@@ -136,7 +136,7 @@ def parse(
     own: type,
     *shared: type,
     previous: str | None = None,
-    **about: str | None,
+    **about: Any,
 ) -> list[Any]:
     """One object of each class from the arguments; see `run`. `about`: the help's description and
     epilog.

@@ -62,9 +62,10 @@ def lora_config(
     parameters = [keys[n] for n in ranks if n in stacked or keys[n] != n]
     pattern = {f"^{re.escape(keys[name])}$": rank for name, rank in ranks.items()}
     pattern = {key: r for key, r in pattern.items() if r != largest}
+    alpha: Any = shared or scaling * largest  # PEFT takes fractions too
     return LoraConfig(
         r=largest,
-        lora_alpha=shared or scaling * largest,
+        lora_alpha=alpha,
         target_modules=targets,
         target_parameters=parameters or None,
         rank_pattern=pattern,
@@ -186,7 +187,8 @@ def refused(model: nn.Module, names: Collection[str], stacked: Collection[str]) 
     left = list(names)
     if not left or _refusal(model, left, stacked) is None:
         return reasons
-    modules, kinds = dict(model.named_modules()), {}
+    modules = dict(model.named_modules())
+    kinds: dict[tuple[str, type], list[str]] = {}
     for name in left:  # what is of one type, PEFT takes or refuses alike
         kinds.setdefault((layer_type(name), type(modules.get(name))), []).append(name)
     for members in kinds.values():
@@ -211,7 +213,7 @@ def _refusal(model: nn.Module, names: list[str], stacked: Collection[str]) -> st
             shell = get_peft_model(_shell(model, {}), config, low_cpu_mem_usage=True)
             check_adapter(shell, ranks, ())
             state = get_peft_model_state_dict(shell, save_embedding_layers=False)
-            loaded = set_peft_model_state_dict(shell, state, low_cpu_mem_usage=True)
+            loaded: Any = set_peft_model_state_dict(shell, state, low_cpu_mem_usage=True)
         lost = [key for key in loaded.missing_keys if ".lora_" in key] + loaded.unexpected_keys
         if lost:
             return f"the saved adapter would not be loaded again, first {lost[0]}"

@@ -68,6 +68,8 @@ class RankBranches(nn.Module):
         InputError: unusable ranks or scaling; no rank above 0 fits the layer.
     """
 
+    membership: Tensor
+
     def _set_branches(
         self,
         shape: tuple[int, ...],

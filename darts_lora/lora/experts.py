@@ -72,6 +72,8 @@ class MixedRankExperts(RankBranches):
         InputError: unusable ranks or scaling; no such parameter.
     """
 
+    base_layer: nn.Module
+
     def __init__(
         self,
         base_layer: nn.Module,
@@ -115,7 +117,9 @@ class MixedRankExperts(RankBranches):
         if gates is None:
             gates = self.scaling * (self.membership @ self.probabilities())
         gates = gates if gates.dim() == 1 else gates[0]
-        a, b, weight = self.lora_A, self.lora_B, self.weight
+        a: Tensor = self.lora_A
+        b: Tensor = self.lora_B
+        weight = self.weight
         if not self.trains_weights:
             a, b = a.detach(), b.detach()
         left, right = (b * gates).to(weight.dtype), a.to(weight.dtype)
@@ -145,7 +149,8 @@ def peft_names(names: list[str], stacked: set[str]) -> dict[str, str]:
         names: in the model's order.
         stacked: those that are 3-D parameters.
     """
-    found, around = {}, {}
+    found: dict[str, str] = {}
+    around: dict[str, str] = {}
     for name in reversed(names):
         if name not in stacked:
             found[name] = name

@@ -4,6 +4,7 @@ mixture. Not here: which gates a whole model has (supernet.py, relaxation.py).""
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,8 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     for names in (("in_features", "out_features"), ("nx", "nf")):
         shape = [getattr(module, name, None) for name in names]
         if all(hasattr(size, "__index__") for size in shape):
-            return tuple(map(int, shape))
+            inside, outside = map(int, shape)
+            return inside, outside
     return None
 
 
@@ -96,7 +98,8 @@ class MixedRankLinear(RankBranches):
         elif x.dim() == 1 or x.shape[0] % gates.shape[0]:
             gates = gates[:1]
         parameters, modules = self._parameters, self._modules  # getattr of a module is slow
-        a, b = parameters["lora_A"], parameters["lora_B"]
+        a: Any = parameters["lora_A"]
+        b: Any = parameters["lora_B"]
         if not self.trains_weights:
             a, b = a.detach(), b.detach()
         base, dropout, dtype = modules["base_layer"], modules["dropout"], _compute_dtype(x)
@@ -115,7 +118,7 @@ class MixedRankLinear(RankBranches):
         return out.view(*x.shape[:-1], out.shape[1])
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Any:
         """The base layer's weight: some models ask a linear layer for its dtype or device."""
         return self.base_layer.weight
 

@@ -173,7 +173,7 @@ def load_adapter(model: PeftModel, path: str) -> None:
 def _fill(model: PeftModel, state: dict[str, Tensor], name: str, own: tuple[str, ...]) -> None:
     """`own` are parts of the keys that must all be there."""
     try:
-        result = set_peft_model_state_dict(model, state)
+        result: Any = set_peft_model_state_dict(model, state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{name} is of another model ({reason})") from error
@@ -190,7 +190,9 @@ def _searched_part(genotype: Genotype | None) -> int:
     return steps if partly else 0
 
 
-def resolve_init(config: FinetuneConfig, genotype: Genotype | None) -> str:
+def resolve_init(
+    config: FinetuneConfig, genotype: Genotype | None
+) -> Literal["scratch", "inherit"]:
     """Where the weights come from."""
     if config.init is not None or config.rank is not None or config.init_lora_weights is not None:
         return config.init or "scratch"

@@ -15,6 +15,7 @@ import peft
 import torch
 import transformers
 from accelerate import PartialState
+from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
@@ -89,13 +90,14 @@ class FinetuneTrainer(Trainer):
         loraplus_lr_ratio: the rate of B over that of A (LoRA+); None: 1.
     """
 
+    model: PeftModel
     training: TrainingConfig
     first_step = 0
     loraplus_lr_ratio: float | None = None
 
     def create_optimizer(self, model=None):
         if self.loraplus_lr_ratio is not None and self.optimizer is None:
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args)
             self.optimizer = create_loraplus_optimizer(
                 self.model,
                 kind,
@@ -248,7 +250,7 @@ def remove_unfinished(output_dir: str, but: str | None = None) -> None:
         os.rmdir(os.path.join(output_dir, FOLDER))
 
 
-def training_record(trainer: Trainer, seconds: float) -> dict[str, Any]:
+def training_record(trainer: FinetuneTrainer, seconds: float) -> dict[str, Any]:
     """What finetune.train returns."""
     losses = [(log["step"], log["loss"]) for log in trainer.state.log_history if "loss" in log]
     last = [loss for _, loss in losses[-max(1, len(losses) // 10) :]]

@@ -88,7 +88,7 @@ class Metrics:
     def __init__(self, output_dir: str, supernet: Supernet, first_step: int = 0):
         self.path = os.path.join(output_dir, "metrics.jsonl")
         shapes = {name: list(layer.shape) for name, layer in supernet.layers.items()}
-        layers = {"shapes": shapes, "candidates": list(supernet.config.ranks)}
+        layers: dict[str, Any] = {"shapes": shapes, "candidates": list(supernet.config.ranks)}
         layers |= {"parts": layer_parts(supernet), "budget": supernet.budget}
         write_json(os.path.join(output_dir, "layers.json"), layers)
         kept = read_metrics(self.path, first_step) if first_step else []

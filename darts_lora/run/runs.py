@@ -4,6 +4,7 @@ Not here: how it is drawn (report.py), the records that a search writes (records
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,7 @@ class Search:
     """What a search's folder holds."""
 
     folder: str
-    layers: dict[str, list[int]]
+    layers: Mapping[str, tuple[int, ...]]
     """Layer name -> (in, out)."""
     candidates: list[int]
     budget: float | None
@@ -63,7 +64,7 @@ class Search:
                 )
         if not records:
             raise InputError(f"search_dir={folder!r}: metrics.jsonl has no record yet")
-        records = {record["step"]: record for record in records}  # written twice counts once
+        by_step = {record["step"]: record for record in records}  # written twice counts once
         finished, config = (os.path.isfile(paths[n]) for n in ("genotype.json", CONFIG_NAME))
         genotype = Genotype.load(paths["genotype.json"]) if finished else None
         if genotype is not None and genotype.shapes != layers.shapes:
@@ -74,7 +75,7 @@ class Search:
             layers.candidates,
             about["budget"],
             parts,
-            [records[step] for step in sorted(records)],
+            [by_step[step] for step in sorted(by_step)],
             load_config(paths[CONFIG_NAME]) if config else {},
             genotype,
         )
