@@ -4,7 +4,6 @@ Not here: how ranks are chosen (discretize.py) and retrained (finetune.py)."""
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -17,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from darts_lora.base.bounds import MAX_RANK, NAMES, check_ranks, is_name
-from darts_lora.base.errors import InputError, one_line
+from darts_lora.base.errors import InputError, told_as
 from darts_lora.base.files import read_json, write_json
 from darts_lora.lora.adapter import lora_config, save_fresh
 from darts_lora.lora.cost import parameters_per_rank
@@ -161,11 +160,6 @@ class Genotype:
     def stacked(self) -> list[str]:
         """The names that are 3-D parameters of experts; needs shapes to tell."""
         return [name for name, shape in (self.shapes or {}).items() if len(shape) == 3]
-
-    @property
-    def rank_pattern(self) -> dict[str, int]:
-        """PEFT's rank_pattern: one anchored pattern for each adapted module."""
-        return {f"^{re.escape(name)}$": rank for name, rank in self.ranks.items() if rank > 0}
 
     def with_shapes(self, model: nn.Module) -> Genotype:
         """This genotype with module names and shapes of `model`, a fresh object.
@@ -323,10 +317,8 @@ class Genotype:
 
 def read_tensors(path: str | os.PathLike, name: str) -> dict[str, Tensor]:
     """Tensors of a safetensors file; raises InputError, which calls it by `name`."""
-    try:
+    with told_as(f"{name} {os.fspath(path)!r}: cannot be read", OSError, SafetensorError):
         return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{name} {os.fspath(path)!r}: {one_line(error)}") from error
 
 
 def _require(ok: bool, option: str, value: Any, rule: str) -> None:

@@ -23,7 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from darts_lora.alpha.verdict import verdict_text
 from darts_lora.architect import Architect
-from darts_lora.base.errors import InputError, one_line
+from darts_lora.base.errors import InputError, told_as
 from darts_lora.base.files import write_whole
 from darts_lora.config import SearchConfig
 from darts_lora.genotype import Genotype
@@ -172,14 +172,12 @@ class RankSearchCallback(TrainerCallback):
                 f"{option}: a search inside a Trainer does not resume under FSDP; use RankSearch"
             )
         path = os.path.join(checkpoint, STATE_NAME)
-        try:
-            self._saved = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # any kind: what is no archive, or holds code
-            raise InputError(
-                f"{option}: is no whole checkpoint of a search ({one_line(error, 200)}); name "
-                "another, or train anew"
-            ) from error
-        if "supernet" in self._saved:
+        broken = f"{option}: is no whole checkpoint of a search"
+        # any kind: what is no archive, or holds code
+        with told_as(broken, Exception, behind="; name another, or train anew"):
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+        self._saved = saved
+        if "supernet" in saved:
             return
         self.genotype = Genotype.load(os.path.join(checkpoint, GENOTYPE_NAME))
         self.adapted = plain_adapter(self.supernet.remove(), self.genotype, None).train()

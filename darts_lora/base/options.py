@@ -29,7 +29,7 @@ from jsonargparse import (
 from tqdm import tqdm
 
 from darts_lora.base.bounds import nearest
-from darts_lora.base.errors import InputError, error_line, one_line
+from darts_lora.base.errors import InputError, error_line, one_line, told_as
 from darts_lora.base.files import is_main_process, write_text
 from darts_lora.base.interruption import PeerLostError, Stopped, told_as_input_errors
 
@@ -205,10 +205,8 @@ def _read_options(
     for name in options:
         if name not in hints:
             raise InputError(f"{path}: the option {name!r:.100} is not known{nearest(name, hints)}")
-    try:
+    with told_as(f"{path}: has a bad value", ArgumentError, TypeError, ValueError):
         checked = vars(parser.parse_object(options, defaults=False))
-    except (ArgumentError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: {one_line(error)}") from error
     # jsonargparse reads the strings of a file as YAML once more: '~' would come back as None
     return checked | {
         name: value
@@ -278,11 +276,9 @@ def load_config(path: str) -> dict[str, Any]:
         InputError: not a file, not YAML, no mapping of names; an alias, a key that stands there
             twice, or lists in lists without end.
     """
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            options = _load_yaml(file.read())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: not a readable YAML file ({one_line(error)})") from error
+    unreadable = told_as(f"{path}: not a readable YAML file", OSError, ValueError, yaml.YAMLError)
+    with unreadable, open(path, encoding="utf-8-sig") as file:
+        options = _load_yaml(file.read())
     if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
         raise InputError(f"{path}: must map option names to values, as config.yaml of a run does")
     return options

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import Any
@@ -281,7 +281,7 @@ def _pairs(row: dict) -> list[list[dict]]:
 
 
 @contextmanager
-def naming(rows: list[dict], what: str, note: str = ""):
+def naming(rows: list[dict], what: str, note: str = "") -> Iterator[None]:
     """What a chat template or a processor raises as an InputError that names the rows."""
     try:
         yield

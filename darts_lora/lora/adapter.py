@@ -24,7 +24,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 
-from darts_lora.base.errors import InputError, one_line
+from darts_lora.base.errors import InputError, one_line, told_as
 from darts_lora.base.files import write_into
 from darts_lora.lora.parts import layer_type
 
@@ -99,13 +99,12 @@ def add_lora(
     Raises:
         InputError: PEFT refuses the configuration, or its adapter is another one.
     """
-    try:
-        with warnings.catch_warnings():  # of the keys of parameters, which do have their rank
-            warnings.filterwarnings("ignore", ".*did not match any targeted module", RuntimeWarning)
-            warnings.filterwarnings("ignore", ".*low_cpu_mem_usage=False")  # EVA, in an empty model
-            adapted = get_peft_model(model, config)
-    except (ValueError, NotImplementedError, TypeError) as error:
-        raise InputError(f"genotype: PEFT refuses it ({one_line(error)})") from error
+    refusal = told_as("genotype: PEFT refuses it", ValueError, NotImplementedError, TypeError)
+    with refusal, warnings.catch_warnings():
+        # of the keys of parameters, which do have their rank; of EVA, in an empty model
+        warnings.filterwarnings("ignore", ".*did not match any targeted module", RuntimeWarning)
+        warnings.filterwarnings("ignore", ".*low_cpu_mem_usage=False")
+        adapted = get_peft_model(model, config)
     check_adapter(adapted, ranks, saved)
     return adapted
 

@@ -28,7 +28,7 @@ from transformers import (
     get_scheduler,
 )
 
-from darts_lora.base.errors import DivergedError, InputError, one_line
+from darts_lora.base.errors import DivergedError, told_as
 from darts_lora.base.files import told_as_unwritten
 from darts_lora.base.interruption import Stopped, StopRequest
 from darts_lora.config import TrainingConfig
@@ -151,10 +151,8 @@ class FinetuneTrainer(Trainer):
         Raises:
             InputError: the checkpoint is of another release, or holds code.
         """
-        try:
+        with told_as(f"resume: {path} cannot be read", pickle.UnpicklingError):
             self.train(resume_from_checkpoint=path)
-        except pickle.UnpicklingError as error:
-            raise InputError(f"resume: {path} cannot be read ({one_line(error, 200)})") from error
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
