@@ -1,5 +1,5 @@
 """Scripts run as a user runs them, but forked from a process where the libraries are loaded.
-Not here: fresh interpreters (recipes/conftest.py, test_readme.py)."""
+Not here: fresh interpreters (recipes/conftest.py, cli/test_wheel.py, test_readme.py)."""
 
 import os
 import runpy

@@ -1,5 +1,5 @@
 """What the README shows is run: its Python, and its commands one after the other in one folder.
-Not here: what the commands do in detail (recipes/), nor the installation (.ci/run)."""
+Not here: what the commands do in detail (recipes/), the installation (cli/test_wheel.py)."""
 
 import contextlib
 import io
@@ -52,20 +52,6 @@ def commands():
     return [part for part in parts if part and part[:2] != ["pip", "install"]]
 
 
-def run(command, folder, **environment):
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-m", *command],
-        cwd=folder,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 def test_with_peft(tmp_path, monkeypatch):
     """With a tiny model in the place of the hub's, and a shorter search."""
     example, _ = blocks("python")
@@ -104,15 +90,10 @@ def test_every_command_is_run_here_or_by_ci():
 def test_the_commands_one_after_the_other(name, folder):
     """On the embedded default, each finds what the one before it left in runs/."""
     (parts,) = [parts for parts in commands() if parts[:2] == ["darts-lora", name]]
-    arguments = [*parts[1:], *SHORT[name].split()]
-    if name == "search":
-        said = run(["darts_lora.cli", *arguments], folder)
-    else:
-        (folder / "darts-lora").write_text(ENTRY_POINT)
-        done = forked.run(folder / "darts-lora", *arguments, folder=folder)
-        assert done.returncode == 0, done.stderr[-3000:]
-        said = done.stdout
-    assert (folder / "runs" / MADE[name]).is_file(), said
+    (folder / "darts-lora").write_text(ENTRY_POINT)
+    done = forked.run(folder / "darts-lora", *parts[1:], *SHORT[name].split(), folder=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (folder / "runs" / MADE[name]).is_file(), done.stdout
     if name == "search":
         genotype = Genotype.load(folder / "runs/search/genotype.json")
         assert genotype.num_parameters <= genotype.found_by["budget_parameters"]
@@ -128,8 +109,13 @@ def test_the_dry_run_on_ones_own_model_and_data(tmp_path):
         (tmp_path / f"{split}.jsonl").write_text((json.dumps(row) + "\n") * 20)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     options = [model if part == "Qwen/Qwen3-0.6B" else part for part in parts[2:]]
-    command = ["accelerate.commands.launch", *options, "--ranks", "[0,8]"]
-    said = run(command, tmp_path, COLUMNS="120")
+    environment = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *options, "--ranks", "[0,8]"],
+        cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = done.stdout
     assert "what is learnt of it:" in said and "searched layers" in said
     assert "14 layers, candidate ranks [0, 8]; budget" in said
     assert not (tmp_path / "runs" / "search" / "genotype.json").exists()

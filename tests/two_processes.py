@@ -17,9 +17,9 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from run.test_tokens import Tagger
-from run.test_tokens import rows as tagged_rows
-from run.test_tokens import search as tagger_search
+from run.test_steps import Tagger
+from run.test_steps import rows as tagged_rows
+from run.test_steps import search as tagger_search
 from test_search import WIDTH, loss_fn, make, split
 from test_trainer import make_trainer, problem
 from test_trainer import model_loss as trainer_loss

@@ -14,7 +14,7 @@ from PIL import Image
 
 from darts_lora.lora.cost import parameters_per_rank
 from darts_lora.run.runs import Search
-from darts_lora.views.rank_images import rank_image, worth_image
+from darts_lora.views.rank_images import rank_image, side_by_side, worth_images
 
 WIDEST = 1400  # pixels of a picture of cells, those of the page and half as many again
 
@@ -36,7 +36,8 @@ def _worth(search: Search) -> np.ndarray:
     costs = np.array([parameters_per_rank(*shape) for shape in search.layers.values()])
     expected = np.array([record["expected_ranks"] for record in search.records]) * costs
     steps = [record["step"] for record in search.records]
-    return worth_image(list(search.layers), steps, expected, WIDEST)
+    images = worth_images(list(search.layers), steps, expected, WIDEST)
+    return side_by_side([Image.fromarray(image) for image in images.values()], WIDEST)
 
 
 def _png(pixels: np.ndarray) -> bytes:

@@ -24,6 +24,7 @@ from darts_lora.supernet import Supernet
 
 BARS, PLAIN_BARS = "▁▂▃▄▅▆▇█", "12345678"  # the others for terminals that have no blocks
 MOST_ALONE = 20  # names without a number, each of which gets a table and a panel
+FILE_WIDTH = 250  # characters: a file has no edge at which lines must end
 MOST_NUMBERS = 50  # characters of a row of numbers; deeper models show bars alone
 _LAYER_NUMBER = re.compile(r"^(?P<part>.*?)\.(?P<layer>\d+)\.(?P<kind>.+)$")
 
@@ -103,9 +104,11 @@ def show(genotype: Genotype, console: Console | None = None) -> None:
     console = console or Console()
     plain = console.options.ascii_only
     for table in rank_tables(genotype, PLAIN_BARS if plain else BARS):
-        if not (console.is_terminal or console.is_jupyter):
-            table.box = None  # few lines in a file
-        console.print(table)
+        if console.is_terminal or console.is_jupyter:
+            console.print(table)
+            continue
+        table.box, table.columns[0].header, table.title = None, table.title, None
+        console.print(table, width=FILE_WIDTH, crop=False)  # few lines in a file
     if genotype.shapes is not None:
         adapted = sum(rank > 0 for rank in genotype.ranks.values())
         console.print(

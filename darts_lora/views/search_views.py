@@ -18,7 +18,7 @@ from darts_lora.lora.cost import parameters_per_rank
 from darts_lora.run.records import layer_parts, read_metrics
 from darts_lora.supernet import Supernet
 from darts_lora.views.console import by_part, short_names
-from darts_lora.views.rank_images import padded, probability_image, rank_image, worth_image
+from darts_lora.views.rank_images import padded, probability_image, rank_image, worth_images
 from darts_lora.views.trackers import Trackers
 
 SCALARS = {
@@ -127,10 +127,11 @@ class SearchViews:
         expected = dict(zip(names, ranks, strict=True))
         steps, parameters = zip(*self.history, strict=True)
         images = {
-            "alpha/probability": probability_image(names, probabilities, candidates),
+            "alpha/probability": probability_image(names, probabilities, candidates, self.parts),
             "ranks/expected": rank_image(expected, candidates[-1], self.parts),
-            "ranks/worth": worth_image(names, steps, np.stack(parameters)),
         }
+        worth = worth_images(names, steps, np.stack(parameters))
+        images |= {f"ranks/worth/{part}": image for part, image in worth.items()}
         self._show(images, step)
         histograms = {f"alpha/rank_{rank}": alpha[:, k] for k, rank in enumerate(candidates)}
         self.trackers.call("log_histograms", histograms, step=step)

@@ -4,12 +4,13 @@ Not here: what a recipe does (tests/recipes)."""
 import logging
 import subprocess
 import sys
+import warnings
 
 import pytest
 
 from darts_lora import Genotype, cli
 from darts_lora.base.options import load_config
-from darts_lora.base.quiet import LINES
+from darts_lora.base.quiet import LINES, WARNINGS, hush
 from darts_lora.cli.search import EMBEDDED_CONFIG
 
 
@@ -57,6 +58,16 @@ def test_one_line_is_left_out_and_others_are_told(name, caplog):
         logger.warning(LINES[name] + " by this release", *["it"] * LINES[name].count("%s"))
         logger.warning("something else")
     assert [record.message for record in caplog.records] == ["something else"]
+
+
+@pytest.mark.parametrize("start", WARNINGS)
+def test_one_warning_is_left_out_and_others_are_told(start):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        hush()
+        warnings.warn(f"{start} and will be removed", FutureWarning, stacklevel=1)
+        warnings.warn("something else is deprecated", FutureWarning, stacklevel=1)
+    assert [str(warning.message) for warning in told] == ["something else is deprecated"]
 
 
 def test_the_package_is_imported_without_a_word():

@@ -18,7 +18,7 @@ from darts_lora.views.search_views import DRAWING_SHARE, SCALARS, SearchViews
 from darts_lora.views.trackers import Trackers
 from small_models import residual
 
-IMAGES = {"alpha/probability", "ranks/expected", "ranks/chosen", "ranks/worth"}
+IMAGES = {"alpha/probability", "ranks/expected", "ranks/chosen", "ranks/worth/others"}
 RANKS = {"expected_ranks": [1.0, 1.0, 2.0, 0.0]}  # of four layers
 PATH = "vision.layers.{}.mlp.fc{}"
 

@@ -1,16 +1,20 @@
-"""Batches of unlike numbers of learnt tokens: each token counts alike, as in one large batch.
-Not here: batches that count alike (test_search.py); several processes (test_processes.py)."""
+"""Which of the steps is taken, in how many passes; batches of unlike numbers of learnt tokens: each
+token counts alike, as in one large batch. Not here: what a step computes, batches that count alike
+(test_search.py), several processes (test_processes.py)."""
 
 import itertools
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from darts_lora import RankSearch, SearchConfig, Supernet, TrainingConfig
+from darts_lora.architect import LAST
+from darts_lora.run.bilevel import BilevelStep
 from darts_lora.run.tokens import learnt_tokens, model_loss
-from small_models import Residual, randomise
+from small_models import Residual, randomise, residual
 
 WIDTH, TOKENS = 16, 9
 
@@ -90,3 +94,45 @@ def test_losses_of_ones_own_weigh_batches_alike():
 def test_what_a_loss_is_the_mean_of(batch, count):
     found = learnt_tokens(batch)
     assert (found if found is None else int(found)) == count
+
+
+def make(accelerator=None, steps=4, **options):
+    supernet = Supernet(
+        residual(), SearchConfig(ranks=(0, 1, 2), **{"search_fraction": 1, **options})
+    )
+    passes = []
+    supernet.model.register_forward_pre_hook(lambda model, args: passes.append(len(args[0])))
+    training = TrainingConfig(steps, gradient_accumulation_steps=2)
+
+    def loss_fn(model, batch):
+        return model(batch).pow(2).mean()
+
+    accelerator = accelerator or Accelerator(cpu=True)
+    return BilevelStep(supernet, accelerator, training, loss_fn), passes
+
+
+def test_both_steps_scale_their_losses_alike():
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu")  # what fp16 has on a GPU
+    assert make(accelerator)[0].architect.scaler is accelerator.scaler
+    assert make()[0].architect.scaler is None
+
+
+def test_passes_of_a_step():
+    steps, seen = make()
+    train, val = (iter(torch.randn(40, 4, 16)) for _ in range(2))
+    alpha = steps.supernet.alpha.detach().clone()
+    for step in range(1, 5):
+        seen.clear()
+        loss, metrics = steps.step(train, val)
+        due = step == 4  # every second of the second half
+        assert loss > 0 and (metrics is None) != due
+        assert torch.equal(steps.supernet.alpha, alpha) == (step < 4)
+        assert steps.architect.mean.steps == step, "all steps are in the mean"
+    own = LAST * 3  # before, directions, cut
+    assert seen == [4] * (2 + 1 + own) and metrics.keys() == {"gain", "expected_parameters"}
+    assert len(list(train)) == 40 - 8 and len(list(val)) == 40 - 1 - LAST
+
+
+def test_the_search_may_be_a_part_of_the_run():
+    assert make(steps=8, search_fraction=0.5)[0].architect.steps == 4
