@@ -50,7 +50,6 @@ from darts_lora.run.beginning import (
     add_adapter,
     check_finetune_start,
     finished,
-    first_rows,
     first_step,
     load_adapter,
     resolve_init,
@@ -73,8 +72,8 @@ from darts_lora.views.card import remove_card, write_card
 from darts_lora.views.trackers import Views, check_trackers
 
 # all that a finetune leaves, removed before another one trains
-RESULTS = (RECORD_NAME, "evaluation.json", SAFETENSORS_WEIGHTS_NAME, "adapter_config.json")
-RESULTS += ("padded",)
+RESULTS = [RECORD_NAME, "evaluation.json", SAFETENSORS_WEIGHTS_NAME, "adapter_config.json"]
+RESULTS += ["padded"]
 # options that change no weight
 WHERE = ("output_dir", "resume", "report_to", "push_to_hub", "hub_model_id")
 
@@ -142,6 +141,7 @@ def _finetune(
     rows = training_rows(data)
     rows, share = checked_rows(rows, collator, data, rows_read(training))
     set_seed(config.seed)  # the initialisation of a new head, and of the LoRA weights
+    base: Any
     if supernet is None:
         base = load_model(model)  # the slowest, so behind what can be wrong before it
     else:
@@ -155,7 +155,6 @@ def _finetune(
     record = {"genotype": config.genotype, "rank": config.rank, "init": config.init}
     record["supernet_digest"] = genotype and genotype.found_by.get("supernet_digest")
     record |= {"rows": None if data.streaming else len(rows), "supervised_share": share}
-    begins_with = first_rows(config, rows, model, data)
 
     def begin() -> None:
         for name in RESULTS:
@@ -172,9 +171,9 @@ def _finetune(
 
     figures = train(
         adapted, rows, collator, training, config.output_dir,
-        seed=config.seed, first_step=first, first_rows=begins_with, resume=config.resume,
+        seed=config.seed, first_step=first, resume=config.resume,
         loraplus_lr_ratio=config.loraplus_lr_ratio, report_to=config.report_to,
-        course=_course(config, genotype, model, data, training, rows, begins_with),
+        course=_course(config, genotype, model, data, training, rows),
         begin=begin, describe=describe,
     )  # fmt: skip
     if config.push_to_hub and PartialState().is_main_process:
@@ -189,13 +188,12 @@ def _course(
     data: DataConfig,
     training: TrainingConfig,
     rows: Rows,
-    begins_with: Sequence[int] | None,
 ) -> dict[str, Any]:
     """What one that goes on must share; what else the machine decides comes in `train`."""
     if data.streaming:
         which = split_record({}, data)
     else:
-        which = {"rows": list(rows[ROW]), "first": begins_with, "digest": rows_digest([rows])}
+        which = {"rows": list(rows[ROW]), "digest": rows_digest([rows])}
     own = {name: value for name, value in asdict(config).items() if name not in WHERE}
     own["genotype"] = genotype and digest(asdict(genotype))
     return own | task_options(model, data, which, training) | training_options(training)
@@ -230,7 +228,6 @@ def train(
     *,
     seed: int = 0,
     first_step: int = 0,
-    first_rows: Sequence[int] | None = None,
     resume: bool = False,
     course: dict[str, Any] | None = None,
     begin: Callable[[], None] = lambda: None,
@@ -242,7 +239,6 @@ def train(
 
     Args:
         first_step: steps of training.max_steps, and of its learning rate, that a search took.
-        first_rows: numbers of the rows that come before all others; None: none do.
         resume: go on from the newest checkpoint; where the training has ended, take what it left.
         course: options that decide what is computed, name to value, which one to resume must share.
         begin: called on the first process when nothing can be wrong any more.
@@ -265,8 +261,8 @@ def train(
     # Float32 adapters on a base in 16 bits: without autocast, PEFT copies activations to float32.
     half = model.dtype in (torch.bfloat16, torch.float16)
     if half and training.mixed_precision == "no" and trainable[0].dtype == torch.float32:
-        precision = "bf16" if model.dtype == torch.bfloat16 else "fp16"
-        training = replace(training, mixed_precision=precision)
+        bf16 = model.dtype == torch.bfloat16
+        training = replace(training, mixed_precision="bf16" if bf16 else "fp16")
     stop = StopRequest(training.max_runtime)
     with explained():
         trainer = FinetuneTrainer(
@@ -277,7 +273,7 @@ def train(
         )
     with contextlib.suppress(OSError):
         os.rmdir(trainer.args.output_dir)  # which the Trainer makes; an empty one
-    trainer.training, trainer.first_step, trainer.first_rows = training, first_step, first_rows
+    trainer.training, trainer.first_step = training, first_step
     trainer.loraplus_lr_ratio = loraplus_lr_ratio
     course |= {LENGTHS[FINETUNE]: trainer.args.max_steps} | launched(trainer.accelerator)
     course = json.loads(json.dumps(course))

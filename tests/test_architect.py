@@ -60,9 +60,8 @@ def mean_changes(supernet):
     return [change(layer, g) for layer, g in zip(supernet.layers.values(), gates, strict=True)]
 
 
-@pytest.mark.parametrize("branches", ["nested", "independent"])
-def test_the_gains_are_the_exact_gradients_on_the_way_to_the_adapter(branches):
-    supernet, architect = make(branches=branches)
+def test_the_gains_are_the_exact_gradients_on_the_way_to_the_adapter():
+    supernet, architect = make()
     rows = batch()
     with mock.patch("torch.rand", lambda *_, **__: torch.tensor(0.3, dtype=torch.float64)):
         loss, (gains,) = architect.path(loss_of(supernet), rows)
@@ -117,11 +116,10 @@ def test_energies_are_those_of_single_rows_and_gates():
             assert float(energies[n, r]) == pytest.approx(sum(squares) / 5, rel=1e-9, abs=1e-18)
 
 
-@pytest.mark.parametrize("branches", ["nested", "independent"])
-def test_growth_and_cut_are_those_measured_by_hand(branches):
+def test_growth_and_cut_are_those_measured_by_hand():
     """Also of an odd number of steps: the half is what was before the last doubling."""
     steps = 5
-    supernet, architect = make(steps=steps, branches=branches)
+    supernet, architect = make(steps=steps)
     loss_fn, val, seen, means = loss_of(supernet), batches(), [], []
 
     def recording(rows):
@@ -241,9 +239,8 @@ def test_small_gradients_in_float16_are_scaled_as_the_weights_are():
 
 
 @pytest.mark.parametrize("steps", [1, 4])
-@pytest.mark.parametrize("branches", ["nested", "independent"])
-def test_touches_nothing_but_alpha(branches, steps):
-    supernet, architect = make(torch.float32, branches=branches, steps=steps)
+def test_touches_nothing_but_alpha(steps):
+    supernet, architect = make(torch.float32, steps=steps)
     loss_fn, weights = loss_of(supernet), supernet.weight_parameters()
     optimizer = torch.optim.AdamW(weights)
     val = batches(torch.float32)

@@ -20,15 +20,13 @@ from darts_lora.data.loaders import (
     search_dataloaders,
     split_record,
 )
-from darts_lora.data.places import ROW
-from darts_lora.data.sources import Rows, load_source
+from darts_lora.data.sources import load_source
 from darts_lora.finetune import FinetuneConfig, check_finetune, finetune
 from darts_lora.lora.models import load_model
-from darts_lora.run.beginning import SPLIT_NAME, check_finetune_start, goes_on
+from darts_lora.run.beginning import check_finetune_start, goes_on
 from darts_lora.run.course import task_options
 from darts_lora.run.launch import check_launch
 from darts_lora.run.resume import check_start, is_finished, remove_search
-from darts_lora.run.stream import taken_rows
 from darts_lora.search import RankSearch
 from darts_lora.supernet import Supernet
 from darts_lora.views.console import show, show_batch, show_supernet
@@ -74,22 +72,17 @@ def main(
     check_writable(options.output_dir)
     if options.finetune_dir is not None:
         check_finetune(options.finetune_dir, model, data)
+    configs = search, model, data, training
     if options.dry_run:
-        return _search(options, search, model, data, training)
+        return _search(options, *configs)
     with locked(options.output_dir), locked(options.finetune_dir):
         check_start(options.output_dir, options.resume)
         if options.finetune_dir is not None and not is_finished(options.output_dir):
             check_finetune_start(options.finetune_dir, resume=False)  # no finetune of this search
-        _search(options, search, model, data, training)
+        _search(options, *configs)
 
 
-def _search(
-    options: SearchRun,
-    search: SearchConfig,
-    model: ModelConfig,
-    data: DataConfig,
-    training: TrainingConfig,
-) -> None:
+def _search(options: SearchRun, search, model, data, training) -> None:
     collator = make_collator(model, data)
     source = load_source(data)
     splits, supervised, reads = load_splits(data, source=source), {}, rows_read(training)
@@ -122,9 +115,7 @@ def _search(
         if not options.resume:
             remove_search(options.output_dir)
         save_config(options.output_dir, search, model, data, training)
-        if not data.streaming:
-            rows["taken"] = _taken(rank_search, splits["train"])
-        write_json(os.path.join(options.output_dir, SPLIT_NAME), rows)
+        write_json(os.path.join(options.output_dir, "split.json"), rows)
     _describe(accelerator, supernet, splits, supervised)
     accelerator.print(how_tested(source, data))
     genotype = rank_search.run()
@@ -149,15 +140,6 @@ def _search(
         print(f"Genotype: {path}. Next: {following}")
 
 
-def _taken(rank_search: RankSearch, rows: Rows) -> list[int]:
-    """Rows (numbers in their source) of the epoch that the search ends in, which it will have taken
-    then: the finetune begins with the others."""
-    batches = rank_search.steps * rank_search.training.gradient_accumulation_steps
-    numbers = rows[ROW]
-    taken = taken_rows(rank_search.train_stream.dataloader, batches)
-    return sorted(numbers[i] for i in taken)
-
-
 def _describe(accelerator: Accelerator, supernet: Supernet, splits, supervised) -> None:
     for name, split in splits.items():
         rows = f"{len(split):,} rows" if hasattr(split, "__len__") else "a stream"
@@ -173,12 +155,5 @@ def _describe(accelerator: Accelerator, supernet: Supernet, splits, supervised) 
 
 def start() -> None:
     """Parse the command line and run."""
-    run(
-        main,
-        SearchRun,
-        SearchConfig,
-        ModelConfig,
-        DataConfig,
-        TrainingConfig,
-        default_config=EMBEDDED_CONFIG,
-    )
+    shared = SearchConfig, ModelConfig, DataConfig, TrainingConfig
+    run(main, SearchRun, *shared, default_config=EMBEDDED_CONFIG)

@@ -53,7 +53,8 @@ def make_collator(model: ModelConfig, data: DataConfig) -> Collator | LabelColla
         # RoBERTa has two positions more than it takes tokens: its tokenizer knows.
         known = getattr(processor, "model_max_length", context)
         context = known if context is None else min(context, known)
-        labels, multiple = model_config.label2id, data.pad_to_multiple_of
+        labels: Any = model_config.label2id
+        multiple = data.pad_to_multiple_of
         return LabelCollator(processor, data.max_length, labels, context, multiple, truncate)
     return Collator(
         processor,
@@ -153,8 +154,8 @@ def split_record(splits: dict[str, Rows], config: DataConfig) -> dict[str, Any]:
         rule += "image, prompt) the digests of its images or of its prompt; test below "
         rule += "test_fraction (0 with a test_split), then validation below "
         rule += "validation_fraction of the rest"
-        options = ("split_by", "split_seed", "test_split", "test_fraction", "validation_fraction")
-        options += ("max_train_samples",)
+        options = ["split_by", "split_seed", "test_split", "test_fraction", "validation_fraction"]
+        options += ["max_train_samples"]
         return {"rule": rule} | {name: getattr(config, name) for name in options}
     numbers = {name: list(split[ROW]) for name, split in splits.items()}
     return {**numbers, "digest": rows_digest(splits.values())}
@@ -233,12 +234,10 @@ class RunOrder(Sampler):
         rows: of the data set (count, at least 1).
         length: rows that the run takes (count).
         seed: decides the orders.
-        first: numbers of the rows of the first epoch; None: all.
     """
 
-    def __init__(self, rows: int, length: int, seed: int, first: Sequence[int] | None = None):
-        self.rows, self.length, self.seed = range(rows), length, seed
-        self.first = self.rows if first is None else first
+    def __init__(self, rows: int, length: int, seed: int):
+        self.rows, self.length, self.seed = rows, length, seed
 
     def __len__(self) -> int:
         return self.length
@@ -247,9 +246,7 @@ class RunOrder(Sampler):
         return islice(chain.from_iterable(map(self._epoch, count())), self.length)
 
     def _epoch(self, epoch: int) -> Iterator[int]:
-        rows = self.rows if epoch else self.first
-        generator = torch.Generator().manual_seed(self.seed + epoch)
-        return (rows[i] for i in torch.randperm(len(rows), generator=generator).tolist())
+        return iter(torch.randperm(self.rows, generator=generator(self.seed + epoch)).tolist())
 
 
 def run_dataloader(
@@ -258,21 +255,16 @@ def run_dataloader(
     training: TrainingConfig,
     steps: int,
     seed: int,
-    first: Sequence[int] | None = None,
 ) -> DataLoader:
-    """Shuffled batches of so many weight steps, of all processes together, epoch after epoch.
-
-    Args:
-        first: numbers of the rows that come before all others; not of a stream.
-    """
-    batch, options = training.batch_size, {"num_workers": training.num_workers}
+    """Shuffled batches of so many weight steps, of all processes together, epoch after epoch."""
+    batch, workers = training.batch_size, training.num_workers
     if isinstance(rows, IterableDataset):
         return make_dataloader(
-            rows.repeat(None), collate, batch, shuffle=True, seed=seed, **options
+            rows.repeat(None), collate, batch, shuffle=True, seed=seed, num_workers=workers
         )
     length = steps * training.gradient_accumulation_steps * batch * PartialState().num_processes
-    order = RunOrder(len(rows), length, seed, first)
-    return make_dataloader(rows, collate, batch, order=order, **options)
+    order = RunOrder(len(rows), length, seed)
+    return make_dataloader(rows, collate, batch, order=order, num_workers=workers)
 
 
 def search_dataloaders(

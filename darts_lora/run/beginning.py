@@ -12,11 +12,9 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 
 from darts_lora.base.bounds import check_bounds
-from darts_lora.base.errors import InputError, one_line
+from darts_lora.base.errors import InputError, told_as
 from darts_lora.base.files import read_json
-from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
-from darts_lora.data.places import ROW
-from darts_lora.data.sources import Rows
+from darts_lora.config import TrainingConfig
 from darts_lora.genotype import Genotype, read_tensors
 from darts_lora.lora.adapter import add_lora
 from darts_lora.lora.padded import check_servable
@@ -30,14 +28,12 @@ from darts_lora.lora.targets import (
     outside,
 )
 from darts_lora.lora.variants import check_variants, keep_function, variant_options
-from darts_lora.run.checkpoint import FINETUNE, LENGTHS, sealed, steps_done
+from darts_lora.run.checkpoint import FINETUNE, check_free, steps_done
 from darts_lora.run.course import digest
 from darts_lora.run.hub import check_hub_options
-from darts_lora.run.together import other_task, task_of
 from darts_lora.supernet import SUPERNET_NAME, Supernet
 
 RECORD_NAME = "finetune.json"
-SPLIT_NAME = "split.json"
 
 
 @dataclass
@@ -176,11 +172,8 @@ def load_adapter(model: PeftModel, path: str) -> None:
 
 def _fill(model: PeftModel, state: dict[str, Tensor], name: str, own: tuple[str, ...]) -> None:
     """`own` are parts of the keys that must all be there."""
-    try:
-        result = set_peft_model_state_dict(model, state)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{name} is of another model ({reason})") from error
+    with told_as(f"{name} is of another model", RuntimeError):
+        result: Any = set_peft_model_state_dict(model, state)
     missing = [key for key in result.missing_keys if any(part in key for part in own)]
     if missing or result.unexpected_keys:
         raise InputError(f"{name} does not fill {missing + result.unexpected_keys}")
@@ -194,7 +187,9 @@ def _searched_part(genotype: Genotype | None) -> int:
     return steps if partly else 0
 
 
-def resolve_init(config: FinetuneConfig, genotype: Genotype | None) -> str:
+def resolve_init(
+    config: FinetuneConfig, genotype: Genotype | None
+) -> Literal["scratch", "inherit"]:
     """Where the weights come from."""
     if config.init is not None or config.rank is not None or config.init_lora_weights is not None:
         return config.init or "scratch"
@@ -223,29 +218,6 @@ def first_step(config: FinetuneConfig, genotype: Genotype | None, training: Trai
     return first
 
 
-def first_rows(
-    config: FinetuneConfig, rows: Rows, model: ModelConfig, data: DataConfig
-) -> list[int] | None:
-    """Numbers of the rows that the search has not taken in its last epoch, validation rows among
-    them: they come first. None: all alike, since no search went before, or none of these rows.
-
-    Raises:
-        InputError: the search's split.json cannot be read.
-    """
-    folder = os.path.dirname(config.genotype or "")
-    path = os.path.join(folder, SPLIT_NAME)
-    if config.init != "inherit" or data.streaming or not os.path.isfile(path):
-        return None
-    theirs = task_of(folder)
-    if other_task(asdict(model) | asdict(data), theirs) is not None:
-        return None
-    try:
-        taken = set(read_json(path).get("taken", ()))
-    except (InputError, AttributeError, TypeError) as error:
-        raise InputError(f"{path}: is not what a search leaves ({one_line(error)})") from error
-    return [i for i, number in enumerate(rows[ROW]) if number not in taken]
-
-
 def finished(output_dir: str) -> dict[str, Any] | None:
     """The record of the finetune that ended there; None: none did."""
     if not os.path.isfile(os.path.join(output_dir, SAFETENSORS_WEIGHTS_NAME)):
@@ -258,22 +230,9 @@ def finished(output_dir: str) -> dict[str, Any] | None:
 
 
 def check_finetune_start(output_dir: str, resume: bool) -> None:
-    """Whether a finetune may start, or go on, in this folder.
-
-    Raises:
-        InputError: nothing to go on from, or a new one would overwrite an unfinished one.
-    """
-    if finished(output_dir):
-        return
-    if resume and not sealed(output_dir):
-        raise InputError(f"resume: there is no checkpoint in {output_dir!r}; start without it")
-    done = steps_done(output_dir, FINETUNE)
-    if not resume and done is not None:
-        raise InputError(
-            f"output_dir={output_dir!r}: an unfinished finetune is there (step {done[0]} of "
-            f"{done[1][LENGTHS[FINETUNE]]}); go on with --resume, name another folder, or remove "
-            "its checkpoints"
-        )
+    """Whether a finetune may start, or go on, in this folder; or InputError (check_free)."""
+    if not finished(output_dir):
+        check_free(output_dir, FINETUNE, resume, ended=False)
 
 
 def goes_on(output_dir: str, genotype: Genotype) -> bool:
