@@ -12,7 +12,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 
 from darts_lora.base.bounds import check_bounds
-from darts_lora.base.errors import InputError, told_as
+from darts_lora.base.errors import InputError, one_line, told_as
 from darts_lora.base.files import read_json
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
 from darts_lora.data.places import ROW

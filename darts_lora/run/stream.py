@@ -104,11 +104,11 @@ def open_streams(
     return train_stream, val_stream
 
 
-def taken_rows(dataloader: DataLoader, batches: int) -> list[int]:
+def taken_rows(dataloader: Any, batches: int) -> list[int]:
     """Numbers of the rows that all processes have taken of an epoch.
 
     Args:
-        dataloader: one with a length that accelerate prepared.
+        dataloader: a DataLoader with a length that accelerate prepared.
         batches: that each process has taken in all, at least 1; the epoch is that of the last one.
     """
     epoch, taken = divmod(batches - 1, len(dataloader))
