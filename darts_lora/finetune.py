@@ -50,6 +50,7 @@ from darts_lora.run.beginning import (
     add_adapter,
     check_finetune_start,
     finished,
+    first_rows,
     first_step,
     load_adapter,
     resolve_init,
@@ -155,6 +156,7 @@ def _finetune(
     record = {"genotype": config.genotype, "rank": config.rank, "init": config.init}
     record["supernet_digest"] = genotype and genotype.found_by.get("supernet_digest")
     record |= {"rows": None if data.streaming else len(rows), "supervised_share": share}
+    begins_with = first_rows(config, rows, model, data)
 
     def begin() -> None:
         for name in RESULTS:
@@ -171,9 +173,9 @@ def _finetune(
 
     figures = train(
         adapted, rows, collator, training, config.output_dir,
-        seed=config.seed, first_step=first, resume=config.resume,
+        seed=config.seed, first_step=first, first_rows=begins_with, resume=config.resume,
         loraplus_lr_ratio=config.loraplus_lr_ratio, report_to=config.report_to,
-        course=_course(config, genotype, model, data, training, rows),
+        course=_course(config, genotype, model, data, training, rows, begins_with),
         begin=begin, describe=describe,
     )  # fmt: skip
     if config.push_to_hub and PartialState().is_main_process:
@@ -188,12 +190,13 @@ def _course(
     data: DataConfig,
     training: TrainingConfig,
     rows: Rows,
+    begins_with: Sequence[int] | None,
 ) -> dict[str, Any]:
     """What one that goes on must share; what else the machine decides comes in `train`."""
     if data.streaming:
         which = split_record({}, data)
     else:
-        which = {"rows": list(rows[ROW]), "digest": rows_digest([rows])}
+        which = {"rows": list(rows[ROW]), "first": begins_with, "digest": rows_digest([rows])}
     own = {name: value for name, value in asdict(config).items() if name not in WHERE}
     own["genotype"] = genotype and digest(asdict(genotype))
     return own | task_options(model, data, which, training) | training_options(training)
@@ -228,6 +231,7 @@ def train(
     *,
     seed: int = 0,
     first_step: int = 0,
+    first_rows: Sequence[int] | None = None,
     resume: bool = False,
     course: dict[str, Any] | None = None,
     begin: Callable[[], None] = lambda: None,
@@ -239,6 +243,7 @@ def train(
 
     Args:
         first_step: steps of training.max_steps, and of its learning rate, that a search took.
+        first_rows: numbers of the rows that come before all others; None: none do.
         resume: go on from the newest checkpoint; where the training has ended, take what it left.
         course: options that decide what is computed, name to value, which one to resume must share.
         begin: called on the first process when nothing can be wrong any more.
@@ -273,7 +278,7 @@ def train(
         )
     with contextlib.suppress(OSError):
         os.rmdir(trainer.args.output_dir)  # which the Trainer makes; an empty one
-    trainer.training, trainer.first_step = training, first_step
+    trainer.training, trainer.first_step, trainer.first_rows = training, first_step, first_rows
     trainer.loraplus_lr_ratio = loraplus_lr_ratio
     course |= {LENGTHS[FINETUNE]: trainer.args.max_steps} | launched(trainer.accelerator)
     course = json.loads(json.dumps(course))

@@ -17,6 +17,7 @@ from test_finetune import faulty
 from darts_lora import InputError
 from darts_lora import finetune as finetune_module
 from darts_lora.finetune import FinetuneConfig, finetune
+from darts_lora.run.beginning import first_rows
 from darts_lora.run.checkpoint import FINETUNE, checkpoints, seal
 
 TRAINING = replace(SHORT, max_steps=6, save_steps=2, logging_steps=4)
@@ -181,3 +182,19 @@ def test_files_of_the_user_among_the_checkpoints_stay(config, base_config, data,
         notes
     ]
     assert notes.read_text() == "mine"
+
+
+def test_the_rows_that_the_search_left_come_first(base_config, data, tmp_path):
+    config = FinetuneConfig(str(tmp_path / "genotype.json"), init="inherit")
+    rows = {"row_index": [10, 11, 12, 13]}
+    assert first_rows(config, rows, base_config, data) is None, "it does not say"
+    (tmp_path / "split.json").write_text(json.dumps({"taken": [11, 13, 99]}))
+    assert first_rows(config, rows, base_config, data) == [0, 2]
+    assert first_rows(replace(config, init="scratch"), rows, base_config, data) is None
+    (tmp_path / "config.yaml").write_text("dataset: another\n")
+    assert first_rows(config, rows, base_config, data) is None, "its numbers are of other rows"
+    (tmp_path / "config.yaml").unlink()
+    for content in ("[]", "{", '{"taken": 3}'):
+        (tmp_path / "split.json").write_text(content)
+        with pytest.raises(InputError, match=r"split\.json: is not what a search leaves"):
+            first_rows(config, rows, base_config, data)

@@ -20,13 +20,15 @@ from darts_lora.data.loaders import (
     search_dataloaders,
     split_record,
 )
-from darts_lora.data.sources import load_source
+from darts_lora.data.places import ROW
+from darts_lora.data.sources import Rows, load_source
 from darts_lora.finetune import FinetuneConfig, check_finetune, finetune
 from darts_lora.lora.models import load_model
-from darts_lora.run.beginning import check_finetune_start, goes_on
+from darts_lora.run.beginning import SPLIT_NAME, check_finetune_start, goes_on
 from darts_lora.run.course import task_options
 from darts_lora.run.launch import check_launch
 from darts_lora.run.resume import check_start, is_finished, remove_search
+from darts_lora.run.stream import taken_rows
 from darts_lora.search import RankSearch
 from darts_lora.supernet import Supernet
 from darts_lora.views.console import show, show_batch, show_supernet
@@ -115,7 +117,9 @@ def _search(options: SearchRun, search, model, data, training) -> None:
         if not options.resume:
             remove_search(options.output_dir)
         save_config(options.output_dir, search, model, data, training)
-        write_json(os.path.join(options.output_dir, "split.json"), rows)
+        if not data.streaming:
+            rows["taken"] = _taken(rank_search, splits["train"])
+        write_json(os.path.join(options.output_dir, SPLIT_NAME), rows)
     _describe(accelerator, supernet, splits, supervised)
     accelerator.print(how_tested(source, data))
     genotype = rank_search.run()
@@ -138,6 +142,15 @@ def _search(options: SearchRun, search, model, data, training) -> None:
         following = command("evaluate", model, adapter=options.finetune_dir)
     if accelerator.is_main_process:
         print(f"Genotype: {path}. Next: {following}")
+
+
+def _taken(rank_search: RankSearch, rows: Rows) -> list[int]:
+    """Rows (numbers in their source) of the epoch that the search ends in, which it will have taken
+    then: the finetune begins with the others."""
+    batches = rank_search.steps * rank_search.training.gradient_accumulation_steps
+    numbers = rows[ROW]
+    taken = taken_rows(rank_search.train_stream.dataloader, batches)
+    return sorted(numbers[i] for i in taken)
 
 
 def _describe(accelerator: Accelerator, supernet: Supernet, splits, supervised) -> None:

@@ -234,10 +234,12 @@ class RunOrder(Sampler):
         rows: of the data set (count, at least 1).
         length: rows that the run takes (count).
         seed: decides the orders.
+        first: numbers of the rows of the first epoch; None: all.
     """
 
-    def __init__(self, rows: int, length: int, seed: int):
-        self.rows, self.length, self.seed = rows, length, seed
+    def __init__(self, rows: int, length: int, seed: int, first: Sequence[int] | None = None):
+        self.rows, self.length, self.seed = range(rows), length, seed
+        self.first = self.rows if first is None else first
 
     def __len__(self) -> int:
         return self.length
@@ -246,7 +248,9 @@ class RunOrder(Sampler):
         return islice(chain.from_iterable(map(self._epoch, count())), self.length)
 
     def _epoch(self, epoch: int) -> Iterator[int]:
-        return iter(torch.randperm(self.rows, generator=generator(self.seed + epoch)).tolist())
+        rows = self.rows if epoch else self.first
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        return (rows[i] for i in torch.randperm(len(rows), generator=generator).tolist())
 
 
 def run_dataloader(
@@ -255,15 +259,20 @@ def run_dataloader(
     training: TrainingConfig,
     steps: int,
     seed: int,
+    first: Sequence[int] | None = None,
 ) -> DataLoader:
-    """Shuffled batches of so many weight steps, of all processes together, epoch after epoch."""
+    """Shuffled batches of so many weight steps, of all processes together, epoch after epoch.
+
+    Args:
+        first: numbers of the rows that come before all others; not of a stream.
+    """
     batch, workers = training.batch_size, training.num_workers
     if isinstance(rows, IterableDataset):
         return make_dataloader(
             rows.repeat(None), collate, batch, shuffle=True, seed=seed, num_workers=workers
         )
     length = steps * training.gradient_accumulation_steps * batch * PartialState().num_processes
-    order = RunOrder(len(rows), length, seed)
+    order = RunOrder(len(rows), length, seed, first)
     return make_dataloader(rows, collate, batch, order=order, num_workers=workers)
 
 

@@ -12,9 +12,11 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 
 from darts_lora.base.bounds import check_bounds
-from darts_lora.base.errors import InputError, told_as
+from darts_lora.base.errors import InputError, one_line, told_as
 from darts_lora.base.files import read_json
-from darts_lora.config import TrainingConfig
+from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
+from darts_lora.data.places import ROW
+from darts_lora.data.sources import Rows
 from darts_lora.genotype import Genotype, read_tensors
 from darts_lora.lora.adapter import add_lora
 from darts_lora.lora.padded import check_servable
@@ -31,9 +33,11 @@ from darts_lora.lora.variants import check_variants, keep_function, variant_opti
 from darts_lora.run.checkpoint import FINETUNE, check_free, steps_done
 from darts_lora.run.course import digest
 from darts_lora.run.hub import check_hub_options
+from darts_lora.run.together import other_task, task_of
 from darts_lora.supernet import SUPERNET_NAME, Supernet
 
 RECORD_NAME = "finetune.json"
+SPLIT_NAME = "split.json"
 
 
 @dataclass
@@ -216,6 +220,29 @@ def first_step(config: FinetuneConfig, genotype: Genotype | None, training: Trai
             "already; give more, or --init scratch"
         )
     return first
+
+
+def first_rows(
+    config: FinetuneConfig, rows: Rows, model: ModelConfig, data: DataConfig
+) -> list[int] | None:
+    """Numbers of the rows that the search has not taken in its last epoch, validation rows among
+    them: they come first. None: all alike, since no search went before, or none of these rows.
+
+    Raises:
+        InputError: the search's split.json cannot be read.
+    """
+    folder = os.path.dirname(config.genotype or "")
+    path = os.path.join(folder, SPLIT_NAME)
+    if config.init != "inherit" or data.streaming or not os.path.isfile(path):
+        return None
+    theirs = task_of(folder)
+    if other_task(asdict(model) | asdict(data), theirs) is not None:
+        return None
+    try:
+        taken = set(read_json(path).get("taken", ()))
+    except (InputError, AttributeError, TypeError) as error:
+        raise InputError(f"{path}: is not what a search leaves ({one_line(error)})") from error
+    return [i for i, number in enumerate(rows[ROW]) if number not in taken]
 
 
 def finished(output_dir: str) -> dict[str, Any] | None:

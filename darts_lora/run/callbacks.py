@@ -9,6 +9,7 @@ import os
 import pickle
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import peft
@@ -81,18 +82,20 @@ def training_arguments(
 
 
 class FinetuneTrainer(Trainer):
-    """Begins within its learning rate's course and and stops at
+    """Begins within its learning rate's course and with the rows that the search left, and stops at
     a loss that is not finite, on any process, before it enters the weights.
 
     Attributes:
         training: the options of the whole run.
         first_step: steps of the run that the search took.
+        first_rows: numbers of the rows that come first; None: all alike.
         loraplus_lr_ratio: the rate of B over that of A (LoRA+); None: 1.
     """
 
     model: PeftModel
     training: TrainingConfig
     first_step = 0
+    first_rows: Sequence[int] | None = None
     loraplus_lr_ratio: float | None = None
 
     def create_optimizer(self, model=None):
@@ -129,6 +132,7 @@ class FinetuneTrainer(Trainer):
             self.training,
             self.args.max_steps,
             self.args.seed,
+            self.first_rows,
         )
         return self.accelerator.prepare(loader)
 

@@ -104,6 +104,20 @@ def open_streams(
     return train_stream, val_stream
 
 
+def taken_rows(dataloader: Any, batches: int) -> list[int]:
+    """Numbers of the rows that all processes have taken of an epoch.
+
+    Args:
+        dataloader: a DataLoader with a length that accelerate prepared.
+        batches: that each process has taken in all, at least 1; the epoch is that of the last one.
+    """
+    epoch, taken = divmod(batches - 1, len(dataloader))
+    dataloader.set_epoch(epoch)
+    shared = dataloader.batch_sampler
+    whole = getattr(shared, "batch_sampler", shared)  # shared out to processes
+    return [*chain.from_iterable(islice(whole, (taken + 1) * PartialState().num_processes))]
+
+
 def check_batches(split: str, given: DataLoader, prepared: DataLoader) -> None:
     """Whether a search can take batches from a data loader, as far as that is known beforehand.
 

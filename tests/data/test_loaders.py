@@ -20,6 +20,7 @@ from darts_lora.base.errors import InputError
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
 from darts_lora.data.collator import Collator
 from darts_lora.data.loaders import (
+    RunOrder,
     how_tested,
     load_splits,
     make_collator,
@@ -482,6 +483,18 @@ def test_a_run_has_one_epoch_behind_the_other(stream, streaming):
     epochs = found[:30], found[30:60], found[60:90]
     assert all(sorted(epoch) == numbers(rows) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
+    begun = taken(first=[3, 1, 4])
+    assert {*begun[:3]} == {numbers(rows)[i] for i in (1, 3, 4)}
+    assert begun[3:63] == found[30:90]
+
+
+def test_the_rows_that_are_left_come_first_and_then_all():
+    order = list(RunOrder(6, 16, seed=0, first=[5, 2, 0]))
+    assert sorted(order[:3]) == [0, 2, 5]
+    assert sorted(order[3:9]) == list(range(6)) and len(order) == 16
+    assert order == list(RunOrder(6, 16, seed=0, first=[5, 2, 0]))
+    assert order[3:9] != list(RunOrder(6, 16, seed=1, first=[5, 2, 0]))[3:9]
+    assert list(RunOrder(6, 9, seed=0, first=[]))[:6] == order[3:9], "none may be left"
 
 
 def test_search_dataloaders_of_streams(stream):

@@ -202,6 +202,8 @@ def cut_off(patch, step):
 def test_a_whole_run_goes_on_where_it_was(vision_folder, data_folder, tmp_path, monkeypatch):
     whole, cut = (Run(tmp_path / name, vision_folder, data_folder) for name in ("whole", "cut"))
     whole()
+    rows = json.loads((whole.folder / "split.json").read_text())
+    assert len(rows["taken"]) == 16 and set(rows["taken"]) < set(rows["train"])
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         cut_off(patch, 2)
         cut()

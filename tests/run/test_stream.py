@@ -11,7 +11,7 @@ from accelerate.utils import DataLoaderConfiguration
 from torch.utils.data import DataLoader
 
 from darts_lora import InputError
-from darts_lora.run.stream import BatchStream, check_batches
+from darts_lora.run.stream import BatchStream, check_batches, taken_rows
 
 ROWS, BATCH = 10, 4  # two whole batches and a rest of two rows
 
@@ -53,6 +53,16 @@ def test_move_to_goes_on_exactly_where_another_stopped(taken, drop_last):
     torch.set_rng_state(random)
     assert take(moved, 6) == expected and torch.rand(1) == drawn, "as many random numbers"
     assert moved.position == whole.position
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("batches", [1, 2, 3, 4, 5, 7])
+def test_which_rows_an_epoch_has_given_is_known_before(batches, drop_last):
+    known = taken_rows(stream(drop_last=drop_last).dataloader, batches)
+    given = take(stream(drop_last=drop_last), batches)
+    length = 2 if drop_last else 3
+    begun = (batches - 1) // length * length
+    assert known == [row for batch in given[begun:] for row in batch]
 
 
 def test_the_position_counts_epochs_and_batches():
