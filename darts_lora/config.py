@@ -5,10 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from typing import Any, Literal
 
-from darts_lora.base.bounds import check_bounds, check_modules, check_ranks, is_real, require
+from darts_lora.base.bounds import (
+    check_bounds,
+    check_modules,
+    check_ranks,
+    is_real,
+    nearest,
+    require,
+)
 from darts_lora.base.errors import InputError
 
 ALL_EXPERTS = "all-experts"
@@ -38,9 +44,6 @@ class SearchConfig:
     does not count them. Default: none."""
     scaling: float = 2.0
     """The factor lora_alpha / r on what an adapter adds, the same for all ranks."""
-    branches: Literal["independent", "nested"] = "nested"
-    """nested: a rank is the first columns of the next larger one; independent: each rank has its
-    own A and B."""
     dropout: float = 0.0
     """Dropout probability of the adapter's input, in [0, 1)."""
     adapter_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -83,6 +86,10 @@ class SearchConfig:
                 f"budget_rank={self.budget_rank} and budget_parameters={self.budget_parameters}: "
                 "give one of the two"
             )
+
+    def search_steps(self, max_steps: int) -> int:
+        """Weight steps of the search in a run of so many."""
+        return max(1, round(self.search_fraction * max_steps))
 
 
 @dataclass
@@ -238,7 +245,5 @@ def split_options(options: Mapping[str, Any], *classes: type) -> list[Any]:
     for name in options:
         known = sorted(set().union(*names.values()))
         if name not in known:
-            near = get_close_matches(name, known, 1)
-            hint = f"; nearest name: {near[0]}" if near else ""
-            raise InputError(f"{name}: is no option{hint}")
+            raise InputError(f"{name}: is no option{nearest(name, known)}")
     return [c(**{n: v for n, v in options.items() if n in names[c]}) for c in classes]

@@ -45,8 +45,8 @@ from darts_lora.run.together import other_task, task_of
 from darts_lora.views.card import update_figures
 
 # Which rows of the training split are held back as test rows (test_split null).
-HELD_BACK_BY = ("test_split", "test_fraction", "split_seed", "split_by", "max_train_samples")
-HELD_BACK_BY += ("streaming",)
+HELD_BACK_BY = ["test_split", "test_fraction", "split_seed", "split_by", "max_train_samples"]
+HELD_BACK_BY += ["streaming"]
 
 
 @dataclass
@@ -188,7 +188,8 @@ def _load_adapter(base: nn.Module, folder: str) -> PeftModel:
             model = PeftModel.from_pretrained(base, folder, is_trainable=True)
         # PEFT drops weights that no module asks for: a second time, for the list of them
         state = load_peft_weights(folder, device="cpu")
-        if unused := set_peft_model_state_dict(model, state).unexpected_keys:
+        loaded: Any = set_peft_model_state_dict(model, state)
+        if unused := loaded.unexpected_keys:
             raise ValueError(f"{len(unused)} of its weights belong to no layer, first {unused[0]}")
         return model
     except Exception as error:  # any kind: damaged files, fields that PEFT does not expect
@@ -228,15 +229,15 @@ def score(
     rows = process_share(rows, accelerator.process_index, accelerator.num_processes)
     loader = make_dataloader(rows, collator.evaluation if exact_match else collator, batch_size)
     totals = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
-    quiet = {"disable": not accelerator.is_main_process}
-    quiet["mininterval"] = 0.5 if sys.stderr.isatty() else 10  # few lines in a file
-    for batch in tqdm(loader, name, unit="batch", **quiet):
+    often = 0.5 if sys.stderr.isatty() else 10  # few lines in a file
+    shown = accelerator.is_main_process
+    for batch in tqdm(loader, name, unit="batch", disable=not shown, mininterval=often):
         batch = send_to_device(batch if exact_match else {"whole": batch}, accelerator.device)
         losses, tokens, right = _row_losses(model, batch["whole"])
         if "answers" in batch:
             prompt, answers = batch["prompt"], batch["answers"]
-            right = _exact(model, prompt, answers, collator.tokenizer, max_new_tokens)
-            right = torch.tensor(right, device=losses.device)
+            exact = _exact(model, prompt, answers, collator.tokenizer, max_new_tokens)
+            right = torch.tensor(exact, device=losses.device)
         values = torch.stack([losses, tokens, right, torch.ones_like(losses)], dim=1)
         totals += values.double().sum(0)
     loss, tokens, right, count = accelerator.reduce(totals).tolist()
@@ -266,7 +267,7 @@ def _row_losses(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Ten
 
 
 def _exact(
-    model: nn.Module,
+    model: Any,
     prompt: dict[str, Tensor],
     answers: list[list[int]],
     tokenizer,
@@ -288,7 +289,7 @@ def _exact(
 
 
 @contextmanager
-def _greedy(model: nn.Module):
+def _greedy(model: Any):
     """Without what the checkpoint's generation_config asks for beside its tokens: penalties, beams.
 
     It is put into the model: one that `generate` is given is filled up from the model's.
@@ -303,7 +304,7 @@ def _greedy(model: nn.Module):
         base.generation_config = own
 
 
-def _end_tokens(model: nn.Module, tokenizer) -> list[int] | None:
+def _end_tokens(model: Any, tokenizer) -> list[int] | None:
     """What ends an answer: for the model, and for the tokenizer, whose end token was learnt."""
     known = model.generation_config.eos_token_id
     tokens = {*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id} - {None}

@@ -73,8 +73,8 @@ from darts_lora.views.card import remove_card, write_card
 from darts_lora.views.trackers import Views, check_trackers
 
 # all that a finetune leaves, removed before another one trains
-RESULTS = (RECORD_NAME, "evaluation.json", SAFETENSORS_WEIGHTS_NAME, "adapter_config.json")
-RESULTS += ("padded",)
+RESULTS = [RECORD_NAME, "evaluation.json", SAFETENSORS_WEIGHTS_NAME, "adapter_config.json"]
+RESULTS += ["padded"]
 # options that change no weight
 WHERE = ("output_dir", "resume", "report_to", "push_to_hub", "hub_model_id")
 
@@ -142,6 +142,7 @@ def _finetune(
     rows = training_rows(data)
     rows, share = checked_rows(rows, collator, data, rows_read(training))
     set_seed(config.seed)  # the initialisation of a new head, and of the LoRA weights
+    base: Any
     if supernet is None:
         base = load_model(model)  # the slowest, so behind what can be wrong before it
     else:
@@ -265,8 +266,8 @@ def train(
     # Float32 adapters on a base in 16 bits: without autocast, PEFT copies activations to float32.
     half = model.dtype in (torch.bfloat16, torch.float16)
     if half and training.mixed_precision == "no" and trainable[0].dtype == torch.float32:
-        precision = "bf16" if model.dtype == torch.bfloat16 else "fp16"
-        training = replace(training, mixed_precision=precision)
+        bf16 = model.dtype == torch.bfloat16
+        training = replace(training, mixed_precision="bf16" if bf16 else "fp16")
     stop = StopRequest(training.max_runtime)
     with explained():
         trainer = FinetuneTrainer(

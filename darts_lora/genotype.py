@@ -4,11 +4,10 @@ Not here: how ranks are chosen (discretize.py) and retrained (finetune.py)."""
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from darts_lora.alpha.sizes import check_sizes
 from darts_lora.base.bounds import MAX_RANK, NAMES, check_ranks, is_name, is_real
-from darts_lora.base.errors import InputError, one_line
+from darts_lora.base.errors import InputError, told_as
 from darts_lora.base.files import read_json, write_json
 from darts_lora.lora.adapter import lora_config, save_fresh
 from darts_lora.lora.cost import parameters_per_rank
@@ -51,13 +50,11 @@ class Genotype:
     """Module name -> rank; 0: the layer gets no adapter."""
     scaling: float = 2.0
     """lora_alpha / r, the same for every layer."""
-    shapes: dict[str, tuple[int, int]] | None = None
+    shapes: dict[str, tuple[int, ...]] | None = None
     """Module name -> (in_features, out_features); name of a 3-D parameter of experts -> (experts,
     in_features, out_features). None where only ranks are known."""
     candidates: list[int] | None = None
     """The candidate ranks of the search."""
-    branches: Literal["independent", "nested"] = "independent"
-    """How the search's weights were shared between ranks."""
     probabilities: dict[str, list[float]] | None = None
     """Module name -> probability of each candidate at the end of the search."""
     modules_to_save: list[str] = field(default_factory=list)
@@ -78,8 +75,6 @@ class Genotype:
             _require(is_name(name), "ranks", {name: rank}, "must map " + NAMES)
         ok = type(self.scaling) in (int, float) and 0 < self.scaling < 1e30
         _require(ok, "scaling", self.scaling, "must be a number above 0")
-        ok = self.branches in ("independent", "nested")
-        _require(ok, "branches", self.branches, "must be independent or nested")
         saved = self.modules_to_save
         ok = isinstance(saved, list) and all(map(is_name, saved))
         _require(ok, "modules_to_save", saved, "must be a list of " + NAMES)
@@ -139,7 +134,6 @@ class Genotype:
             scaling=supernet.config.scaling,
             shapes={name: layer.shape for name, layer in supernet.layers.items()},
             candidates=list(supernet.config.ranks),
-            branches=supernet.config.branches,
             probabilities=dict(zip(names, probabilities.tolist(), strict=True)),
             modules_to_save=list(supernet.saved_modules),
             base_model=getattr(model_config, "_name_or_path", None) or None,
@@ -167,11 +161,6 @@ class Genotype:
         """The names that are 3-D parameters of experts; needs shapes to tell."""
         return [name for name, shape in (self.shapes or {}).items() if len(shape) == 3]
 
-    @property
-    def rank_pattern(self) -> dict[str, int]:
-        """PEFT's rank_pattern: one anchored pattern for each adapted module."""
-        return {f"^{re.escape(name)}$": rank for name, rank in self.ranks.items() if rank > 0}
-
     def with_shapes(self, model: nn.Module) -> Genotype:
         """This genotype with module names and shapes of `model`, a fresh object.
 
@@ -183,8 +172,9 @@ class Genotype:
         stacked = stacked_tensors(model)
         modules = dict(model.named_modules()) | dict.fromkeys(stacked)
         names = dict(zip(self.ranks, current_names(self.ranks, modules, model), strict=True))
-        linear = {name: linear_shape(module) for name, module in modules.items()}
-        linear = {name: shape for name, shape in linear.items() if shape is not None} | stacked
+        shapes = {name: linear_shape(module) for name, module in modules.items()}
+        linear: dict[str, tuple[int, ...]] = {n: s for n, s in shapes.items() if s is not None}
+        linear |= stacked
         missing = [old for old, new in names.items() if new not in linear]
         if missing:
             raise InputError(
@@ -256,14 +246,11 @@ class Genotype:
             InputError: the file cannot be read, is of another search, or a module or rank is not in
                 the supernet.
         """
-        searched = (
-            read_tensors(source, "searched weights")
-            if isinstance(source, str | os.PathLike)
-            else None
-        )
-        if searched is not None:
+        if isinstance(source, str | os.PathLike):
+            searched = read_tensors(source, "searched weights")
             self._check_search_of(searched, os.fspath(source))
-        searched = source.state_dict() if searched is None else searched
+        else:
+            searched = source.state_dict()
         adapted = [name for name, rank in self.ranks.items() if rank > 0]
         state, places = {}, peft_names(adapted, set(self.stacked))
         for name, rank in self.ranks.items():
@@ -330,10 +317,8 @@ class Genotype:
 
 def read_tensors(path: str | os.PathLike, name: str) -> dict[str, Tensor]:
     """Tensors of a safetensors file; raises InputError, which calls it by `name`."""
-    try:
+    with told_as(f"{name} {os.fspath(path)!r}: cannot be read", OSError, SafetensorError):
         return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{name} {os.fspath(path)!r}: {one_line(error)}") from error
 
 
 def _require(ok: bool, option: str, value: Any, rule: str) -> None:

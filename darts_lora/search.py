@@ -49,7 +49,7 @@ from darts_lora.run.resume import (
     remove_search,
     restore,
 )
-from darts_lora.run.schedule import derive_genotype, search_steps
+from darts_lora.run.schedule import derive_genotype
 from darts_lora.run.stream import open_streams, row_loader
 from darts_lora.run.tokens import model_loss
 from darts_lora.supernet import Supernet
@@ -81,9 +81,8 @@ class RankSearch:
             knows, "all" that are installed, or "none". Those of an `accelerator` get them, too.
 
     Raises:
-        InputError: a data loader without a batch for each process; an output_dir that cannot be
-            written; DeepSpeed, Megatron-LM or FSDP's first version; a tracker that is not
-            installed.
+        InputError: a data loader without a batch for each process; DeepSpeed, Megatron-LM or
+            FSDP's first version; a tracker that is not installed.
     """
 
     def __init__(
@@ -103,14 +102,12 @@ class RankSearch:
         self.supernet, self.training = supernet, training or TrainingConfig()
         self.output_dir, self.report_to = output_dir, check_trackers(report_to)
         config = supernet.config
-        self.steps = search_steps(supernet, self.training.max_steps)
-        if output_dir is not None:
-            check_writable(output_dir)
+        self.steps = config.search_steps(self.training.max_steps)
         precision = self.training.mixed_precision
         self.accelerator = search_accelerator(supernet.model, precision, accelerator)
         set_seed(config.seed, device_specific=True)
         self.course = course_options(self, course or {})
-        self.bilevel = BilevelStep(supernet, self.accelerator, self.training, loss_fn, self.steps)
+        self.bilevel = BilevelStep(supernet, self.accelerator, self.training, loss_fn)
         self.weights, self.architect = self.bilevel.weights, self.bilevel.architect
         self.model = self.weights.model
         self.streams = self.train_stream, self.val_stream = open_streams(
@@ -143,13 +140,16 @@ class RankSearch:
             The genotype; its found_by["verdict"] says whether the search learnt anything.
 
         Raises:
-            InputError: nothing to resume from; an unfinished search or a live run in output_dir;
-                no memory is left; a data worker died. The last checkpoint stays.
+            InputError: nothing to resume from; an output_dir that cannot be written, or with an
+                unfinished search or a live run; no memory is left; a data worker died. The last
+                checkpoint stays.
             DivergedError: the loss became infinite or NaN at the step that the message
                 names. The last checkpoint stays.
             Stopped: SIGTERM, SIGINT or max_runtime: the step was finished, a checkpoint written. As
                 a SystemExit it ends the process with the status that schedulers expect.
         """
+        if self.output_dir is not None:
+            check_writable(self.output_dir)
         if resume:
             self.resume()
         elif self.step == 0:

@@ -134,7 +134,6 @@ class Supernet:
         config, modules = self.config, dict(self.model.named_modules())
         options = {
             "scaling": config.scaling,
-            "branches": config.branches,
             "dtype": getattr(torch, config.adapter_dtype),
         }
         owner, _, parameter = name.rpartition(".")

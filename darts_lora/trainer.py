@@ -23,7 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from darts_lora.alpha.verdict import verdict_text
 from darts_lora.architect import Architect
-from darts_lora.base.errors import InputError, one_line
+from darts_lora.base.errors import InputError, told_as
 from darts_lora.base.files import write_whole
 from darts_lora.config import SearchConfig
 from darts_lora.genotype import Genotype
@@ -32,7 +32,7 @@ from darts_lora.lora.relaxation import entropies
 from darts_lora.run.beginning import load_adapter, plain_adapter
 from darts_lora.run.course import check_same_course
 from darts_lora.run.launch import check_distribution
-from darts_lora.run.schedule import derive_genotype, search_steps
+from darts_lora.run.schedule import derive_genotype
 from darts_lora.run.stream import BatchStream
 from darts_lora.supernet import PREPARED, Supernet
 from darts_lora.views.console import show, show_sizes
@@ -106,7 +106,9 @@ class RankSearchCallback(TrainerCallback):
         self.adapted: PeftModel | None = None
         self._base_weights = frozen_digest(supernet.model)
         self._saved: dict[str, Any] | None = None  # of the checkpoint that is gone on from
-        trainer._load_from_checkpoint = self._open  # no event of a Trainer's is before its weights
+        vars(trainer)["_load_from_checkpoint"] = (
+            self._open
+        )  # no event of a Trainer's is before its weights
         trainer.add_callback(self)
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -120,13 +122,13 @@ class RankSearchCallback(TrainerCallback):
         several = accelerator.num_processes > 1
         if several:  # a Trainer seeds them alike: all would draw the same ranks
             set_seed(args.seed, device_specific=True)
-        self.steps = search_steps(self.supernet, state.max_steps)
+        self.steps = self.supernet.config.search_steps(state.max_steps)
         if self._hands_over(state) and several:
             raise InputError(
                 f"num_processes={accelerator.num_processes}: a handover inside a Trainer has one; "
                 "set search_fraction=1 and finetune the genotype then, or use RankSearch"
             )
-        rows = self.trainer.eval_dataset
+        rows: Any = self.trainer.eval_dataset
         if not isinstance(rows, IterableDataset):
             rows = Shuffled(rows, args.seed)
         self.stream = BatchStream(self.trainer.get_eval_dataloader(rows))
@@ -151,7 +153,7 @@ class RankSearchCallback(TrainerCallback):
         if not state.is_world_process_zero or self.trainer.is_fsdp_enabled:
             return
         folder = os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-        saved = {"course": self._course(state)}
+        saved: dict[str, Any] = {"course": self._course(state)}
         if self.genotype is None:
             saved["supernet"] = self.supernet.state_dict()
             saved["architect"] = self.architect.state_dict()
@@ -170,14 +172,12 @@ class RankSearchCallback(TrainerCallback):
                 f"{option}: a search inside a Trainer does not resume under FSDP; use RankSearch"
             )
         path = os.path.join(checkpoint, STATE_NAME)
-        try:
-            self._saved = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # any kind: what is no archive, or holds code
-            raise InputError(
-                f"{option}: is no whole checkpoint of a search ({one_line(error, 200)}); name "
-                "another, or train anew"
-            ) from error
-        if "supernet" in self._saved:
+        broken = f"{option}: is no whole checkpoint of a search"
+        # any kind: what is no archive, or holds code
+        with told_as(broken, Exception, behind="; name another, or train anew"):
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+        self._saved = saved
+        if "supernet" in saved:
             return
         self.genotype = Genotype.load(os.path.join(checkpoint, GENOTYPE_NAME))
         self.adapted = plain_adapter(self.supernet.remove(), self.genotype, None).train()
@@ -224,9 +224,10 @@ class RankSearchCallback(TrainerCallback):
         """The trainer's own loss."""
         batch, count = prepared
         with self.trainer.compute_loss_context_manager():
-            return self.trainer.compute_loss(
+            loss: Any = self.trainer.compute_loss(
                 self.supernet.model, dict(batch), num_items_in_batch=count
             )
+            return loss
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.genotype is None:
@@ -278,7 +279,7 @@ class Shuffled(Dataset):
         seed: the same on all processes.
     """
 
-    def __init__(self, rows: Dataset, seed: int):
+    def __init__(self, rows: Any, seed: int):
         self.rows, self.seed = rows, seed
         self.set_epoch(0)
 

@@ -60,9 +60,8 @@ def mean_changes(supernet):
     return [change(layer, g) for layer, g in zip(supernet.layers.values(), gates, strict=True)]
 
 
-@pytest.mark.parametrize("branches", ["nested", "independent"])
-def test_the_gains_are_the_exact_gradients_on_the_way_to_the_adapter(branches):
-    supernet, architect = make(branches=branches)
+def test_the_gains_are_the_exact_gradients_on_the_way_to_the_adapter():
+    supernet, architect = make()
     rows = batch()
     with mock.patch("torch.rand", lambda *_, **__: torch.tensor(0.3, dtype=torch.float64)):
         loss, (gains,) = architect.path(loss_of(supernet), rows)
@@ -117,11 +116,10 @@ def test_energies_are_those_of_single_rows_and_gates():
             assert float(energies[n, r]) == pytest.approx(sum(squares) / 5, rel=1e-9, abs=1e-18)
 
 
-@pytest.mark.parametrize("branches", ["nested", "independent"])
-def test_growth_and_cut_are_those_measured_by_hand(branches):
+def test_growth_and_cut_are_those_measured_by_hand():
     """Also of an odd number of steps: the half is what was before the last doubling."""
     steps = 5
-    supernet, architect = make(steps=steps, branches=branches)
+    supernet, architect = make(steps=steps)
     loss_fn, val, seen, means = loss_of(supernet), batches(), [], []
 
     def recording(rows):
@@ -154,9 +152,8 @@ def test_growth_and_cut_are_those_measured_by_hand(branches):
     assert found.energies.shape[:2] == (LAST, 4) and found.gains.shape == (3, 4)
 
 
-@pytest.mark.parametrize("branches", ["nested", "independent"])
-def test_without_a_budget_the_cut_to_each_candidate_and_the_base_model_are_measured(branches):
-    supernet, architect = make(budget_rank=None, branches=branches, steps=2)
+def test_without_a_budget_the_cut_to_each_candidate_and_the_base_model_are_measured():
+    supernet, architect = make(budget_rank=None, steps=2)
     assert supernet.sizes == (0, 1, 2, 4) and supernet.budget == 2 * 4 * 32
     loss_fn, val = loss_of(supernet), list(batches(count=1 + LAST))
     given = iter(val)
@@ -278,9 +275,8 @@ def test_small_gradients_in_float16_are_scaled_as_the_weights_are():
 
 
 @pytest.mark.parametrize("steps", [1, 4])
-@pytest.mark.parametrize("branches", ["nested", "independent"])
-def test_touches_nothing_but_alpha(branches, steps):
-    supernet, architect = make(torch.float32, branches=branches, steps=steps)
+def test_touches_nothing_but_alpha(steps):
+    supernet, architect = make(torch.float32, steps=steps)
     loss_fn, weights = loss_of(supernet), supernet.weight_parameters()
     optimizer = torch.optim.AdamW(weights)
     val = batches(torch.float32)

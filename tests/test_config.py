@@ -21,7 +21,7 @@ from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
     [
         *[(SearchConfig, "ranks", v) for v in ((), (1, 1), (-1, 2), (1.5,), ("4",), (0,), 4)],
         *[(SearchConfig, "scaling", v) for v in (0, -1.0, float("nan"), "2")],
-        *[(SearchConfig, "branches", v) for v in ("both", None)],
+        *[(SearchConfig, "adapter_dtype", v) for v in ("both", None)],
         *[(SearchConfig, "dropout", v) for v in (-0.1, 1.0, 1.5)],
         *[(SearchConfig, "budget_rank", v) for v in (0, -4, float("inf"))],
         *[(SearchConfig, "budget_parameters", v) for v in (0, 10.5)],

@@ -63,9 +63,8 @@ def test_another_budget_chooses_as_from_the_values_themselves(budget_rank, tmp_p
     assert derived.num_parameters <= budget_rank * 4 * 32
 
 
-@pytest.mark.parametrize("branches", ["independent", "nested"])
-def test_ranks_are_candidates(branches):
-    supernet = searched(ranks=(0, 8), budget_rank=3, branches=branches)
+def test_ranks_are_candidates():
+    supernet = searched(ranks=(0, 8), budget_rank=3)
     assert set(discretize(supernet).ranks.values()) <= {0, 8}
 
 
@@ -169,7 +168,6 @@ def test_a_file_does_not_decide_how_much_memory_is_taken():
         dict.fromkeys(names, 0),
         shapes=dict.fromkeys(names, (2**20, 2**20)),
         candidates=[0, 2**16],
-        branches="nested",
         probabilities={name: [0.5, 0.5] for name in names},
         found_by={"budget_parameters": 2**20},
     )

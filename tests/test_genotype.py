@@ -252,9 +252,8 @@ def test_missing_file():
         Genotype.load("nowhere.json")
 
 
-@pytest.mark.parametrize("branches", ["independent", "nested"])
-def test_inherited_weights_give_the_supernets_output(tmp_path, branches):
-    supernet = Supernet(residual(), SearchConfig(ranks=(0, 1, 2, 4), branches=branches))
+def test_inherited_weights_give_the_supernets_output(tmp_path):
+    supernet = Supernet(residual(), SearchConfig(ranks=(0, 1, 2, 4)))
     randomise(supernet)
     with torch.no_grad():  # one layer of each rank
         for i, layer in enumerate(supernet.layers.values()):
@@ -279,10 +278,10 @@ def test_inherited_weights_give_the_supernets_output(tmp_path, branches):
         genotype.inherited_state(tmp_path / "nothing")
 
 
-@pytest.mark.parametrize(("branches", "columns"), [("nested", 4), ("independent", 7)])
-def test_any_rank_up_to_the_columns_can_be_inherited(branches, columns):
-    supernet = Supernet(residual(), SearchConfig(ranks=(0, 1, 2, 4), branches=branches))
+def test_any_rank_up_to_the_columns_can_be_inherited():
+    supernet = Supernet(residual(), SearchConfig(ranks=(0, 1, 2, 4)))
     randomise(supernet)
+    columns = 4
     for rank in (3, columns):
         genotype = replace(discretize(supernet), ranks=dict.fromkeys(supernet.layers, rank))
         state, searched = genotype.inherited_state(supernet), supernet.state_dict()

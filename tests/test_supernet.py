@@ -105,10 +105,9 @@ def test_a_plain_backward_trains_weights_only():
     assert supernet.alpha.grad is None
 
 
-@pytest.mark.parametrize("branches", ["independent", "nested"])
-def test_weights_train_the_mean_mixture_of_the_even_distribution(branches):
+def test_weights_train_the_mean_mixture_of_the_even_distribution():
     """Whatever alpha is: in each forward the same, in training and in evaluation."""
-    supernet = Supernet(residual(), config(branches=branches, budget_rank=1.5))
+    supernet = Supernet(residual(), config(budget_rank=1.5))
     x = torch.ones(2, 16)
     probabilities = supernet.held.softmax(-1)
     ranks = torch.tensor([0.0, 1.0, 2.0, 4.0])
@@ -132,9 +131,8 @@ def test_without_a_budget_it_is_half_of_the_largest_candidate():
     assert float(supernet.expected_parameters()) == pytest.approx(supernet.budget)
 
 
-@pytest.mark.parametrize("branches", ["independent", "nested"])
-def test_each_row_has_the_gates_that_are_probed(branches):
-    supernet = Supernet(residual(), config(branches=branches))
+def test_each_row_has_the_gates_that_are_probed():
+    supernet = Supernet(residual(), config())
     randomise(supernet)
     x, gates = torch.randn(8, 16), torch.rand(4, 8, 8)
     with supernet.probing(lambda rows: gates[:, :rows]):
@@ -162,10 +160,9 @@ def test_gates_are_probed_once_for_each_number_of_rows():
 
 
 @pytest.mark.parametrize("budget_rank", [0.7, 2])
-@pytest.mark.parametrize("branches", ["independent", "nested"])
-def test_in_its_directions_the_model_is_the_same(branches, budget_rank):
+def test_in_its_directions_the_model_is_the_same(budget_rank):
     model = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 3))  # the last is narrow
-    supernet = Supernet(model, config(branches=branches, budget_rank=budget_rank))
+    supernet = Supernet(model, config(budget_rank=budget_rank))
     supernet.model.double()
     supernet._place_alpha(supernet.alpha.device, torch.float64)
     randomise(supernet)

@@ -4,10 +4,12 @@ Not here: the options themselves (config.py), nor what needs a model or a data s
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import fields
+from difflib import get_close_matches
 from typing import Literal, get_args, get_origin, get_type_hints
 
-from darts_lora.base.errors import InputError
+from darts_lora.base.errors import InputError, told_as
 
 MAX_INT = 2**63 - 1
 MAX_RANK = 2**16  # no layer of today's models has one as large
@@ -35,6 +37,12 @@ def is_name(value) -> bool:
     """Whether it can be a module's name: names go to the screen and into regular expressions."""
     ok = isinstance(value, str) and len(value) <= MAX_NAME and value.isprintable()
     return ok and all(value.split("."))
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Of an unknown name the end of a message: the known one that is most like it, if any is."""
+    near = get_close_matches(name, list(known), 1)
+    return f"; nearest name: {near[0]}" if near else ""
 
 
 def check_names(option: str, names) -> None:
@@ -83,12 +91,9 @@ def _literals(config) -> dict[str, tuple]:
 def check_modules(option: str, value, *, regex: bool) -> None:
     """A list of module names or, where `regex`, one regular expression."""
     if isinstance(value, str) and regex:
-        try:
+        wrong = f"{option}={value!r:.200}: is no regular expression"
+        with told_as(wrong, re.error, RecursionError, OverflowError):
             re.compile(value)
-        except (re.error, RecursionError, OverflowError) as error:
-            raise InputError(
-                f"{option}={value!r:.200}: is no regular expression ({error})"
-            ) from error
     names = [value] if isinstance(value, str) and regex else value
     ok = isinstance(names, list | tuple) and all(isinstance(n, str) and n for n in names)
     kinds = "names, or a regular expression" if regex else "names"

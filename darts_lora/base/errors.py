@@ -1,7 +1,11 @@
 """The error class for bad input: names the option, the value and what would be right.
 Not here: checks themselves (each room checks its own input), nor errors of PyTorch or the model."""
 
+from __future__ import annotations
+
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 TOO_LONG = 2000  # characters of an error line
 
@@ -25,6 +29,19 @@ class RowsError(InputError):
 def one_line(error: BaseException, limit: int = 300) -> str:
     """What another library's error says, as a part of one line: at most `limit` characters."""
     return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
+@contextmanager
+def told_as(before: str, *kinds: type[Exception], behind: str = "") -> Iterator[None]:
+    """What one of `kinds` says inside, as an InputError: "before (what it says)behind". InputErrors
+    stay as they are, unless they are named among them."""
+    try:
+        yield
+    except kinds as error:
+        if isinstance(error, InputError) and InputError not in kinds:
+            raise
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise InputError(f"{before} ({reason}){behind}") from error
 
 
 def printable(text: str, keep: str = "") -> str:

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from safetensors import SafetensorError
 
-from darts_lora.base.errors import InputError, one_line
+from darts_lora.base.errors import InputError, told_as
 
 try:
     import fcntl
@@ -81,14 +81,10 @@ def _written(path: str, write: Callable[[str], Any]) -> Iterator[str]:
             remove(temporary)
 
 
-@contextlib.contextmanager
-def told_as_unwritten(path: str) -> Iterator[None]:
+def told_as_unwritten(path: str) -> contextlib.AbstractContextManager[None]:
     """What the system refuses while `path` is written, as an InputError."""
-    try:
-        yield
-    except (OSError, ValueError, SafetensorError) as error:  # ValueError: a null in a path
-        reason = getattr(error, "strerror", None) or one_line(error)
-        raise InputError(f"{path}: cannot be written ({reason})") from error
+    # ValueError: a null in a path
+    return told_as(f"{path}: cannot be written", OSError, ValueError, SafetensorError)
 
 
 def _replace_folder(new: str, path: str) -> None:
@@ -138,17 +134,12 @@ def check_writable(output_dir: str, option: str = "output_dir") -> str:
         InputError: it is a file, or nothing can be written.
     """
     probe = os.path.join(output_dir, f".write-test-{os.getpid()}")
-    try:
+    unwritten, advice = f"{option}={output_dir!r}: cannot be written", "; name another folder"
+    with told_as(unwritten, OSError, ValueError, behind=advice):  # ValueError: a null in a path
         os.makedirs(output_dir, exist_ok=True)
         with open(probe, "w"):
             pass
         os.remove(probe)
-    except (OSError, ValueError) as error:  # ValueError: a path with a null character
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(
-            f"{option}={output_dir!r}: cannot be written ({reason}); "
-            "name a folder that you may write to"
-        ) from error
     return output_dir
 
 
@@ -164,20 +155,20 @@ def read_json(path: str | os.PathLike) -> Any:
         InputError: it cannot be read, is not UTF-8, not JSON, nested too deep, or holds a number
             that is too large; the message does not name the file.
     """
-    try:
-        with open(path, "rb") as file:
-            return parse_json(file.read())
-    except OSError as error:
-        raise InputError(f"cannot be read ({one_line(error)})") from error
+    with told_as("cannot be read", OSError), open(path, "rb") as file:
+        return parse_json(file.read())
 
 
 def parse_json(content: bytes) -> Any:
     """The value that JSON in UTF-8 stands for; raises InputError as read_json does."""
-    hooks = {"parse_int": _integer, "parse_float": _finite, "object_pairs_hook": _distinct}
-    try:
-        return json.loads(content.decode(), parse_constant=_refuse, **hooks)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"cannot be read ({one_line(error)})") from error
+    with told_as("cannot be read", ValueError, RecursionError):
+        return json.loads(
+            content.decode(),
+            parse_int=_integer,
+            parse_float=_finite,
+            parse_constant=_refuse,
+            object_pairs_hook=_distinct,
+        )
 
 
 def _integer(digits: str) -> int:

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.context import BaseContext
 from multiprocessing.queues import Queue
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakSet
 
 import torch
@@ -23,9 +23,9 @@ from darts_lora.base.errors import InputError, one_line
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-try:
+if sys.platform != "win32":
     from multiprocessing.context import ForkContext, ForkProcess
-except ImportError:  # Windows has no fork, and worker_context no use for them
+else:  # has no fork, and worker_context no use for them
     ForkContext = ForkProcess = object
 
 TIME_OVER = 75  # EX_TEMPFAIL of sysexits.h: not finished, to be run again
@@ -57,7 +57,7 @@ class StopRequest:
         self.max_runtime = max_runtime
         self.end = None if max_runtime is None else time.monotonic() + 60 * max_runtime
         self.process, self.received = os.getpid(), 0
-        self.handlers: dict[int, object] = {}
+        self.handlers: dict[int, Any] = {}
         self.came_back, self.longest = time.monotonic(), 0.0
         self.over = threading.Event()
 

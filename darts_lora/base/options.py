@@ -3,7 +3,6 @@ Not here: what an option means (config.py), nor anything that knows a model or a
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import os
@@ -14,9 +13,8 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, fields
-from difflib import get_close_matches
 from typing import Any, get_args, get_type_hints
 
 import torch
@@ -30,7 +28,8 @@ from jsonargparse import (
 )
 from tqdm import tqdm
 
-from darts_lora.base.errors import InputError, error_line, one_line
+from darts_lora.base.bounds import nearest
+from darts_lora.base.errors import InputError, error_line, one_line, told_as
 from darts_lora.base.files import is_main_process, write_text
 from darts_lora.base.interruption import PeerLostError, Stopped, told_as_input_errors
 
@@ -83,7 +82,7 @@ def run(
     wherever it shows. A run that was stopped (interruption.py) has its own status, and one that was
     interrupted outside of its loop 130.
     """
-    status = 0
+    status: int | str | None = 0
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # terminals that lack a character show another
             stream.reconfigure(errors="replace" if stream is sys.stdout else "backslashreplace")
@@ -91,7 +90,7 @@ def run(
     try:
         args = sys.argv[1:]
         named = {arg.split("=")[0] for arg in args}
-        about = {"description": main.__doc__}
+        about: dict[str, Any] = {"description": main.__doc__}
         if named & {"--help", "-h"}:
             about["epilog"] = _in_force(previous, default_config)
         elif default_config and not named & {"--config", "--model_name_or_path", "--dataset"}:
@@ -137,7 +136,7 @@ def parse(
     own: type,
     *shared: type,
     previous: str | None = None,
-    **about: str | None,
+    **about: Any,
 ) -> list[Any]:
     """One object of each class from the arguments; see `run`. `about`: the help's description and
     epilog.
@@ -159,19 +158,20 @@ def parse(
     classes = (own, *shared)
     for config_class in classes:
         parser.add_class_arguments(config_class)
-    args = _spell_out_flags(args, classes)
     try:
-        path = _config_file(args)
-        given = {} if path is None else _checked_options(parser, path, load_config(path))
-        values = _values(parser, args, classes, given)
-        if previous is not None:
-            inherited = _inherited(parser, values[previous], shared)
-            named = {*given, *vars(parser.parse_args(args, defaults=False))}
-            _refuse_rights({n: v for n, v in inherited.items() if n not in named}, values[previous])
-            values = _values(parser, args, classes, {**inherited, **given})
-            if is_main_process() and set(inherited) - set(named):
-                path = _config_beside(values[previous])
-                print(f"Options that are not given are those of {path}", flush=True)
+        args = _spell_out_flags(args, classes)
+        named = vars(parser.parse_args(args, defaults=False))
+        path = named.pop("config", None)
+        given = {} if path is None else _read_options(parser, path, classes)
+        values = _values(parser, args, given, named)
+        beside = None if previous is None else _config_beside(values[previous])
+        if beside is not None:
+            inherited = _read_options(parser, beside, shared, others=True)
+            new = {name: v for name, v in inherited.items() if name not in {*given, *named}}
+            _refuse_rights(new, values[previous])
+            values = _values(parser, args, inherited | given, named)
+            if is_main_process() and new:
+                print(f"Options that are not given are those of {beside}", flush=True)
     except (ArgumentError, TypeError, ValueError, RecursionError) as error:
         raise error if isinstance(error, InputError) else InputError(one_line(error)) from error
     return [c(**{f.name: values[f.name] for f in fields(c) if f.init}) for c in classes]
@@ -193,43 +193,36 @@ def _in_force(previous: str | None, default_config: str | None) -> str | None:
     )
 
 
-def _config_file(args: list[str]) -> str | None:
-    """What --config names."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--config")
-    return parser.parse_known_args(args)[0].config
-
-
-def _checked_options(parser: ArgumentParser, path: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The options of a file, checked as those of the command line are."""
-    known = set(parser.get_defaults().keys()) - {"config"}
+def _read_options(
+    parser: ArgumentParser, path: str, classes: tuple[type, ...], others: bool = False
+) -> dict[str, Any]:
+    """The options of `classes` in a file, checked as those of the command line are; where `others`
+    may stand there too, these are left out."""
+    hints = {name: hint for c in classes for name, hint in get_type_hints(c).items()}
+    options = load_config(path)
+    if others:
+        options = {name: value for name, value in options.items() if name in hints}
     for name in options:
-        if name not in known:
-            near = get_close_matches(name, known, 1)
-            hint = f"; nearest name: {near[0]}" if near else ""
-            raise InputError(f"{path}: the option {name!r:.100} is not known{hint}")
-    try:
-        parser.parse_object(options)
-    except (ArgumentError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: {one_line(error)}") from error
-    return options
+        if name not in hints:
+            raise InputError(f"{path}: the option {name!r:.100} is not known{nearest(name, hints)}")
+    with told_as(f"{path}: has a bad value", ArgumentError, TypeError, ValueError):
+        checked = vars(parser.parse_object(options, defaults=False))
+    # jsonargparse reads the strings of a file as YAML once more: '~' would come back as None
+    return checked | {
+        name: value
+        for name, value in options.items()
+        if isinstance(value, str) and str in (hints[name], *get_args(hints[name]))
+    }
 
 
 def _values(
-    parser: ArgumentParser, args: list[str], classes: tuple[type, ...], given: dict[str, Any]
+    parser: ArgumentParser, args: list[str], given: dict[str, Any], named: Iterable[str]
 ) -> dict[str, Any]:
-    """Each option's value: of the command line, else as `given` by a file, else the default."""
+    """Each option's value: of the command line, which may add to a list or mapping of a file; else
+    as `given` by a file, else the default."""
     parser.set_defaults(given)
     values = vars(parser.parse_args(args))
-    named = vars(parser.parse_args(args, defaults=False))
-    hints = {name: hint for c in classes for name, hint in get_type_hints(c).items()}
-    # jsonargparse reads the strings of a file as YAML once more: '~' would come back as None
-    kept = {
-        name: value
-        for name, value in given.items()
-        if isinstance(value, str) and str in (hints[name], *get_args(hints[name]))
-    }
-    return {**values, **{name: value for name, value in kept.items() if name not in named}}
+    return values | {name: value for name, value in given.items() if name not in named}
 
 
 def _spell_out_flags(args: list[str], classes: tuple[type, ...]) -> list[str]:
@@ -240,18 +233,6 @@ def _spell_out_flags(args: list[str], classes: tuple[type, ...]) -> list[str]:
         f"{arg}=true" if arg in flags and follower.startswith("--") else arg
         for arg, follower in zip(args, followers, strict=True)
     ]
-
-
-def _inherited(
-    parser: ArgumentParser, result: str | None, classes: tuple[type, ...]
-) -> dict[str, Any]:
-    """The options of `classes` in the config.yaml beside (or in) the result of the run before."""
-    path = _config_beside(result)
-    if path is None:
-        return {}
-    names = {f.name for c in classes for f in fields(c)}
-    options = {name: value for name, value in load_config(path).items() if name in names}
-    return _checked_options(parser, path, options)
 
 
 def _config_beside(result: str | None) -> str | None:
@@ -295,11 +276,9 @@ def load_config(path: str) -> dict[str, Any]:
         InputError: not a file, not YAML, no mapping of names; an alias, a key that stands there
             twice, or lists in lists without end.
     """
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            options = _load_yaml(file.read())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: not a readable YAML file ({one_line(error)})") from error
+    unreadable = told_as(f"{path}: not a readable YAML file", OSError, ValueError, yaml.YAMLError)
+    with unreadable, open(path, encoding="utf-8-sig") as file:
+        options = _load_yaml(file.read())
     if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
         raise InputError(f"{path}: must map option names to values, as config.yaml of a run does")
     return options

@@ -74,22 +74,17 @@ def main(
     check_writable(options.output_dir)
     if options.finetune_dir is not None:
         check_finetune(options.finetune_dir, model, data)
+    configs = search, model, data, training
     if options.dry_run:
-        return _search(options, search, model, data, training)
+        return _search(options, *configs)
     with locked(options.output_dir), locked(options.finetune_dir):
         check_start(options.output_dir, options.resume)
         if options.finetune_dir is not None and not is_finished(options.output_dir):
             check_finetune_start(options.finetune_dir, resume=False)  # no finetune of this search
-        _search(options, search, model, data, training)
+        _search(options, *configs)
 
 
-def _search(
-    options: SearchRun,
-    search: SearchConfig,
-    model: ModelConfig,
-    data: DataConfig,
-    training: TrainingConfig,
-) -> None:
+def _search(options: SearchRun, search, model, data, training) -> None:
     collator = make_collator(model, data)
     source = load_source(data)
     splits, supervised, reads = load_splits(data, source=source), {}, rows_read(training)
@@ -177,12 +172,5 @@ def _describe(accelerator: Accelerator, supernet: Supernet, splits, supervised) 
 
 def start() -> None:
     """Parse the command line and run."""
-    run(
-        main,
-        SearchRun,
-        SearchConfig,
-        ModelConfig,
-        DataConfig,
-        TrainingConfig,
-        default_config=EMBEDDED_CONFIG,
-    )
+    shared = SearchConfig, ModelConfig, DataConfig, TrainingConfig
+    run(main, SearchRun, *shared, default_config=EMBEDDED_CONFIG)

@@ -67,7 +67,8 @@ class Limits:
         Raises:
             InputError: a row that was checked has another token.
         """
-        self.vocabulary = model.get_input_embeddings().weight.shape[0]
+        embedding: Any = model.get_input_embeddings
+        self.vocabulary = embedding().weight.shape[0]
         self._check_embedded(*self._highest)
 
     def _check_embedded(self, token: int, where: str) -> None:
@@ -86,7 +87,8 @@ def check_rows(rows: Iterable[dict], check: Callable[[dict], T]) -> list[T]:
     Raises:
         InputError: the check's own where one row is bad; of several their number and the first.
     """
-    good, bad = [], []
+    good: list[T] = []
+    bad: list[InputError] = []
     for row in rows:
         try:
             good.append(check(row))
@@ -134,7 +136,8 @@ class _Usable:
 
     def __init__(self, make_batch: Callable, bad: bool, long: bool, told: int = TOLD):
         self.make_batch, self.skips_bad, self.skips_long = make_batch, bad, long
-        self.told, self.bad = told, []
+        self.told = told
+        self.bad: list[InputError] = []
 
     def __call__(self, row: dict) -> bool:
         try:

@@ -98,8 +98,8 @@ class LabelCollator:
 
     def _label(self, row: dict) -> int:
         if not {"text", "label"} <= set(row):
-            found = ", ".join(column for column in row if column not in ADDED)
-            raise InputError(f"{row_name(row)}: needs the columns text and label; found: {found}")
+            own = ", ".join(column for column in row if column not in ADDED)
+            raise InputError(f"{row_name(row)}: needs the columns text and label; found: {own}")
         label, name = row["label"], row.get(LABEL)
         if name is not None and self._named:
             label = name
@@ -125,9 +125,9 @@ class LabelCollator:
     def _number(self, label: Any) -> int | None:
         """The number of the class that a label names or is; None where there is none."""
         if isinstance(label, str):
-            number = self.label_ids.get(label, self._folded.get(label.casefold()))
-            if number is not None:
-                return number
+            known = self.label_ids.get(label, self._folded.get(label.casefold()))
+            if known is not None:
+                return known
             label = _as_number(label)
         if isinstance(label, float) and label.is_integer():  # a csv column with gaps
             label = int(label)

@@ -53,7 +53,8 @@ def make_collator(model: ModelConfig, data: DataConfig) -> Collator | LabelColla
         # RoBERTa has two positions more than it takes tokens: its tokenizer knows.
         known = getattr(processor, "model_max_length", context)
         context = known if context is None else min(context, known)
-        labels, multiple = model_config.label2id, data.pad_to_multiple_of
+        labels: Any = model_config.label2id
+        multiple = data.pad_to_multiple_of
         return LabelCollator(processor, data.max_length, labels, context, multiple, truncate)
     return Collator(
         processor,
@@ -153,8 +154,8 @@ def split_record(splits: dict[str, Rows], config: DataConfig) -> dict[str, Any]:
         rule += "image, prompt) the digests of its images or of its prompt; test below "
         rule += "test_fraction (0 with a test_split), then validation below "
         rule += "validation_fraction of the rest"
-        options = ("split_by", "split_seed", "test_split", "test_fraction", "validation_fraction")
-        options += ("max_train_samples",)
+        options = ["split_by", "split_seed", "test_split", "test_fraction", "validation_fraction"]
+        options += ["max_train_samples"]
         return {"rule": rule} | {name: getattr(config, name) for name in options}
     numbers = {name: list(split[ROW]) for name, split in splits.items()}
     return {**numbers, "digest": rows_digest(splits.values())}
@@ -265,14 +266,14 @@ def run_dataloader(
     Args:
         first: numbers of the rows that come before all others; not of a stream.
     """
-    batch, options = training.batch_size, {"num_workers": training.num_workers}
+    batch, workers = training.batch_size, training.num_workers
     if isinstance(rows, IterableDataset):
         return make_dataloader(
-            rows.repeat(None), collate, batch, shuffle=True, seed=seed, **options
+            rows.repeat(None), collate, batch, shuffle=True, seed=seed, num_workers=workers
         )
     length = steps * training.gradient_accumulation_steps * batch * PartialState().num_processes
     order = RunOrder(len(rows), length, seed, first)
-    return make_dataloader(rows, collate, batch, order=order, **options)
+    return make_dataloader(rows, collate, batch, order=order, num_workers=workers)
 
 
 def search_dataloaders(

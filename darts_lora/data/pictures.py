@@ -80,8 +80,8 @@ class Picture:
     def _file(self) -> str:
         """The path in a folder of the row's source; else the path as it is."""
         path, folders = self._path, source_folders(str(self.row.get(SOURCE, "")))
-        found = {os.path.join(folder, path) for folder in folders if folder}
-        found = sorted(filter(os.path.exists, found)) or [path]
+        places = {os.path.join(folder, path) for folder in folders if folder}
+        found = sorted(filter(os.path.exists, places)) or [path]
         if len(found) > 1:
             raise InputError(
                 f"{self._name} is in several folders ({', '.join(found)}); give its whole path"

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import Any
@@ -83,13 +83,13 @@ def row_prompt(row: dict) -> bytes:
             given = [*given, row["text_pair"]]
     except InputError:  # whoever uses the row says so
         given = row.get(ROW)
-    inside = []
+    inside: list[bytes] = []
     return _digest(repr(_without_images(given, inside)), *_image_bytes(row), *inside)
 
 
 def row_image_digests(row: dict) -> list[bytes]:
     """A digest (16 bytes) of each of the row's images, as it is stored."""
-    inside = []
+    inside: list[bytes] = []
     with suppress(InputError):  # whoever uses the row says so
         _without_images(row_messages(row), inside)
     return [_digest(image) for image in (*_image_bytes(row), *inside)]
@@ -104,7 +104,7 @@ def _digest(*pieces: str | bytes) -> bytes:
 
 def _image_bytes(row: dict) -> list[bytes]:
     """What is stored of each image in the row's columns: its file's bytes, or its path."""
-    found = []
+    found: list[bytes] = []
     for column in IMAGE_COLUMNS:
         images = row.get(column) or []
         found += map(_stored_bytes, images if isinstance(images, list) else [images])
@@ -281,7 +281,7 @@ def _pairs(row: dict) -> list[list[dict]]:
 
 
 @contextmanager
-def naming(rows: list[dict], what: str, note: str = ""):
+def naming(rows: list[dict], what: str, note: str = "") -> Iterator[None]:
     """What a chat template or a processor raises as an InputError that names the rows."""
     try:
         yield
@@ -290,7 +290,7 @@ def naming(rows: list[dict], what: str, note: str = ""):
         raise InputError(f"{names}: {what} ({one_line(error)}{note})") from error
 
 
-def first_rows(rows: Iterable[dict], limit: int, images: bool = False) -> Iterable[dict]:
+def first_rows(rows: Any, limit: int, images: bool = False) -> Iterable[dict]:
     """The first `limit` rows, of a stream (whose rows cost more) a fortieth of that; without their
     images unless asked for."""
     if getattr(rows, "column_names", None) and not images:  # of a data set, not read for nothing

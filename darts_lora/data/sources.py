@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from glob import escape, glob
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import pyarrow.parquet as pq
 from datasets import (
@@ -29,7 +29,7 @@ from darts_lora.data.places import ADDED, LABEL, ROW, SOURCE
 from darts_lora.data.rawdata import check_nesting, check_text
 from darts_lora.lora.models import EMBEDDED
 
-Rows = Dataset | IterableDataset
+Rows: TypeAlias = Dataset | IterableDataset
 # Endings of a file that is named as the data set -> its loader
 LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 # Columns of a table that stay as written: pandas takes answers like 42 or None for something else.
@@ -63,7 +63,7 @@ def load_source(config: DataConfig) -> Source:
         name, files = _loader(config), name
     if "/" not in name and not os.path.isdir(name):  # a loader; else files are relative to name
         _check_files(files)
-    found = {}
+    found: dict[str, list[str]] = {}
     try:
         if any(os.path.isfile(os.path.join(name, f)) for f in ("dataset_dict.json", "state.json")):
             source = load_from_disk(name)  # what save_to_disk wrote

@@ -95,7 +95,8 @@ def hold_back(
 def _side_by_side(rows: Sequence[int], groups: Mapping[int, Hashable]) -> list[int]:
     """Rows of one group one after the other; the groups in the order of each one's first row in
     the source, which is random where that of the rows is."""
-    place, first = {row: i for i, row in enumerate(rows)}, {}
+    place = {row: i for i, row in enumerate(rows)}
+    first: dict[Hashable, int] = {}
     for row in sorted(rows):
         first.setdefault(groups[row], place[row])
     return sorted(rows, key=lambda row: (first[groups[row]], place[row]))

@@ -4,6 +4,7 @@ Not here: batches and images (collator.py), what a row means (rows.py)."""
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -75,12 +76,13 @@ class ChatTemplate:
         given = self._given(conversation)
         if re.search(r"\{%-?\s*generation\b", given["chat_template"]):
             with naming([row], "the chat template cannot take it"):
-                texts, marks = render_jinja_template(
+                rendered: Any = render_jinja_template(
                     conversations=[self._shown(conversation)],
                     **{**self.tokenizer.special_tokens_map, **given},
                     return_assistant_tokens_mask=True,
                 )
-            return texts[0], [tuple(mark) for mark in marks[0]]
+            (text,), (marks,) = rendered
+            return text, [(start, end) for start, end in marks]
         text, answers = self.text(row, conversation), []
         for i, message in enumerate(conversation):
             if message["role"] != "assistant":

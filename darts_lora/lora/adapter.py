@@ -24,7 +24,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 
-from darts_lora.base.errors import InputError, one_line
+from darts_lora.base.errors import InputError, one_line, told_as
 from darts_lora.base.files import write_into
 from darts_lora.lora.parts import layer_type
 
@@ -62,9 +62,10 @@ def lora_config(
     parameters = [keys[n] for n in ranks if n in stacked or keys[n] != n]
     pattern = {f"^{re.escape(keys[name])}$": rank for name, rank in ranks.items()}
     pattern = {key: r for key, r in pattern.items() if r != largest}
+    alpha: Any = shared or scaling * largest  # PEFT takes fractions too
     return LoraConfig(
         r=largest,
-        lora_alpha=shared or scaling * largest,
+        lora_alpha=alpha,
         target_modules=targets,
         target_parameters=parameters or None,
         rank_pattern=pattern,
@@ -98,13 +99,12 @@ def add_lora(
     Raises:
         InputError: PEFT refuses the configuration, or its adapter is another one.
     """
-    try:
-        with warnings.catch_warnings():  # of the keys of parameters, which do have their rank
-            warnings.filterwarnings("ignore", ".*did not match any targeted module", RuntimeWarning)
-            warnings.filterwarnings("ignore", ".*low_cpu_mem_usage=False")  # EVA, in an empty model
-            adapted = get_peft_model(model, config)
-    except (ValueError, NotImplementedError, TypeError) as error:
-        raise InputError(f"genotype: PEFT refuses it ({one_line(error)})") from error
+    refusal = told_as("genotype: PEFT refuses it", ValueError, NotImplementedError, TypeError)
+    with refusal, warnings.catch_warnings():
+        # of the keys of parameters, which do have their rank; of EVA, in an empty model
+        warnings.filterwarnings("ignore", ".*did not match any targeted module", RuntimeWarning)
+        warnings.filterwarnings("ignore", ".*low_cpu_mem_usage=False")
+        adapted = get_peft_model(model, config)
     check_adapter(adapted, ranks, saved)
     return adapted
 
@@ -186,7 +186,8 @@ def refused(model: nn.Module, names: Collection[str], stacked: Collection[str]) 
     left = list(names)
     if not left or _refusal(model, left, stacked) is None:
         return reasons
-    modules, kinds = dict(model.named_modules()), {}
+    modules = dict(model.named_modules())
+    kinds: dict[tuple[str, type], list[str]] = {}
     for name in left:  # what is of one type, PEFT takes or refuses alike
         kinds.setdefault((layer_type(name), type(modules.get(name))), []).append(name)
     for members in kinds.values():
@@ -211,7 +212,7 @@ def _refusal(model: nn.Module, names: list[str], stacked: Collection[str]) -> st
             shell = get_peft_model(_shell(model, {}), config, low_cpu_mem_usage=True)
             check_adapter(shell, ranks, ())
             state = get_peft_model_state_dict(shell, save_embedding_layers=False)
-            loaded = set_peft_model_state_dict(shell, state, low_cpu_mem_usage=True)
+            loaded: Any = set_peft_model_state_dict(shell, state, low_cpu_mem_usage=True)
         lost = [key for key in loaded.missing_keys if ".lora_" in key] + loaded.unexpected_keys
         if lost:
             return f"the saved adapter would not be loaded again, first {lost[0]}"

@@ -13,12 +13,6 @@ from darts_lora.lora.cost import usable_ranks
 ALIGNMENT = 8  # columns: 16 bytes of bfloat16
 
 
-def branch_columns(ranks: tuple[int, ...], rank: int, branches: str) -> slice:
-    """The rows of A and columns of B that belong to `rank`, one of the candidates."""
-    start = sum(r for r in ranks if r < rank) if branches == "independent" else 0
-    return slice(start, start + rank)
-
-
 class Forward:
     """What the layers of a model share in its forward: whether it is one with gradients, and of
     each layer whether a call of it had them."""
@@ -50,15 +44,14 @@ class Forward:
 
 
 class RankBranches(nn.Module):
-    """K rank branches of one layer: which columns of A and B each has, alpha and the gates. What
-    they are put on, and A and B themselves, are the subclasses'.
+    """K rank branches of one layer: which columns of A and B each has (rank r the first r), alpha
+    and the gates. What they are put on, and A and B themselves, are the subclasses'.
 
     Args of _set_branches:
         shape: of the layer, (in, out) or (experts, in, out).
         ranks: K candidate ranks, distinct integers >= 0; 0 means no adapter. Of a layer whose
             smaller side is below a candidate, that candidate is the largest that fits.
         scaling: s, the same for all ranks, PEFT's lora_alpha / r.
-        branches: "independent" or "nested".
 
     Attributes:
         ranks: the candidates that fit the layer, distinct, ascending.
@@ -72,15 +65,16 @@ class RankBranches(nn.Module):
         shared: of all layers of a Supernet.
 
     Raises:
-        InputError: unusable ranks, branches or scaling; no rank above 0 fits the layer.
+        InputError: unusable ranks or scaling; no rank above 0 fits the layer.
     """
+
+    membership: Tensor
 
     def _set_branches(
         self,
         shape: tuple[int, ...],
         ranks: list[int] | tuple[int, ...],
         scaling: float,
-        branches: str,
         device: torch.device | None,
     ) -> None:
         candidates, smaller = check_ranks(ranks), min(shape[-2:])
@@ -91,21 +85,15 @@ class RankBranches(nn.Module):
                 f"ranks={list(candidates)}: rank {lowest} is above {smaller}, the smaller side of "
                 f"a layer {shape[-2]} -> {shape[-1]}"
             )
-        if branches not in ("independent", "nested"):
-            raise InputError(f"branches={branches!r}: must be independent or nested")
         if not scaling > 0:
             raise InputError(f"scaling={scaling!r}: must be above 0")
         self.shape, self.ranks = shape, tuple(sorted(set(usable)))
-        self.scaling, self.branches = float(scaling), branches
-        total, self.used = (
-            sum(each) if branches == "independent" else each[-1]
-            for each in (candidates, self.ranks)
-        )
+        self.scaling, self.used = float(scaling), self.ranks[-1]
         # R is the same for all layers of a model, also for those that few candidates fit
-        columns = -(-total // ALIGNMENT) * ALIGNMENT
+        columns = -(-candidates[-1] // ALIGNMENT) * ALIGNMENT
         membership = torch.zeros(columns, len(candidates), device=device)
         for k, rank in enumerate(usable):
-            membership[branch_columns(self.ranks, rank, branches), k] = 1
+            membership[:rank, k] = 1
         self.register_buffer("membership", membership, persistent=False)
         self.alpha = nn.Parameter(torch.zeros(len(candidates), device=device))
         self.gates: Tensor | None = None
@@ -122,4 +110,4 @@ class RankBranches(nn.Module):
         return self.alpha.softmax(0)
 
     def extra_repr(self) -> str:
-        return f"ranks={list(self.ranks)}, scaling={self.scaling}, branches={self.branches}"
+        return f"ranks={list(self.ranks)}, scaling={self.scaling}"

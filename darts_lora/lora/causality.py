@@ -4,6 +4,7 @@ Not here: which models are loaded, and how (models.py)."""
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ def check_causal(model: PreTrainedModel, name: str) -> None:
 
 def _probe(model: PreTrainedModel) -> Tensor:
     """Logits, float32 (2, TOKENS, vocabulary), of two sequences that differ in the last token."""
-    embedding = model.get_input_embeddings().weight
+    embedding: Any = model.get_input_embeddings().weight
     tokens = torch.arange(1, TOKENS + 1, device=embedding.device) % embedding.shape[0]
     pair = tokens.repeat(2, 1)
     pair[1, -1] = 0

@@ -62,8 +62,8 @@ def resolve_budget(
         )
     if budget_rank is None and budget_parameters is None:
         return None
-    option, value = "budget_parameters", budget_parameters
-    budget = budget_parameters
+    option, value = "budget_parameters", budget_parameters or 0.0
+    budget = value
     if budget_rank is not None:
         option, value, budget = "budget_rank", budget_rank, budget_rank * per_rank
     smallest, largest = costs.min(1).values.sum().item(), costs.max(1).values.sum().item()

@@ -4,7 +4,6 @@ parameters of a model are such. Not here: branches in general (branches.py), lin
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -66,12 +65,14 @@ class MixedRankExperts(RankBranches):
         base_layer: the module that holds the parameter, or the MixedRankExperts of another
             parameter of it; its forward is called with the sum in the parameter's place.
         parameter_name: of the 3-D parameter.
-        ranks, scaling, branches: of RankBranches.
+        ranks, scaling: of RankBranches.
         dtype: of A and B.
 
     Raises:
-        InputError: unusable ranks, branches or scaling; no such parameter.
+        InputError: unusable ranks or scaling; no such parameter.
     """
+
+    base_layer: nn.Module
 
     def __init__(
         self,
@@ -80,7 +81,6 @@ class MixedRankExperts(RankBranches):
         ranks: list[int] | tuple[int, ...],
         *,
         scaling: float = 2.0,
-        branches: Literal["independent", "nested"] = "independent",
         dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
@@ -97,7 +97,7 @@ class MixedRankExperts(RankBranches):
         experts.requires_grad_(False)
         shape = _shape(experts, weight)
         self.num_experts, self.in_features, self.out_features = shape
-        self._set_branches(shape, ranks, scaling, branches, weight.device)
+        self._set_branches(shape, ranks, scaling, weight.device)
         columns, device = len(self.membership), weight.device
         a = torch.zeros(self.num_experts, columns, self.in_features, device=device)
         bound = 1 / math.sqrt(self.in_features)  # of kaiming_uniform_ with a=sqrt(5), as PEFT
@@ -117,7 +117,9 @@ class MixedRankExperts(RankBranches):
         if gates is None:
             gates = self.scaling * (self.membership @ self.probabilities())
         gates = gates if gates.dim() == 1 else gates[0]
-        a, b, weight = self.lora_A, self.lora_B, self.weight
+        a: Tensor = self.lora_A
+        b: Tensor = self.lora_B
+        weight = self.weight
         if not self.trains_weights:
             a, b = a.detach(), b.detach()
         left, right = (b * gates).to(weight.dtype), a.to(weight.dtype)
@@ -147,7 +149,8 @@ def peft_names(names: list[str], stacked: set[str]) -> dict[str, str]:
         names: in the model's order.
         stacked: those that are 3-D parameters.
     """
-    found, around = {}, {}
+    found: dict[str, str] = {}
+    around: dict[str, str] = {}
     for name in reversed(names):
         if name not in stacked:
             found[name] = name

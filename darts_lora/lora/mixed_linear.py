@@ -4,7 +4,7 @@ mixture. Not here: which gates a whole model has (supernet.py, relaxation.py).""
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,8 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     for names in (("in_features", "out_features"), ("nx", "nf")):
         shape = [getattr(module, name, None) for name in names]
         if all(hasattr(size, "__index__") for size in shape):
-            return tuple(map(int, shape))
+            inside, outside = map(int, shape)
+            return inside, outside
     return None
 
 
@@ -31,14 +32,14 @@ class MixedRankLinear(RankBranches):
         y = W x + B diag(g) A x,    g = s * M p
 
     with A (R, in), B (out, R), branch probabilities (or a one-hot sample) p (K,) and the 0/1
-    membership M (R, K): independent branches have sum(ranks) columns of their own, nested branches
-    have max(ranks) and rank r is the first r columns. R is the next multiple of 8: the columns
-    beyond belong to no branch and stay zero, but aligned products of 16-bit numbers are faster.
+    membership M (R, K): rank r is the first r columns. R is the largest rank's next multiple of 8:
+    the columns beyond belong to no branch and stay zero, but aligned products of 16-bit numbers are
+    faster.
 
     Args:
         base_layer: any linear-like module (see linear_shape), quantized or not; it is frozen, and
             nothing but its call and its device is used.
-        ranks, scaling, branches: of RankBranches.
+        ranks, scaling: of RankBranches.
         dropout: dropout probability of the branches' input.
         dtype: of A and B. They are used in the dtype of the activations, which are never copied.
 
@@ -46,7 +47,7 @@ class MixedRankLinear(RankBranches):
         lora_A, lora_B: parameters (R, in) and (out, R), of `dtype`.
 
     Raises:
-        InputError: unusable ranks, branches, dropout or scaling; no rank above 0 fits the layer. In
+        InputError: unusable ranks, dropout or scaling; no rank above 0 fits the layer. In
             a forward: the base layer gives no tensor; the forward has gradients, but the layer is
             called without, so that it cannot learn.
 
@@ -59,7 +60,6 @@ class MixedRankLinear(RankBranches):
         ranks: list[int] | tuple[int, ...],
         *,
         scaling: float = 2.0,
-        branches: Literal["independent", "nested"] = "independent",
         dropout: float = 0.0,
         dtype: torch.dtype = torch.float32,
     ):
@@ -74,7 +74,7 @@ class MixedRankLinear(RankBranches):
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
         device = next((t.device for t in base_layer.parameters()), None)
-        self._set_branches(shape, ranks, scaling, branches, device)
+        self._set_branches(shape, ranks, scaling, device)
         a = torch.zeros(len(self.membership), self.in_features, device=device)
         nn.init.kaiming_uniform_(a[: self.used], a=math.sqrt(5))  # as PEFT; the same for any R
         self.lora_A = nn.Parameter(a.to(dtype))
@@ -98,7 +98,8 @@ class MixedRankLinear(RankBranches):
         elif x.dim() == 1 or x.shape[0] % gates.shape[0]:
             gates = gates[:1]
         parameters, modules = self._parameters, self._modules  # getattr of a module is slow
-        a, b = parameters["lora_A"], parameters["lora_B"]
+        a: Any = parameters["lora_A"]
+        b: Any = parameters["lora_B"]
         if not self.trains_weights:
             a, b = a.detach(), b.detach()
         base, dropout, dtype = modules["base_layer"], modules["dropout"], _compute_dtype(x)
@@ -117,7 +118,7 @@ class MixedRankLinear(RankBranches):
         return out.view(*x.shape[:-1], out.shape[1])
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Any:
         """The base layer's weight: some models ask a linear layer for its dtype or device."""
         return self.base_layer.weight
 

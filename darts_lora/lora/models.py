@@ -8,6 +8,7 @@ import os
 import shlex
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -55,7 +56,7 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
         InputError: the model is not there, its files cannot be loaded, or it is to generate and
             attends to later tokens.
     """
-    options = {"dtype": config.dtype, "output_loading_info": True}
+    options: dict[str, Any] = {"dtype": config.dtype, "output_loading_info": True}
     if config.gguf_file is not None:
         options["gguf_file"] = config.gguf_file
     model_config = load_model_config(config)
@@ -135,7 +136,7 @@ def weights_digest(state: dict[str, Tensor]) -> str:
     for name, value in sorted(state.items()):
         digest.update(repr((name, tuple(value.shape), value.dtype)).encode())
         flat = value.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy())
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -156,7 +157,7 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
         InputError: the model is not there, its configuration cannot be read, num_labels is given
             for what is no classifier, or a model that is to generate has an encoder.
     """
-    options = {} if config.num_labels is None else {"num_labels": config.num_labels}
+    options: dict[str, Any] = {} if config.num_labels is None else {"num_labels": config.num_labels}
     if config.gguf_file is not None:
         options["gguf_file"] = config.gguf_file
     _refuse_adapter(config)
@@ -221,7 +222,7 @@ def load_processor(config: ModelConfig) -> ProcessorMixin | PreTrainedTokenizerB
     return processor
 
 
-def _tokenizer(processor: ProcessorMixin | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+def _tokenizer(processor: Any) -> PreTrainedTokenizerBase:
     return getattr(processor, "tokenizer", processor)
 
 
@@ -293,7 +294,7 @@ def _quantization(
     )
 
 
-def _load(loader: type, model: ModelConfig, /, **options):
+def _load(loader: Any, model: ModelConfig, /, **options):
     with _explained(model):
         trusted = model.trust_remote_code
         return loader.from_pretrained(_source(model), trust_remote_code=trusted, **options)

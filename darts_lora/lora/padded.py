@@ -153,7 +153,7 @@ def _plain_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.
 
 
 def _of_pattern(pattern: dict[str, int], module: str, default: int) -> int:
-    return pattern.get(get_pattern_key(pattern.keys(), module), default)
+    return pattern.get(get_pattern_key(list(pattern), module), default)
 
 
 def _whole(alpha: float) -> float | int:

@@ -4,6 +4,7 @@ a classifier. Not here: which of their layers are searched (targets.py)."""
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 from peft import TaskType
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
@@ -99,7 +100,7 @@ def _embeddings(model: PreTrainedModel) -> nn.Module | None:
     return found if isinstance(found, nn.Embedding) else None
 
 
-def _language(model: PreTrainedModel, towers: list[str]) -> list[str]:
+def _language(model: Any, towers: list[str]) -> list[str]:
     """Names of what computes on text: the decoder, and what the tokens' embeddings are in, each
     with all around it that holds no tower; and the head."""
     names = {id(module): name for name, module in model.named_modules()}

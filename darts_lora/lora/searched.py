@@ -4,6 +4,7 @@ Not here: the matching itself (targets.py), why a layer is left out (probe.py)."
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 from torch import nn
 
@@ -34,7 +35,7 @@ def searched_layers(
             weight; a rank above what any of them takes.
     """
     names = match_modules(model, config.target_modules, config.exclude_modules)
-    shapes = {name: linear_shape(model.get_submodule(name)) for name in names}
+    shapes: dict[str, Any] = {n: linear_shape(model.get_submodule(n)) for n in names}
     no_linear = next((name for name, shape in shapes.items() if shape is None), None)
     if no_linear is not None:
         raise InputError(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection
+from typing import Any
 
 from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
@@ -38,7 +39,7 @@ def match_modules(
     """
     parts = target_modules.split("+") if isinstance(target_modules, str) else [""]
     named_parts = set(parts) <= set(PARTS)
-    lora = LoraConfig(
+    lora: Any = LoraConfig(
         target_modules="all-linear" if named_parts else target_modules,
         exclude_modules=exclude_modules,
         modules_to_save=_fresh(model) or None,
@@ -153,7 +154,7 @@ def shared_weights(model: nn.Module, names: Collection[str]) -> dict[str, str]:
     """Which of these modules, or parameters of experts, hold a weight that another module of the
     model holds as well, as tied embeddings do -> which. An adapter is of one module, but merged
     into the weight it would change both."""
-    found = {}
+    found: dict[str, str] = {}
     holders: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):

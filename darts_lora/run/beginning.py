@@ -12,7 +12,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 
 from darts_lora.base.bounds import check_bounds
-from darts_lora.base.errors import InputError, one_line
+from darts_lora.base.errors import InputError, one_line, told_as
 from darts_lora.base.files import read_json
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
 from darts_lora.data.places import ROW
@@ -30,7 +30,7 @@ from darts_lora.lora.targets import (
     outside,
 )
 from darts_lora.lora.variants import check_variants, keep_function, variant_options
-from darts_lora.run.checkpoint import FINETUNE, LENGTHS, sealed, steps_done
+from darts_lora.run.checkpoint import FINETUNE, check_free, steps_done
 from darts_lora.run.course import digest
 from darts_lora.run.hub import check_hub_options
 from darts_lora.run.together import other_task, task_of
@@ -176,11 +176,8 @@ def load_adapter(model: PeftModel, path: str) -> None:
 
 def _fill(model: PeftModel, state: dict[str, Tensor], name: str, own: tuple[str, ...]) -> None:
     """`own` are parts of the keys that must all be there."""
-    try:
-        result = set_peft_model_state_dict(model, state)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{name} is of another model ({reason})") from error
+    with told_as(f"{name} is of another model", RuntimeError):
+        result: Any = set_peft_model_state_dict(model, state)
     missing = [key for key in result.missing_keys if any(part in key for part in own)]
     if missing or result.unexpected_keys:
         raise InputError(f"{name} does not fill {missing + result.unexpected_keys}")
@@ -194,7 +191,9 @@ def _searched_part(genotype: Genotype | None) -> int:
     return steps if partly else 0
 
 
-def resolve_init(config: FinetuneConfig, genotype: Genotype | None) -> str:
+def resolve_init(
+    config: FinetuneConfig, genotype: Genotype | None
+) -> Literal["scratch", "inherit"]:
     """Where the weights come from."""
     if config.init is not None or config.rank is not None or config.init_lora_weights is not None:
         return config.init or "scratch"
@@ -258,22 +257,9 @@ def finished(output_dir: str) -> dict[str, Any] | None:
 
 
 def check_finetune_start(output_dir: str, resume: bool) -> None:
-    """Whether a finetune may start, or go on, in this folder.
-
-    Raises:
-        InputError: nothing to go on from, or a new one would overwrite an unfinished one.
-    """
-    if finished(output_dir):
-        return
-    if resume and not sealed(output_dir):
-        raise InputError(f"resume: there is no checkpoint in {output_dir!r}; start without it")
-    done = steps_done(output_dir, FINETUNE)
-    if not resume and done is not None:
-        raise InputError(
-            f"output_dir={output_dir!r}: an unfinished finetune is there (step {done[0]} of "
-            f"{done[1][LENGTHS[FINETUNE]]}); go on with --resume, name another folder, or remove "
-            "its checkpoints"
-        )
+    """Whether a finetune may start, or go on, in this folder; or InputError (check_free)."""
+    if not finished(output_dir):
+        check_free(output_dir, FINETUNE, resume, ended=False)
 
 
 def goes_on(output_dir: str, genotype: Genotype) -> bool:

@@ -25,10 +25,9 @@ class BilevelStep:
     Args:
         supernet: whose weights and alpha are trained.
         accelerator: prepares the model, averages gradients over processes.
-        training: learning rate, accumulation and clipping of the weights.
+        training: steps of the whole run; learning rate, accumulation, clipping of the weights.
         loss_fn: (model, batch) -> scalar loss. Batches count by their learnt tokens with
             model_loss, alike with any other.
-        steps: weight steps of the search (count); default: training.max_steps.
 
     Attributes:
         weights, architect: the steps, which own the optimizers.
@@ -40,7 +39,6 @@ class BilevelStep:
         accelerator: Accelerator,
         training: TrainingConfig,
         loss_fn: Callable[[nn.Module, Any], Tensor],
-        steps: int | None = None,
     ):
         count = learnt_tokens if loss_fn is model_loss else None  # what others are means of?
         self.supernet, self.accelerator = supernet, accelerator
@@ -48,7 +46,7 @@ class BilevelStep:
         several = accelerator.num_processes > 1
         self.architect = Architect(
             supernet,
-            training.max_steps if steps is None else steps,
+            supernet.config.search_steps(training.max_steps),
             reduce=(lambda g: accelerator.reduce(g, "mean")) if several else None,
             scaler=accelerator.scaler,
             check_finite=False,  # the loop looks at the losses where it waits anyhow

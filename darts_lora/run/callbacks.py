@@ -16,6 +16,7 @@ import peft
 import torch
 import transformers
 from accelerate import PartialState
+from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
@@ -28,7 +29,7 @@ from transformers import (
     get_scheduler,
 )
 
-from darts_lora.base.errors import DivergedError, InputError, one_line
+from darts_lora.base.errors import DivergedError, told_as
 from darts_lora.base.files import told_as_unwritten
 from darts_lora.base.interruption import Stopped, StopRequest
 from darts_lora.config import TrainingConfig
@@ -91,6 +92,7 @@ class FinetuneTrainer(Trainer):
         loraplus_lr_ratio: the rate of B over that of A (LoRA+); None: 1.
     """
 
+    model: PeftModel
     training: TrainingConfig
     first_step = 0
     first_rows: Sequence[int] | None = None
@@ -98,7 +100,7 @@ class FinetuneTrainer(Trainer):
 
     def create_optimizer(self, model=None):
         if self.loraplus_lr_ratio is not None and self.optimizer is None:
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args)
             self.optimizer = create_loraplus_optimizer(
                 self.model,
                 kind,
@@ -153,10 +155,8 @@ class FinetuneTrainer(Trainer):
         Raises:
             InputError: the checkpoint is of another release, or holds code.
         """
-        try:
+        with told_as(f"resume: {path} cannot be read", pickle.UnpicklingError):
             self.train(resume_from_checkpoint=path)
-        except pickle.UnpicklingError as error:
-            raise InputError(f"resume: {path} cannot be read ({one_line(error, 200)})") from error
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -252,7 +252,7 @@ def remove_unfinished(output_dir: str, but: str | None = None) -> None:
         os.rmdir(os.path.join(output_dir, FOLDER))
 
 
-def training_record(trainer: Trainer, seconds: float) -> dict[str, Any]:
+def training_record(trainer: FinetuneTrainer, seconds: float) -> dict[str, Any]:
     """What finetune.train returns."""
     losses = [(log["step"], log["loss"]) for log in trainer.state.log_history if "loss" in log]
     last = [loss for _, loss in losses[-max(1, len(losses) // 10) :]]

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from darts_lora.base.errors import InputError, one_line
+from darts_lora.base.errors import InputError, told_as
 from darts_lora.base.files import flush, read_json, remove, write_json, write_whole
 
 KEPT = 2
@@ -55,6 +55,25 @@ def kept(output_dir: str | None, kind: str = SEARCH) -> str:
     if not found:
         return "no checkpoint was written"
     return f"the last checkpoint is {found[-1]}, --resume goes on from it"
+
+
+def check_free(output_dir: str | None, kind: str, resume: bool, ended: bool) -> None:
+    """Whether a run of this kind may start, or go on, in this folder; `ended`: one has ended there.
+
+    Raises:
+        InputError: nothing to go on from, or a new one would overwrite an unfinished one.
+    """
+    found = checkpoints(output_dir) if kind == SEARCH else sealed(output_dir)
+    if resume and not found:
+        raise InputError(f"resume: there is no checkpoint in {output_dir!r}; start without it")
+    done = steps_done(output_dir, kind)
+    if not resume and done is not None and not ended:
+        run = "search" if kind == SEARCH else "finetune"
+        raise InputError(
+            f"output_dir={output_dir!r}: an unfinished {run} is there (step {done[0]} of "
+            f"{done[1][LENGTHS[kind]]}); go on with --resume, name another folder, or remove its "
+            "checkpoints"
+        )
 
 
 def save_checkpoint(output_dir: str, state: dict[str, Any], options: dict[str, Any]) -> None:
@@ -184,19 +203,17 @@ def _check_files(path: str, record: dict[str, Any]) -> None:
     if record.get("format") != FORMAT:
         found = f"format {record.get('format')!r:.20}, this one reads {FORMAT}"
         raise InputError(f"{path} is of another release ({found})")
-    try:
+    # ValueError: a name with a null character
+    with told_as(f"{path} cannot be read", OSError, ValueError):
         whole = _digest(path, record.get("files", [STATE_NAME]), content) == record["sha256"]
-    except (OSError, ValueError) as error:  # ValueError: a name with a null character
-        raise InputError(f"{path} cannot be read ({one_line(error, 200)})") from error
     if not whole:
         raise InputError(f"{path} is damaged (its checksum is another)")
 
 
 def _read_state(path: str) -> dict[str, Any]:
-    try:
+    # any kind: what is no archive, or of another release of PyTorch
+    with told_as(f"{path} cannot be read", Exception):
         return torch.load(os.path.join(path, STATE_NAME), map_location="cpu", weights_only=True)
-    except Exception as error:  # any kind: what is no archive, or of another release of PyTorch
-        raise InputError(f"{path} cannot be read ({one_line(error, 200)})") from error
 
 
 def _digest(folder: str, names: list[str], record: dict[str, Any]) -> str:

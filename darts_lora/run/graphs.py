@@ -21,13 +21,12 @@ class Graphed:
     Small kernels cost more to launch than to compute; a graph launches them all at once. Random
     numbers drawn inside are fresh in each replay. The function must not wait for the device (but
     see static.py), and must read everything else that changes between its calls from the same
-    tensors, or be told apart by `key`. It may change things: each call does so once. The first call
+    tensors. It may change things: each call does so once. The first call
     of a shape is launched as ever, the second one is captured, so a shape that comes once costs
     nothing.
 
     Args:
         function: batch (tensors in dicts, lists, tuples) -> (scalar loss, list of tensors).
-        key: what else the captured kernels depend on; a new value is captured anew.
         limit: captured shapes; further ones run without a graph.
         pool: memory pool, shared by functions whose results are used up before the next call.
 
@@ -38,11 +37,10 @@ class Graphed:
         self,
         function: Callable[[Any], tuple[Tensor, list[Tensor]]],
         *,
-        key: Callable[[], Hashable] = lambda: None,
         limit: int = 32,
         pool: Any = None,
     ):
-        self.function, self.key, self.limit, self.pool = function, key, limit, pool
+        self.function, self.limit, self.pool = function, limit, pool
         self.captured: dict[Hashable, tuple] = {}
         self.seen: set[Hashable] = set()
         self.failed = False
@@ -68,7 +66,7 @@ class Graphed:
         shapes = (
             (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves
         )
-        return self.key(), str(structure), *shapes
+        return str(structure), *shapes
 
     def _capture(self, shape: Hashable, batch: Any) -> bool:
         """Capture the function for a batch of this shape; whether it is there now."""

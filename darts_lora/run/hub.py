@@ -7,7 +7,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from darts_lora.base.errors import InputError, one_line
+from darts_lora.base.errors import InputError, told_as
 
 # what a reader needs: no option with a path of this machine goes along
 UPLOADED = ["adapter_model.safetensors", "adapter_config.json", "README.md", "ranks.png"]
@@ -26,10 +26,8 @@ def check_hub_options(push_to_hub: bool, hub_model_id: str | None) -> None:
         raise InputError(
             f"hub_model_id={hub_model_id!r}: nothing is uploaded without --push_to_hub"
         )
-    try:
+    with told_as(f"hub_model_id={hub_model_id!r}: is none", HFValidationError):
         validate_repo_id(hub_model_id or "of/nobody")
-    except HFValidationError as error:
-        raise InputError(f"hub_model_id={hub_model_id!r}: {one_line(error)}") from error
 
 
 def open_repository(hub_model_id: str) -> None:
@@ -39,13 +37,11 @@ def open_repository(hub_model_id: str) -> None:
     Raises:
         InputError: the hub refuses.
     """
-    try:
+    refused = f"push_to_hub=true: the hub does not take {hub_model_id!r}"
+    advice = "; log in by `hf auth login`, or leave push_to_hub out"
+    # any kind: the hub's own, the network's, a token that is missing
+    with told_as(refused, Exception, behind=advice):
         HfApi().create_repo(hub_model_id, private=True, exist_ok=True)
-    except Exception as error:  # any kind: the hub's own, the network's, a token that is missing
-        raise InputError(
-            f"push_to_hub=true: the hub does not take {hub_model_id!r} ({one_line(error)}); log in "
-            "by `hf auth login`, or leave push_to_hub out"
-        ) from error
 
 
 def upload(folder: str, hub_model_id: str) -> str:
@@ -54,16 +50,13 @@ def upload(folder: str, hub_model_id: str) -> str:
     Raises:
         InputError: the hub refuses; the folder stays as it is.
     """
-    try:
+    failed = f"push_to_hub=true: {folder} was not uploaded to {hub_model_id!r}"
+    advice = "; the adapter is whole in that folder: `hf upload` takes it later"
+    with told_as(failed, Exception, behind=advice):  # as above
         commit = HfApi().upload_folder(
             repo_id=hub_model_id,
             folder_path=folder,
             allow_patterns=UPLOADED,
             commit_message="LoRA adapter, made with darts_lora",
         )
-    except Exception as error:  # as above
-        raise InputError(
-            f"push_to_hub=true: {folder} was not uploaded to {hub_model_id!r} ({one_line(error)}); "
-            "the adapter is whole in that folder: `hf upload` takes it later"
-        ) from error
     return str(commit.commit_url)

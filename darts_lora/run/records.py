@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from darts_lora.base.errors import InputError, one_line
+from darts_lora.base.errors import InputError, told_as
 from darts_lora.base.files import check_lock, parse_json, write_json, write_text
 from darts_lora.lora.parts import model_parts
 from darts_lora.lora.relaxation import entropies
@@ -88,7 +88,7 @@ class Metrics:
     def __init__(self, output_dir: str, supernet: Supernet, first_step: int = 0):
         self.path = os.path.join(output_dir, "metrics.jsonl")
         shapes = {name: list(layer.shape) for name, layer in supernet.layers.items()}
-        layers = {"shapes": shapes, "candidates": list(supernet.config.ranks)}
+        layers: dict[str, Any] = {"shapes": shapes, "candidates": list(supernet.config.ranks)}
         layers |= {"parts": layer_parts(supernet), "budget": supernet.budget}
         write_json(os.path.join(output_dir, "layers.json"), layers)
         kept = read_metrics(self.path, first_step) if first_step else []
@@ -97,11 +97,9 @@ class Metrics:
     def write(self, record: dict[str, Any]) -> None:
         """Add one record."""
         check_lock(self.path)
-        try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-        except OSError as error:
-            raise InputError(f"{self.path}: cannot be written ({error.strerror})") from error
+        unwritten = told_as(f"{self.path}: cannot be written", OSError)
+        with unwritten, open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
 
 
 def read_metrics(path: str, last_step: int | None = None) -> list[dict[str, Any]]:
@@ -113,20 +111,15 @@ def read_metrics(path: str, last_step: int | None = None) -> list[dict[str, Any]
     """
     if not os.path.exists(path):
         return []
-    try:
-        with open(path, "rb") as file:
-            *lines, _ = file.read().split(b"\n")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    with told_as(f"{path}: cannot be read", OSError), open(path, "rb") as file:
+        *lines, _ = file.read().split(b"\n")
     records = [_read_record(line, f"{path}: line {i}") for i, line in enumerate(lines, start=1)]
     return [r for r in records if last_step is None or r["step"] <= last_step]
 
 
 def _read_record(line: bytes, where: str) -> dict[str, Any]:
-    try:
+    with told_as(f"{where} is no record of this search", InputError, TypeError, KeyError):
         record = parse_json(line)
         if type(record["step"]) is not int:
             raise TypeError("its step is no integer")
-    except (InputError, TypeError, KeyError) as error:
-        raise InputError(f"{where} is no record of this search ({one_line(error)})") from error
     return record

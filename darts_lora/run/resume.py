@@ -18,7 +18,13 @@ from darts_lora.base.files import remove
 from darts_lora.base.interruption import lacks_memory
 from darts_lora.lora.models import frozen_digest
 from darts_lora.lora.sharded import full, shard_as
-from darts_lora.run.checkpoint import checkpoints, remove_checkpoints, steps_done
+from darts_lora.run.checkpoint import (
+    SEARCH,
+    check_free,
+    checkpoints,
+    remove_checkpoints,
+    steps_done,
+)
 from darts_lora.run.course import training_options
 from darts_lora.run.launch import launched
 
@@ -35,27 +41,15 @@ def course_options(search: Any, more: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_start(output_dir: str | None, resume: bool) -> None:
-    """Whether a search may start, or go on, in this folder.
-
-    Raises:
-        InputError: nothing to go on from, or a new search would overwrite an unfinished one.
-    """
-    if resume and not checkpoints(output_dir):
-        raise InputError(f"resume: there is no checkpoint in {output_dir!r}; start without it")
-    done = steps_done(output_dir)
-    if not resume and done is not None and not is_finished(output_dir):
-        raise InputError(
-            f"output_dir={output_dir!r}: an unfinished search is there (step {done[0]} of "
-            f"{done[1]['search_steps']}); go on with --resume, name another folder, or remove its "
-            "checkpoints"
-        )
+    """Whether a search may start, or go on, in this folder; or InputError (check_free)."""
+    check_free(output_dir, SEARCH, resume, is_finished(output_dir))
 
 
-def is_finished(output_dir: str) -> bool:
+def is_finished(output_dir: str | None) -> bool:
     """Whether a search ended there."""
     done = steps_done(output_dir)
     ended = done is not None and done[0] >= done[1]["search_steps"]
-    return ended and os.path.exists(os.path.join(output_dir, "genotype.json"))
+    return ended and os.path.exists(os.path.join(output_dir or "", "genotype.json"))
 
 
 def remove_search(output_dir: str) -> None:

@@ -4,11 +4,12 @@ Not here: how it is drawn (report.py), the records that a search writes (records
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from darts_lora.base.bounds import is_real
-from darts_lora.base.errors import InputError, one_line
+from darts_lora.base.errors import InputError, told_as
 from darts_lora.base.files import read_json
 from darts_lora.base.options import CONFIG_NAME, command, load_config
 from darts_lora.genotype import Genotype
@@ -16,13 +17,16 @@ from darts_lora.lora.parts import PARTS
 from darts_lora.run.records import read_metrics
 from darts_lora.run.together import other_task, task_of
 
+# What a file of others raises while it is taken apart.
+BAD = (InputError, ValueError, KeyError, TypeError, AttributeError)
+
 
 @dataclass
 class Search:
     """What a search's folder holds."""
 
     folder: str
-    layers: dict[str, list[int]]
+    layers: Mapping[str, tuple[int, ...]]
     """Layer name -> (in, out)."""
     candidates: list[int]
     budget: float | None
@@ -45,16 +49,12 @@ class Search:
             name: os.path.join(folder, name)
             for name in ("layers.json", "metrics.jsonl", CONFIG_NAME, "genotype.json")
         }
-        try:
+        missing = f"search_dir={folder!r}: no search's layers.json there"
+        with told_as(missing, *BAD, behind="; name the output_dir of recipes/search.py"):
             about = read_json(paths["layers.json"])
             layers, parts = _layers(about), about["parts"]
             if not (parts.keys() == layers.ranks.keys() and set(parts.values()) <= set(PARTS)):
                 raise ValueError(f"parts must give each layer one of {', '.join(PARTS)}")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(
-                f"search_dir={folder!r}: no search's layers.json there ({one_line(error)}); name "
-                "the output_dir of recipes/search.py"
-            ) from error
         records = read_metrics(paths["metrics.jsonl"])
         for number, record in enumerate(records, start=1):
             if not _is_record(record, len(layers.ranks)):
@@ -63,7 +63,7 @@ class Search:
                 )
         if not records:
             raise InputError(f"search_dir={folder!r}: metrics.jsonl has no record yet")
-        records = {record["step"]: record for record in records}  # written twice counts once
+        by_step = {record["step"]: record for record in records}  # written twice counts once
         finished, config = (os.path.isfile(paths[n]) for n in ("genotype.json", CONFIG_NAME))
         genotype = Genotype.load(paths["genotype.json"]) if finished else None
         if genotype is not None and genotype.shapes != layers.shapes:
@@ -74,7 +74,7 @@ class Search:
             layers.candidates,
             about["budget"],
             parts,
-            [records[step] for step in sorted(records)],
+            [by_step[step] for step in sorted(by_step)],
             load_config(paths[CONFIG_NAME]) if config else {},
             genotype,
         )
@@ -109,18 +109,14 @@ def load_finetune(folder: str, search: Search | None = None) -> dict[str, Any]:
             f"finetune_dir={folder!r}: has {name}={theirs[name]!r}, the search {search.folder!r} "
             f"has {name}={ours[name]!r}: their losses cannot be compared"
         )
-    try:
+    missing = f"finetune_dir={folder!r}: no evaluation.json there"
+    with told_as(missing, *BAD, behind=f"; run `{command('evaluate', adapter=folder)}` first"):
         results = read_json(os.path.join(folder, "evaluation.json"))
         adapter, base = results["adapter"], results.get("base")
         for result in (adapter, base or adapter):
             numbers = [result[name] for name in ("loss", "exact_match", "trainable_parameters")]
             if not all(map(_is_number, numbers)) or numbers[-1] is None:
                 raise ValueError("loss, exact_match and trainable_parameters must be numbers")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"finetune_dir={folder!r}: no evaluation.json there ({one_line(error)}); run "
-            f"`{command('evaluate', adapter=folder)}` first"
-        ) from error
     name = os.path.basename(os.path.normpath(folder))
     curve = "searched" if theirs.get("rank") is None else "uniform"
     return {"name": name, **adapter} | {"base": base, "curve": curve}

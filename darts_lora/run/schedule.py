@@ -1,4 +1,4 @@
-"""Which part of a run the search is, and the genotype at its end.
+"""The genotype at the end of a search, and how it was found.
 Not here: the loop (search.py) or a user's trainer (trainer.py) that goes through it."""
 
 from __future__ import annotations
@@ -13,11 +13,6 @@ from darts_lora.discretize import discretize
 from darts_lora.genotype import Genotype
 from darts_lora.lora.relaxation import distribution
 from darts_lora.supernet import Supernet
-
-
-def search_steps(supernet: Supernet, run_steps: int) -> int:
-    """Weight steps of the search in a run of so many."""
-    return max(1, round(supernet.config.search_fraction * run_steps))
 
 
 def derive_genotype(supernet: Supernet, architect: Architect, run_steps: int) -> Genotype:

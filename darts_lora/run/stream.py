@@ -8,7 +8,7 @@ from itertools import chain, islice
 from typing import Any
 
 from accelerate import Accelerator, PartialState, skip_first_batches
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from darts_lora.base.errors import InputError
 from darts_lora.config import TrainingConfig
@@ -23,9 +23,12 @@ class BatchStream:
     """
 
     def __init__(self, dataloader: DataLoader):
-        self.dataloader = dataloader
-        self.position = (0, 0)
+        self.dataloader: Any = dataloader  # accelerate's, with set_epoch
+        self.position: tuple[int, int] = (0, 0)
         self._batches: Iterator | None = None
+
+    def __iter__(self) -> BatchStream:
+        return self
 
     def __next__(self) -> Any:
         if self._batches is None:
@@ -48,7 +51,8 @@ class BatchStream:
         """Go on behind `position`. Opening a data loader draws a random number: it is drawn here,
         and not at the next batch, so that the caller can restore the generators afterwards. One
         that has given no batch was not open."""
-        self.position = tuple(position)
+        epoch, taken = position
+        self.position = (epoch, taken)
         if self.position == (0, 0):
             self._batches = None
             return
@@ -65,7 +69,7 @@ class BatchStream:
 
 
 def row_loader(
-    name: str, rows: Dataset, training: TrainingConfig, collate: Callable[[list], Any]
+    name: str, rows: Any, training: TrainingConfig, collate: Callable[[list], Any]
 ) -> DataLoader:
     """A data loader of the rows, shuffled unless they are a stream.
 
@@ -75,8 +79,13 @@ def row_loader(
     unsized = isinstance(rows, IterableDataset)
     if not unsized and len(rows) == 0:
         raise InputError(f"{name}: has no rows")
-    options = {"shuffle": not unsized, "num_workers": training.num_workers}
-    return DataLoader(rows, training.batch_size, collate_fn=collate, **options)
+    return DataLoader(
+        rows,
+        training.batch_size,
+        shuffle=not unsized,
+        num_workers=training.num_workers,
+        collate_fn=collate,
+    )
 
 
 def open_streams(
@@ -95,11 +104,11 @@ def open_streams(
     return train_stream, val_stream
 
 
-def taken_rows(dataloader: DataLoader, batches: int) -> list[int]:
+def taken_rows(dataloader: Any, batches: int) -> list[int]:
     """Numbers of the rows that all processes have taken of an epoch.
 
     Args:
-        dataloader: one with a length that accelerate prepared.
+        dataloader: a DataLoader with a length that accelerate prepared.
         batches: that each process has taken in all, at least 1; the epoch is that of the last one.
     """
     epoch, taken = divmod(batches - 1, len(dataloader))

@@ -55,9 +55,10 @@ def shares(
     """
     if len(batches) * accelerator.num_processes == 1:
         return [1.0]
-    counts = [None if count is None else count(batch) for batch in batches]
-    if None in counts:
+    each = [None if count is None else count(batch) for batch in batches]
+    known = [tokens for tokens in each if tokens is not None]
+    if len(known) < len(batches):
         return [1 / len(batches)] * len(batches)
-    counts = torch.stack(counts).to(accelerator.device, torch.float32)
+    counts = torch.stack(known).to(accelerator.device, torch.float32)
     total = accelerator.reduce(counts.sum(), "sum")
     return list((counts * accelerator.num_processes / total).unbind())

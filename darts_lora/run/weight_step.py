@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -72,7 +72,7 @@ class WeightStep:
         each = zip(taken, shares(taken, self.accelerator, self.count), strict=True)
         losses = [self._backward(*pair, i == self.parts) for i, pair in enumerate(each, start=1)]
         self.update()
-        return sum(losses)
+        return torch.stack(losses).sum()
 
     def update(self) -> None:
         """The part of a step behind the gradients: clipping, optimizer, learning rate."""
@@ -104,12 +104,14 @@ class WeightStep:
         return loss.detach()
 
 
-def add_gradients(parameters: list[Tensor], gradients: list[Tensor], share: Tensor | float) -> None:
+def add_gradients(
+    parameters: Sequence[Tensor], gradients: list[Tensor], share: Tensor | float
+) -> None:
     """Add gradients * share to the parameters' own, in few kernels."""
     if (
         isinstance(share, Tensor) or share != 1
     ):  # else they are used up before the next replay overwrites them
-        gradients = torch._foreach_mul(gradients, share)
+        gradients = list(torch._foreach_mul(gradients, share))
     if parameters[0].grad is None:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient

@@ -1,4 +1,4 @@
-"""The pictures of a report, as PNGs: ranks, losses, worth over time, where the parameters are.
+"""The pictures of a report, as PNGs: ranks, losses, worth over time, finetunes.
 Not here: the page that they stand in (report.py), how cells are painted (rank_images.py)."""
 
 from __future__ import annotations
@@ -15,52 +15,24 @@ from PIL import Image
 from darts_lora.alpha.sizes import recommended
 from darts_lora.lora.cost import parameters_per_rank
 from darts_lora.run.runs import Search
-from darts_lora.views.console import by_part, short_names
 from darts_lora.views.rank_images import rank_image, side_by_side, worth_images
 
 WIDEST = 1400  # pixels of a picture of cells, those of the page and half as many again
-MOST_BARS = 24
 
 
 def pictures(search: Search, finetunes: list[dict[str, Any]]) -> dict[str, bytes]:
-    """Name -> PNG. One that would show nothing is left out: a curve of one point, a single bar."""
+    """Name -> PNG. One that would show nothing is left out: a curve of one point."""
     ranks = rank_image(search.ranks, search.candidates[-1], search.parts, WIDEST)
     found = {"ranks": _png(ranks)}
     with matplotlib.rc_context({"text.parse_math": False}):  # "$" in a name is a character
         if sizes := search.sizes:
-            found["sizes"] = _figure(_draw_sizes, (sizes, finetunes), height=4.2)
+            found["sizes"] = _figure(_draw_sizes, (sizes, finetunes))
         elif any(run["loss"] is not None for run in finetunes):
             found["finetunes"] = _figure(_draw_finetunes, finetunes)
         if len(search.records) > 1:
             found["losses"] = _figure(_draw_losses, search)
             found["worth"] = _png(_worth(search))
-        sizes = parameters_by_part(search)
-        if len(sizes) > 1:
-            found["parts"] = _figure(_draw_parts, sizes, height=1 + 0.28 * len(sizes))
     return found
-
-
-def parameters_by_part(search: Search) -> dict[str, float]:
-    """Trainable parameters of each part of the model; of a model of one part, of each module
-    type."""
-    parts = by_part(search.layers)
-    titles = short_names(parts)
-    groups = {
-        titles[part]: [name for layers in kinds.values() for name in layers.values()]
-        for part, kinds in parts.items()
-    }
-    if len(groups) == 1:
-        (kinds,) = parts.values()
-        groups = {kind: list(layers.values()) for kind, layers in kinds.items()}
-    size = {n: parameters_per_rank(*shape) * search.ranks[n] for n, shape in search.layers.items()}
-    sizes = {group: sum(size[name] for name in names) for group, names in groups.items()}
-    if len(sizes) <= MOST_BARS:
-        return sizes
-    largest = sorted(sizes, key=sizes.get, reverse=True)
-    own, others = largest[: MOST_BARS - 1], largest[MOST_BARS - 1 :]
-    return {name: sizes[name] for name in own} | {
-        f"{len(others)} others": sum(sizes[name] for name in others)
-    }
 
 
 def _worth(search: Search) -> np.ndarray:
@@ -77,8 +49,8 @@ def _png(pixels: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-def _figure(draw: Callable, content: Any, height: float = 3.4) -> bytes:
-    figure, stream = Figure(figsize=(7, height), layout="constrained"), io.BytesIO()
+def _figure(draw: Callable, content: Any) -> bytes:
+    figure, stream = Figure(figsize=(7, 3.4), layout="constrained"), io.BytesIO()
     panel = figure.subplots()
     panel.spines[["top", "right"]].set_visible(False)
     draw(panel, content)
@@ -98,17 +70,9 @@ def _draw_losses(panel, search: Search) -> None:
     panel.legend(frameon=False)
 
 
-def _draw_parts(panel, sizes: dict[str, float]) -> None:
-    bars = panel.barh(list(sizes), list(sizes.values()))
-    panel.bar_label(bars, [f"{size:,.0f}" for size in sizes.values()], padding=3)
-    panel.invert_yaxis()
-    panel.margins(x=0.2)
-    panel.set(xlabel="trainable parameters")
-
-
 def sizes_image(sizes: dict[str, Any]) -> np.ndarray:
     """The predicted losses at each size, as pixels (height, width, 3)."""
-    picture = Image.open(io.BytesIO(_figure(_draw_sizes, (sizes, []), height=4.2)))
+    picture = Image.open(io.BytesIO(_figure(_draw_sizes, (sizes, []))))
     return np.asarray(picture.convert("RGB"))
 
 

@@ -235,7 +235,8 @@ def _unreached_lines(supernet: Supernet) -> list[str]:
     """How many of the model's parameters are in no searched layer, and where most of them are."""
     own = {id(p) for p in supernet.weight_parameters()}
     reached = {id(layer.weight) for layer in supernet.layers.values()}
-    whole, left = 0, Counter()
+    whole = 0
+    left: Counter[str] = Counter()
     for name, parameter in supernet.model.named_parameters():
         if id(parameter) not in own:
             whole += parameter.numel()

@@ -171,12 +171,12 @@ def padded(image: np.ndarray, width: int = WIDEST) -> np.ndarray:
 
 def _summed(groups: dict[str, list[str]], shares: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The share of each group of layers; of too many groups the last ones together."""
-    sums = {group: sum(shares[name] for name in names) for group, names in groups.items()}
+    sums = {g: np.sum([shares[name] for name in names], axis=0) for g, names in groups.items()}
     if len(sums) <= MOST_ROWS:
         return sums
     items = list(sums.items())
     own, others = dict(items[: MOST_ROWS - 1]), items[MOST_ROWS - 1 :]
-    return own | {f"{len(others)} others": sum(rows for _, rows in others)}
+    return own | {f"{len(others)} others": np.sum([rows for _, rows in others], axis=0)}
 
 
 def _heading(text: str) -> Image.Image:

@@ -6,14 +6,11 @@ from __future__ import annotations
 import base64
 import io
 import os
-import platform
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
 import jinja2
-import matplotlib
-import torch
 from PIL import Image
 
 from darts_lora.alpha.sizes import gained, predicted_loss, recommended, sizes_text
@@ -120,7 +117,7 @@ def _found(genotype: Genotype, last: dict[str, Any]) -> str:
 
 
 def _saves(search: Search, genotype: Genotype, finetunes: list[dict[str, Any]]) -> str:
-    """Parameters beside a uniform rank's; where models were tested, beside the larger ones."""
+    """Parameters beside a uniform rank's; where models were tested, the best one."""
     one, largest = (
         sum(parameters_per_rank(*s) for s in search.layers.values()),
         search.candidates[-1],
@@ -137,10 +134,6 @@ def _saves(search: Search, genotype: Genotype, finetunes: list[dict[str, Any]]) 
     text += f" The lowest test loss has {best['name']}: {best['loss']:.4f}"
     if best["base"] and best["base"]["loss"] is not None:
         text += f" (base model {best['base']['loss']:.4f})"
-    larger = [r for r in tested if r["trainable_parameters"] > best["trainable_parameters"]]
-    for run in larger[:1]:
-        fewer = 1 - best["trainable_parameters"] / run["trainable_parameters"]
-        text += f", with {fewer:.0%} fewer parameters than {run['name']}"
     return f"{text}."
 
 
@@ -229,12 +222,9 @@ def _details(search: Search) -> dict[str, Table | dict[str, Any]]:
         for r in shown
     ]
     found = search.genotype.found_by if search.genotype else {}
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    versions |= {"matplotlib": matplotlib.__version__}
     return {
         "All layers": Table(["layer", "in x out", "rank", "parameters"], layers),
         "Losses as numbers": Table(["step", "training loss", "gain on validation rows"], records),
         "How the ranks were found": found,
         "Configuration": search.options,
-        "Versions of this report": versions,
     }

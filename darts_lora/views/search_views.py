@@ -32,14 +32,6 @@ SCALARS = {
     "samples_per_second": "speed/samples_per_second",
     "peak_memory_gib": "speed/peak_memory_gib",
 }
-LAYOUT = {
-    "search": {
-        "loss": ["Multiline", ["loss/train", "alpha/validation_gain"]],
-        "worth": ["Multiline", ["worth/.*"]],
-        "entropy": ["Multiline", ["alpha/entropy"]],
-        "gradient norms": ["Multiline", ["weights/gradient_norm"]],
-    }
-}
 MOST_TYPES = 24  # module types with a scalar of their own
 MOST_HISTORY = 200  # records kept for a picture over time
 DRAWING_SHARE = 0.005  # of a run's time: images are left out while they took more than that
@@ -73,7 +65,6 @@ class SearchViews:
         self.history: list[tuple[int, np.ndarray]] = []
         for record in read_metrics(os.path.join(output_dir, "metrics.jsonl")):  # before a resume
             self._remember(record)
-        self.trackers.call("log_layout", LAYOUT, step=first_step)
         self.started, self.drawing = time.monotonic(), 0.0
         self.apart = max(1, steps // MOST_IMAGES)
         self.next_image = first_step
@@ -162,7 +153,6 @@ class SearchViews:
             for name, value in genotype.found_by["verdict"].items()
             if isinstance(value, bool | int | float)
         }
-        self.trackers.call("log_results", results, step=step)
         self.trackers.log({**results, "result": self._result(genotype)}, step)
 
     def _show_sizes(self, sizes: dict[str, Any], step: int) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 
 
 class TensorBoard:
@@ -28,11 +27,9 @@ class TensorBoard:
         purge = first_step + 1 if first_step else 0  # a run before this one, too
         self.writer = SummaryWriter(os.path.join(output_dir, "tensorboard"), purge_step=purge)
         self.first_step = first_step
-        self.options: dict[str, Any] = {}
 
     def store_init_configuration(self, values: dict[str, Any]) -> None:
-        """The options as a text; log_results writes them beside the results."""
-        self.options = values
+        """The options as a text."""
         lines = "\n".join(f"    {name}: {value}" for name, value in values.items())
         self.writer.add_text("configuration", lines, self.first_step)
 
@@ -51,16 +48,6 @@ class TensorBoard:
         """Histograms of tensors by tag."""
         for tag, value in values.items():
             self.writer.add_histogram(tag, value, step, bins=20)
-
-    def log_layout(self, layout: dict[str, dict[str, list]], step: int) -> None:
-        """Which scalars stand in one chart, in the tab of custom scalars."""
-        self.writer.add_custom_scalars(layout)
-
-    def log_results(self, results: dict[str, float], step: int) -> None:
-        """The run's figures at its end, beside its options (hparams)."""
-        values = {name: "None" if v is None else v for name, v in self.options.items()}
-        for summary in hparams(values, results):
-            self.writer.file_writer.add_summary(summary)
 
     def finish(self) -> None:
         """Write out what is still held back."""

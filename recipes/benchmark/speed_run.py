@@ -41,7 +41,7 @@ from darts_lora.lora.targets import match_modules
 from darts_lora.run.beginning import plain_adapter
 from darts_lora.run.bilevel import BilevelStep
 from darts_lora.run.graphs import Graphed
-from darts_lora.run.schedule import derive_genotype, search_steps
+from darts_lora.run.schedule import derive_genotype
 from darts_lora.run.tokens import model_loss
 
 Batch = dict[str, Tensor]
@@ -172,8 +172,8 @@ class Bench:
         with self._once("search, built"):
             supernet = Supernet(self.base, self.search)
             accelerator = Accelerator(cpu=not self.cuda)
-            count = search_steps(supernet, self.training.max_steps)
-            steps = BilevelStep(supernet, accelerator, self.training, model_loss, count)
+            count = self.search.search_steps(self.training.max_steps)
+            steps = BilevelStep(supernet, accelerator, self.training, model_loss)
             if self.graphs:
                 steps.capture()
         due = count - count // 2  # weight steps in the search's second half

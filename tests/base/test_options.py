@@ -223,7 +223,7 @@ def test_the_default_config_is_for_the_embedded_default_alone(monkeypatch, tmp_p
         (["--config", "broken.yaml"], "broken.yaml: not a readable YAML file (while parsing"),
         (["--batch_size", "x"], "\"batch_size\": Expected a <class 'int'>. Got value: x"),
         (["--batch_size", "0"], "batch_size=0: must be an integer > 0"),
-        (["--config", "nowhere.yaml"], "nowhere.yaml: not a readable YAML file ([Errno 2] No"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml: not a readable YAML file (No"),
     ],
 )
 def test_bad_arguments(monkeypatch, tmp_path, args, text):

@@ -18,20 +18,18 @@ def test_a_candidate_above_a_layers_smaller_side_is_the_largest_that_fits():
     assert usable_table([(16, 8), (16, 3)], (1, 2, 5)).tolist() == [[1, 2, 5], [1, 2, 2]]
 
 
-@pytest.mark.parametrize("branches", ["nested", "independent"])
-def test_a_narrow_layer_has_the_branches_that_fit(branches):
-    layer = MixedRankLinear(nn.Linear(16, 3), (0, 1, 2, 4, 8), branches=branches)
-    wide = MixedRankLinear(nn.Linear(16, 16), (0, 1, 2, 4, 8), branches=branches)
+def test_a_narrow_layer_has_the_branches_that_fit():
+    layer = MixedRankLinear(nn.Linear(16, 3), (0, 1, 2, 4, 8))
+    wide = MixedRankLinear(nn.Linear(16, 16), (0, 1, 2, 4, 8))
     assert layer.ranks == (0, 1, 2) and layer.membership.shape == wide.membership.shape
     assert layer.membership.sum(0).tolist() == [0, 1, 2, 2, 2]
     used = layer.membership.any(1)
     assert layer.lora_A[~used].eq(0).all() and layer.lora_A[used].ne(0).all()
 
 
-@pytest.mark.parametrize("branches", ["nested", "independent"])
-def test_a_search_of_a_narrow_layer_beside_wide_ones(branches):
+def test_a_search_of_a_narrow_layer_beside_wide_ones():
     model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3), nn.Linear(3, 1))
-    config = SearchConfig(ranks=(0, 2, 4, 8), budget_rank=2, branches=branches)
+    config = SearchConfig(ranks=(0, 2, 4, 8), budget_rank=2)
     with pytest.warns(UserWarning, match="left out: 3: no candidate above 0 is at most 1"):
         supernet = Supernet(model, config)
     assert list(supernet.layers) == ["0", "2"]

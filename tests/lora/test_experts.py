@@ -41,10 +41,9 @@ class Table(nn.Module):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("branches", ["independent", "nested"])
-def test_equals_the_explicit_sum_over_branches(transposed, branches):
+def test_equals_the_explicit_sum_over_branches(transposed):
     experts, x = Experts(transposed).double(), torch.randn(3, 4, 6, dtype=torch.float64)
-    layer = MixedRankExperts(experts, "up", RANKS, branches=branches).double()
+    layer = MixedRankExperts(experts, "up", RANKS).double()
     assert layer.shape == (3, 6, 5) and layer.ranks == RANKS
     assert torch.equal(layer(x, factor=2.0), experts(x, factor=2.0))  # B is 0 at the start
     nn.init.normal_(layer.lora_B)

@@ -13,8 +13,8 @@ from darts_lora.lora.handover import cut, fold
 from darts_lora.lora.mixed_linear import MixedRankLinear
 
 
-def layer(base, branches="nested"):
-    mixed = MixedRankLinear(base, (0, 1, 3, 5), branches=branches, dtype=torch.float64)
+def layer(base):
+    mixed = MixedRankLinear(base, (0, 1, 3, 5), dtype=torch.float64)
     nn.init.normal_(mixed.lora_B)
     mixed.alpha.data = torch.randn(4, dtype=torch.float64)
     mixed.membership = mixed.membership.double()
@@ -46,19 +46,18 @@ def in_peft(base, a, b, scaling):
     return layer
 
 
-@pytest.mark.parametrize("branches", ["nested", "independent"])
 @pytest.mark.parametrize("kind", BASES)
 @torch.no_grad()
-def test_the_folded_layer_is_the_supernets(kind, branches):
+def test_the_folded_layer_is_the_supernets(kind):
     torch.manual_seed(0)
     base = BASES[kind]()
-    mixed = layer(base, branches)
+    mixed = layer(base)
     x = torch.randn(7, mixed.lora_A.shape[1], dtype=torch.float64)
     b = fold(mixed.lora_B, mixed.membership @ mixed.probabilities())
     plain, expected = base(x), mixed(x)
     assert (expected - plain).norm() > plain.norm() / 10
     assert (plain + mixed.scaling * x @ mixed.lora_A.T @ b.T - expected).abs().max() < 1e-12
-    columns = 5 if branches == "nested" else 9
+    columns = 5
     a_cut, b_cut = cut(mixed.lora_A, b, columns)
     assert a_cut.shape == (columns, x.shape[1]) and b_cut.shape == (plain.shape[1], columns)
     adapted = in_peft(base, a_cut, b_cut, mixed.scaling)

@@ -12,13 +12,12 @@ from darts_lora.lora.mixed_linear import linear_shape
 from small_models import branch_weights
 
 RANKS = (0, 1, 2, 4)
-BRANCHES = ("independent", "nested")
 
 
-def make(branches="independent", ranks=RANKS, scaling=2.0, seed=0, base=None):
+def make(ranks=RANKS, scaling=2.0, seed=0, base=None):
     torch.manual_seed(seed)
     base = nn.Linear(6, 5) if base is None else base
-    layer = MixedRankLinear(base, ranks, scaling=scaling, branches=branches).double()
+    layer = MixedRankLinear(base, ranks, scaling=scaling).double()
     nn.init.normal_(layer.lora_B)
     nn.init.normal_(layer.alpha)
     return layer
@@ -35,18 +34,16 @@ def explicit(layer, x, weights):
     return y
 
 
-@pytest.mark.parametrize("branches", BRANCHES)
-def test_equals_the_explicit_sum_over_branches(branches):
-    layer, x = make(branches), torch.randn(3, 7, 6, dtype=torch.float64)
+def test_equals_the_explicit_sum_over_branches():
+    layer, x = make(), torch.randn(3, 7, 6, dtype=torch.float64)
     expected = explicit(layer, x, layer.probabilities())
     assert (layer(x) - expected).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("branches", BRANCHES)
-def test_columns_are_aligned_and_those_of_no_branch_stay_zero(branches):
-    layer = MixedRankLinear(nn.Linear(16, 16), [0, 3, 8], branches=branches)
-    used = 11 if branches == "independent" else 8
-    assert len(layer.lora_A) == layer.lora_B.shape[1] == (16 if branches == "independent" else 8)
+def test_columns_are_aligned_and_those_of_no_branch_stay_zero():
+    layer = MixedRankLinear(nn.Linear(16, 16), [0, 3, 11])
+    used = 11
+    assert len(layer.lora_A) == layer.lora_B.shape[1] == 16
     assert layer.lora_A[:used].ne(0).all() and layer.membership[:used].sum(1).ge(1).all()
     optimizer = torch.optim.AdamW([layer.lora_A, layer.lora_B], lr=0.1)
     for _ in range(3):
@@ -58,9 +55,8 @@ def test_columns_are_aligned_and_those_of_no_branch_stay_zero(branches):
     assert not layer.membership[used:].any()
 
 
-@pytest.mark.parametrize("branches", BRANCHES)
-def test_gates_of_each_row_equal_the_explicit_sum(branches):
-    layer, x = make(branches), torch.randn(4, 7, 6, dtype=torch.float64)
+def test_gates_of_each_row_equal_the_explicit_sum():
+    layer, x = make(), torch.randn(4, 7, 6, dtype=torch.float64)
     weights = torch.rand(4, len(RANKS), dtype=torch.float64)
     layer.gates = layer.scaling * weights @ layer.membership.T
     assert (layer(x) - explicit(layer, x, weights)).abs().max() < 1e-12
@@ -70,9 +66,8 @@ def test_gates_of_each_row_equal_the_explicit_sum(branches):
     assert (layer(packed) - explicit(layer, packed, weights[0])).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("branches", BRANCHES)
-def test_gradients_of_input_weights_and_alpha(branches):
-    layer = make(branches)
+def test_gradients_of_input_weights_and_alpha():
+    layer = make()
     x = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
     parameters = (layer.lora_A, layer.lora_B, layer.alpha)
     names = ("lora_A", "lora_B", "alpha")
@@ -83,10 +78,9 @@ def test_gradients_of_input_weights_and_alpha(branches):
     assert torch.autograd.gradcheck(forward, (x, *parameters))
 
 
-@pytest.mark.parametrize("branches", BRANCHES)
 @pytest.mark.parametrize("rank", RANKS)
-def test_one_hot_alpha_equals_peft(branches, rank):
-    layer, x = make(branches), torch.randn(3, 6, dtype=torch.float64)
+def test_one_hot_alpha_equals_peft(rank):
+    layer, x = make(), torch.randn(3, 6, dtype=torch.float64)
     with torch.no_grad():
         layer.alpha.fill_(-torch.inf)
         layer.alpha[RANKS.index(rank)] = 0
@@ -115,10 +109,8 @@ def test_starts_as_the_base_layer_bit_for_bit():
 def test_columns_of_a_candidate():
     layer = make()
     assert torch.allclose(layer.probabilities(), layer.alpha.softmax(0))
-    a, b = branch_weights(layer, 2)  # behind rank 1's column
-    assert torch.equal(a, layer.lora_A[1:3]) and torch.equal(b, layer.lora_B[:, 1:3])
-    nested = make("nested")
-    assert torch.equal(branch_weights(nested, 2)[0], nested.lora_A[:2])
+    a, b = branch_weights(layer, 2)  # rank 1 is its first column
+    assert torch.equal(a, layer.lora_A[:2]) and torch.equal(b, layer.lora_B[:, :2])
 
 
 @pytest.mark.parametrize(
@@ -131,7 +123,6 @@ def test_columns_of_a_candidate():
         ([True], {}, r"ranks=\[True\]"),
         ([0], {}, r"ranks=\[0\]"),
         ([8], {}, "rank 8 is above 5"),
-        ([1], {"branches": "other"}, "branches='other'"),
         ([1], {"dropout": 1.0}, "dropout=1.0"),
         ([1], {"scaling": 0.0}, "scaling=0.0"),
     ],
@@ -178,11 +169,10 @@ def test_inputs_of_any_leading_shape(shape, per_row):
 
 
 @pytest.mark.parametrize("base_dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("branches", BRANCHES)
-def test_branches_in_bfloat16(branches, base_dtype):
+def test_branches_in_bfloat16(base_dtype):
     """Float64 activations hold bfloat16 weights exactly; narrower ones as well as they can."""
     base = nn.Linear(6, 5, dtype=base_dtype)
-    layer = MixedRankLinear(base, RANKS, branches=branches, dtype=torch.bfloat16)
+    layer = MixedRankLinear(base, RANKS, dtype=torch.bfloat16)
     assert layer.lora_A.dtype == layer.lora_B.dtype == torch.bfloat16
     assert layer.alpha.dtype == torch.float32
     nn.init.normal_(layer.lora_B)

@@ -105,7 +105,6 @@ def search_dir(vision_folder, data_folder, tmp_path_factory) -> Path:
         {name: (0, 2, 4)[i % 3] for i, name in enumerate(shapes)},
         shapes=shapes,
         candidates=[0, 2, 4],
-        branches="nested",
         probabilities={
             name: [[0.6, 0.3, 0.1], [0.2, 0.5, 0.3], [0.1, 0.2, 0.7]][i % 3]
             for i, name in enumerate(shapes)

@@ -85,7 +85,7 @@ def test_an_upload_that_fails_leaves_the_adapter(hub, monkeypatch, base_config, 
     [
         ({"push_to_hub": True}, "push_to_hub=true: give the repository too"),
         ({"hub_model_id": "me/x"}, "hub_model_id='me/x': nothing is uploaded without"),
-        ({"push_to_hub": True, "hub_model_id": "a b"}, "hub_model_id='a b': Repo id must"),
+        ({"push_to_hub": True, "hub_model_id": "a b"}, "hub_model_id='a b': is none .Repo id must"),
         ({"push_to_hub": True, "hub_model_id": "../x"}, r"hub_model_id='\.\./x': "),
     ],
 )

@@ -97,16 +97,18 @@ def test_what_a_loss_is_the_mean_of(batch, count):
 
 
 def make(accelerator=None, steps=4, **options):
-    supernet = Supernet(residual(), SearchConfig(ranks=(0, 1, 2), **options))
+    supernet = Supernet(
+        residual(), SearchConfig(ranks=(0, 1, 2), **{"search_fraction": 1, **options})
+    )
     passes = []
     supernet.model.register_forward_pre_hook(lambda model, args: passes.append(len(args[0])))
-    training = TrainingConfig(gradient_accumulation_steps=2)
+    training = TrainingConfig(steps, gradient_accumulation_steps=2)
 
     def loss_fn(model, batch):
         return model(batch).pow(2).mean()
 
     accelerator = accelerator or Accelerator(cpu=True)
-    return BilevelStep(supernet, accelerator, training, loss_fn, steps), passes
+    return BilevelStep(supernet, accelerator, training, loss_fn), passes
 
 
 def test_both_steps_scale_their_losses_alike():
@@ -133,5 +135,4 @@ def test_passes_of_a_step():
 
 
 def test_the_search_may_be_a_part_of_the_run():
-    assert make(steps=5)[0].architect.steps == 5
-    assert make(steps=None)[0].architect.steps == TrainingConfig().max_steps
+    assert make(steps=8, search_fraction=0.5)[0].architect.steps == 4

@@ -116,7 +116,7 @@ def test_it_opens_without_a_network_and_its_pictures_are_there(finished):
     assert not re.search(r"(src|href)=.(?!data:)", page) and "<script" not in page
     inside = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     files = sorted((folder / "out" / "report_pictures").glob("*.png"))
-    assert len(inside) == len(files) == 4
+    assert len(inside) == len(files) == 3
     pictures = {base64.b64decode(picture) for picture in inside}
     assert pictures == {file.read_bytes() for file in files}
     for picture in pictures:
@@ -164,7 +164,6 @@ def test_finetunes_stand_side_by_side(finished, tmp_path):
     assert plain.count("<td>base</td><td>0</td><td>2.0000</td>") == 1
     told = card(page)
     assert "The lowest test loss has <derived>: 0.5000 (base model 2.0000)" in told["Saves"]
-    assert told["Saves"].endswith("with 25% fewer parameters than uniform4.")
     assert told["Next"] == f"python recipes/derive.py --search_dir {finished[0]} --budget_rank 1"
     assert (finished[0] / "out" / "report_pictures" / "finetunes.png").is_file()
     (finished[0] / "out" / "report_pictures" / "finetunes.png").unlink()

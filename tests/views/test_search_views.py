@@ -78,7 +78,7 @@ def test_every_scalar_is_the_searchs_own_record(searched):
     assert events.Scalars("result/chosen_parameters")[0].value == genotype.num_parameters
 
 
-def test_images_histograms_texts_layout_and_hparams(searched):
+def test_images_histograms_and_texts(searched):
     folder, genotype = searched
     events = read(folder)
     tags = events.Tags()
@@ -93,10 +93,6 @@ def test_images_histograms_texts_layout_and_hparams(searched):
     assert f"recipes/finetune.py --genotype {folder}/genotype.json" in text
     configuration = events.Tensors("configuration/text_summary")[0].tensor_proto.string_val[0]
     assert b"arch_every: 1" in configuration and b"max_steps: 40" in configuration
-    plugins = events.summary_metadata
-    assert "custom_scalars__config__" in plugins
-    hparams = [tag for tag, data in plugins.items() if data.plugin_data.plugin_name == "hparams"]
-    assert len(hparams) == 3, "experiment, start and end of the session"
 
 
 def test_one_file_whatever_there_is_to_see(searched):
