@@ -4,7 +4,7 @@ Not here: what the measurements come to (values.py), the weight step, the loop, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -140,13 +140,13 @@ class Architect:
         gates, leaves = self.supernet.mean_gates(), []
 
         def probe(rows: int) -> Tensor:
-            kind = {"device": gates.device, "dtype": gates.dtype}
-            places = (torch.arange(rows, **kind) / rows + torch.rand((), **kind)) % 1
+            even = torch.arange(rows, device=gates.device, dtype=gates.dtype) / rows
+            places = (even + torch.rand((), device=gates.device, dtype=gates.dtype)) % 1
             leaves.append(places.expand(len(gates), -1).clone().requires_grad_())
             return leaves[-1][..., None] * gates[:, None]
 
         loss, gradients = self._gradients(loss_fn, batch, probe, leaves)
-        return loss, [-sum(gradient.sum(-1) for gradient in gradients)]
+        return loss, [-torch.stack([gradient.sum(-1) for gradient in gradients]).sum(0)]
 
     def directions(self, loss_fn: Callable[[Any], Tensor], batch: Any) -> tuple[Tensor, Tensor]:
         """The loss and the energies, (N, R), of the columns: the mean square over the rows of the
@@ -158,7 +158,8 @@ class Architect:
             return leaves[-1] * gates[:, None]
 
         loss, gradients = self._gradients(loss_fn, batch, probe, leaves)
-        return loss, sum(g.shape[1] * g.square().sum(1) for g in gradients)
+        squares = [g.shape[1] * g.square().sum(1) for g in gradients]
+        return loss, torch.stack(squares).sum(0)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed search needs, also behind its last step: tensors and plain numbers."""
@@ -240,7 +241,7 @@ class Architect:
         with self.supernet.probing(probe):
             loss = loss_fn(batch)
             scale = 1.0 if self.scaler is None else self.scaler.get_scale()
-            gradients = [None] * len(leaves)
+            gradients: Sequence[Tensor | None] = [None] * len(leaves)
             if loss.requires_grad and leaves:
                 gradients = torch.autograd.grad(loss * scale, leaves, allow_unused=True)
         if all(g is None for g in gradients) and (

@@ -68,10 +68,10 @@ def discretize(
     else:
         values = probabilities.clamp_min(1e-300).log() + genotype.found_by.get("price", 0) * costs
         choice = choose(values, costs, budget)
-    ranks = [int(row[k]) for row, k in zip(ranks, choice, strict=True)]
+    chosen = [int(row[k]) for row, k in zip(ranks, choice, strict=True)]
     derived = replace(
         genotype,
-        ranks=dict(zip(genotype.shapes, ranks, strict=True)),
+        ranks=dict(zip(genotype.shapes, chosen, strict=True)),
         found_by={**genotype.found_by, "discretize": method, "budget_parameters": budget},
     )
     if sizes is not None:

@@ -8,6 +8,7 @@ import copy
 import os
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from einops import einsum
@@ -118,10 +119,13 @@ class Supernet:
         self.alpha.data.copy_(self.held)
         self._place_alpha(self.alpha.device)
         self._probe: Callable[[int], Tensor] | None = None
-        if hasattr(model, "save_pretrained"):
-            model.save_pretrained = self._save
-        if getattr(model, "is_quantized", False):
-            model._hf_peft_config_loaded = True  # trainers refuse quantized models without adapters
+        pretrained: Any = model  # whose attributes a Module does not know
+        if hasattr(pretrained, "save_pretrained"):
+            pretrained.save_pretrained = self._save
+        if getattr(pretrained, "is_quantized", False):
+            pretrained._hf_peft_config_loaded = (
+                True  # trainers refuse quantized models without adapters
+            )
         self._hooks = [
             model.register_forward_pre_hook(self._set_gates, with_kwargs=True),
             model.register_forward_hook(lambda *_: self._shared.check()),
@@ -137,6 +141,7 @@ class Supernet:
             "dtype": getattr(torch, config.adapter_dtype),
         }
         owner, _, parameter = name.rpartition(".")
+        layer: MixedRankLinear | MixedRankExperts
         if name in modules:
             owner, base = name, modules[name]
             layer = MixedRankLinear(base, config.ranks, dropout=config.dropout, **options)

@@ -4,7 +4,7 @@ Not here: what is computed there (architect.py), or when the weights move (weigh
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class RunningMean:
         steps: number of updates.
     """
 
-    def __init__(self, weights: Callable[[], list[Tensor]], share: float):
+    def __init__(self, weights: Callable[[], Sequence[Tensor]], share: float):
         self.weights, self.power = weights, 1 / share
         self.values: list[Tensor] = []
         self.steps = 0
@@ -62,6 +62,6 @@ class RunningMean:
             torch._foreach_copy_(weights, kept)
 
 
-def _local(tensors: list[Tensor]) -> list[Tensor]:
+def _local(tensors: Sequence[Tensor]) -> list[Tensor]:
     """This process's part of sharded tensors (FSDP2), in the same memory; others as they are."""
     return [(t.to_local() if isinstance(t, DTensor) else t).detach() for t in tensors]
