@@ -20,15 +20,18 @@ AVERAGE = 0.125  # share of the steps so far that the weights are averaged over
 LAST = 4  # validation batches of the last measurement
 
 
-def search_passes(steps: int, every: int) -> float:
+def search_passes(steps: int, every: int, cuts: int = 0) -> float:
     """Validation batches that a search of so many weight steps takes, forward and backward; a
     forward alone counts a third.
 
     Args:
         steps: weight steps of the search.
         every: SearchConfig.arch_every.
+        cuts: candidate ranks above 0 of a search without a budget, each of which is measured, as
+            the base model is; 0 with a budget.
     """
-    return math.ceil((steps - steps // 2) / every) + LAST * (1 + 2 / 3)
+    forwards = 2 + (cuts + 1 if cuts else 0)
+    return math.ceil((steps - steps // 2) / every) + LAST * (1 + forwards / 3)
 
 
 class Architect:
@@ -127,8 +130,8 @@ class Architect:
         bad = (~last.gains.isfinite().all(-1)).nonzero()
         if len(bad):
             return self.steps - (due - 1 - int(bad[0])) * every
-        whole = all(part.isfinite().all() for part in (last.energies, last.losses, last.growth))
-        return None if whole and last.cut.isfinite().all() else self.steps
+        parts = (last.energies, last.losses, last.growth, last.cut, last.cuts, last.base)
+        return None if all(part.isfinite().all() for part in parts) else self.steps
 
     def path(self, loss_fn: Callable[[Any], Tensor], batch: Any) -> tuple[Tensor, list[Tensor]]:
         """The loss and [gains, (N,)]: minus its gradient of a gate for each layer, at a place
@@ -167,7 +170,7 @@ class Architect:
             "mean": self.mean.values,
             "mean_steps": self.mean.steps,
             "half": self.half,
-            "last": [last.energies, last.growth, last.cut, last.losses],
+            "last": [last.energies, last.growth, last.cut, last.losses, last.cuts, last.base],
             "price": self.supernet.price,
         }
 
@@ -194,16 +197,22 @@ class Architect:
             with self.mean.in_place(self.half):
                 gates = self.supernet.mean_gates()
                 before = [self._loss(loss_fn, batch, gates) for batch in batches]
-        whole, rank = self._whole_gates(), self.values.cut_rank
-        uniform = whole * (torch.arange(whole.shape[1], device=whole.device) < rank)
+        ranks = self.supernet.sizes
         with self.supernet.in_directions():
             found = [self.directions(loss_fn, batch) for batch in batches]
             losses = [loss.float() for loss, _ in found]
-            cut = [self._loss(loss_fn, batch, uniform) for batch in batches]
+            cut, *others = (
+                [self._loss(loss_fn, batch, self._uniform_gates(rank)) for batch in batches]
+                for rank in (self.values.cut_rank, *ranks)
+            )
         energies = torch.stack([energies for _, energies in found])
-        scalars = torch.stack([torch.stack(part) for part in (losses, cut, before or losses)])
+        scalars = (losses, cut, before or losses, *others)
+        scalars = torch.stack([torch.stack(part) for part in scalars])
         energies, scalars = (self._reduced(m, scalars.sum()).cpu() for m in (energies, scalars))
-        losses, cut, before = scalars
+        losses, cut, before, *others = scalars
+        if others:
+            self.measured.base = others[0]
+            self.measured.cuts = torch.stack(others[1:], -1) - losses[:, None]
         per_doubling = math.log2(self.steps / max(self.steps // 2, 1))
         self.measured.energies, self.measured.losses = energies, losses
         self.measured.cut = cut - losses
@@ -212,6 +221,11 @@ class Architect:
 
     def _whole_gates(self) -> Tensor:
         return torch.full_like(self.supernet.mean_gates(), self.supernet.config.scaling)
+
+    def _uniform_gates(self, rank: int) -> Tensor:
+        """Those of the first `rank` directions of each layer; 0: the base model."""
+        whole = self._whole_gates()
+        return whole * (torch.arange(whole.shape[1], device=whole.device) < rank)
 
     @torch.no_grad()
     def _loss(self, loss_fn: Callable[[Any], Tensor], batch: Any, gates: Tensor) -> Tensor:

@@ -50,9 +50,12 @@ class SearchConfig:
     """Data type of the LoRA weights; they are used in that of the activations."""
     budget_rank: float | None = None
     """Budget: as many trainable parameters as a uniform LoRA of this rank on the same layers.
-    Default: half of the largest candidate rank."""
+    Default: the search recommends one, by the tolerance."""
     budget_parameters: int | None = None
     """Budget: trainable parameters (count), instead of budget_rank."""
+    tolerance: float = 0.01
+    """Without a budget: the share of what the largest candidate rank gains over the base model that
+    the recommended size may lack, in [0, 1)."""
     search_fraction: float = 0.125
     """Part of a run's weight steps (max_steps) that the search takes, in (0, 1]. The finetune goes
     on from its weights with the rest; with 1 it is a run of its own."""
@@ -71,10 +74,11 @@ class SearchConfig:
                 check_modules(name, value, regex=name in ("target_modules", "exclude_modules"))
         check_bounds(
             self,
-            at_least={"dropout": 0.0, "arch_every": 1, "seed": 0},
+            at_least={"dropout": 0.0, "tolerance": 0.0, "arch_every": 1, "seed": 0},
             above={"scaling": 0.0, "budget_rank": 0.0, "budget_parameters": 0},
         )
-        require(self.dropout < 1, "dropout", self.dropout, "must be below 1")
+        for name in ("dropout", "tolerance"):
+            require(getattr(self, name) < 1, name, getattr(self, name), "must be below 1")
         part, rule = self.search_fraction, "must be above 0 and at most 1"
         require(is_real(part) and 0 < part <= 1, "search_fraction", part, rule)
         if self.budget_rank is not None and self.budget_parameters is not None:

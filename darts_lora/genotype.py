@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from darts_lora.base.bounds import MAX_RANK, NAMES, check_ranks, is_name
+from darts_lora.alpha.sizes import check_sizes
+from darts_lora.base.bounds import MAX_RANK, NAMES, check_ranks, is_name, is_real
 from darts_lora.base.errors import InputError, told_as
 from darts_lora.base.files import read_json, write_json
 from darts_lora.lora.adapter import lora_config, save_fresh
@@ -113,13 +114,12 @@ class Genotype:
         ok = budget is None or (type(budget) in (int, float) and 0 <= budget < 1e30)
         _require(ok, "budget_parameters", budget, "must be a number >= 0")
         price = self.found_by.get("price", 0)
-        ok = type(price) in (int, float) and abs(price) < 1e30
-        _require(ok, "price", price, "must be a number")
+        _require(is_real(price), "price", price, "must be a number")
+        check_sizes(self.found_by.get("sizes"))
 
     @classmethod
     def from_supernet(cls, supernet: Supernet) -> Genotype:
         """The most probable rank of each of the supernet's layers, and all that led to it."""
-        candidates = list(supernet.config.ranks)
         with torch.no_grad():
             probabilities = supernet.alpha.double().softmax(-1).cpu()
         names = list(supernet.layers)
@@ -133,7 +133,7 @@ class Genotype:
             },
             scaling=supernet.config.scaling,
             shapes={name: layer.shape for name, layer in supernet.layers.items()},
-            candidates=candidates,
+            candidates=list(supernet.config.ranks),
             probabilities=dict(zip(names, probabilities.tolist(), strict=True)),
             modules_to_save=list(supernet.saved_modules),
             base_model=getattr(model_config, "_name_or_path", None) or None,

@@ -62,6 +62,8 @@ class Supernet:
         unit_costs: (N,) float64, trainable parameters of one rank.
         costs: (N, K) float64, trainable parameters of each candidate.
         budget: trainable parameters.
+        sizes: uniform ranks whose losses tell how large the budget should be, with 0, the base
+            model; empty where a budget is given.
         price: of a parameter in alpha (relaxation.py), in 1 / parameters.
         calls: forwards of the model so far (count).
 
@@ -81,8 +83,9 @@ class Supernet:
         self.costs = self.unit_costs[:, None] * self.layer_ranks
         self.parameters_per_rank = int(self.unit_costs.sum())
         budget_rank, budget_parameters = config.budget_rank, config.budget_parameters
+        self.sizes: tuple[int, ...] = ()
         if budget_rank is None and budget_parameters is None:
-            budget_rank = max(config.ranks) / 2
+            budget_rank, self.sizes = max(config.ranks) / 2, (0, *filter(None, config.ranks))
         self.budget = resolve_budget(
             self.costs, self.parameters_per_rank, budget_rank, budget_parameters
         )

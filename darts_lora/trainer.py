@@ -35,7 +35,7 @@ from darts_lora.run.launch import check_distribution
 from darts_lora.run.schedule import derive_genotype
 from darts_lora.run.stream import BatchStream
 from darts_lora.supernet import PREPARED, Supernet
-from darts_lora.views.console import show
+from darts_lora.views.console import show, show_sizes
 
 # Beside what a Trainer saves: the state of the search, and from the handover on its result.
 STATE_NAME, GENOTYPE_NAME = "rank_search.pt", "genotype.json"
@@ -246,6 +246,8 @@ class RankSearchCallback(TrainerCallback):
         self.genotype = derive_genotype(self.supernet, self.architect, state.max_steps)
         if state.is_world_process_zero:
             show(self.genotype)
+            if "sizes" in self.genotype.found_by:
+                show_sizes(self.genotype.found_by["sizes"])
             print(verdict_text(self.genotype.found_by["verdict"]))
 
 

@@ -152,6 +152,42 @@ def test_growth_and_cut_are_those_measured_by_hand():
     assert found.energies.shape[:2] == (LAST, 4) and found.gains.shape == (3, 4)
 
 
+def test_without_a_budget_the_cut_to_each_candidate_and_the_base_model_are_measured():
+    supernet, architect = make(budget_rank=None, steps=2)
+    assert supernet.sizes == (0, 1, 2, 4) and supernet.budget == 2 * 4 * 32
+    loss_fn, val = loss_of(supernet), list(batches(count=1 + LAST))
+    given = iter(val)
+    for _ in range(2):
+        architect.step(loss_fn, given)
+    assert next(given, None) is None, "on the same rows"
+    changes = mean_changes(supernet)
+
+    def cut(delta, rank):
+        left, values, right = torch.linalg.svd(delta)
+        return left[:, :rank] * values[:rank] @ right[:rank]
+
+    def losses(cuts):
+        return torch.stack([by_hand(supernet, rows, cuts).mean() for rows in val[1:]])
+
+    whole, found = losses(changes), architect.measured
+    close = {"rtol": 1e-5, "atol": 1e-6}  # losses are float32
+    for place, rank in enumerate((1, 2, 4)):
+        expected = losses([cut(delta, rank) for delta in changes]) - whole
+        torch.testing.assert_close(found.cuts[:, place].double(), expected, **close)
+    base = losses([torch.zeros_like(delta) for delta in changes])
+    torch.testing.assert_close(found.base.double(), base, **close)
+    counted = search_passes(2, 1, cuts=3)
+    assert counted == pytest.approx(search_passes(2, 1) + LAST * 4 / 3)
+
+
+def test_with_a_budget_sizes_are_not_measured():
+    supernet, architect = make(steps=2)
+    for _ in range(2):
+        architect.step(loss_of(supernet), batches())
+    assert supernet.sizes == () and not len(architect.measured.base)
+    assert not len(architect.measured.cuts)
+
+
 def test_energies_at_the_end_are_of_the_singular_directions():
     supernet, architect = make(steps=1)
     loss_fn, val = loss_of(supernet), list(batches(count=1 + LAST))

@@ -94,6 +94,25 @@ def test_a_genotype_can_be_discretized_again(tmp_path):
     assert discretize(loaded, budget_rank=1).num_parameters <= 128
 
 
+def test_a_budget_of_the_largest_ranks_gives_them():
+    supernet = searched(budget_rank=4)
+    values = torch.rand(4, 4, dtype=torch.float64).cumsum(-1)
+    alpha, supernet.price = distribution(values, supernet.costs, supernet.budget)
+    supernet.alpha.data.copy_(alpha)
+    assert set(discretize(supernet).ranks.values()) == {4}
+    assert set(discretize(discretize(searched(budget_rank=1)), budget_rank=4).ranks.values()) == {4}
+
+
+def test_a_tolerance_needs_a_search_that_recommends():
+    for value in (-0.1, 1, float("nan"), "x"):
+        with pytest.raises(InputError, match=r"tolerance=.*: must be a number in \[0, 1\)"):
+            discretize(searched(), tolerance=value)
+    with pytest.raises(InputError, match=r"tolerance=0\.1 and budget_rank=1: give one of them"):
+        discretize(searched(), budget_rank=1, tolerance=0.1)
+    with pytest.raises(InputError, match=r"tolerance=0\.1: the search recommended no size"):
+        discretize(searched(), tolerance=0.1)
+
+
 def test_errors():
     likely = {"candidates": [0, 1], "shapes": {"a": (4, 4)}, "probabilities": {"a": [0.5, 0.5]}}
     with pytest.raises(InputError, match="method='budget': give budget_rank"):

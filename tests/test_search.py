@@ -1,6 +1,7 @@
 """The loop: which batch trains what, the same seed twice, resume, errors, what is written.
 Not here: a single architecture step (test_architect.py), the recipe (recipes/test_search.py)."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -29,6 +30,7 @@ from darts_lora import (
     Supernet,
     discretize,
 )
+from darts_lora.alpha.sizes import recommended
 from darts_lora.base.interruption import Stopped
 from darts_lora.config import TrainingConfig
 from darts_lora.run.checkpoint import checkpoints, load_checkpoint
@@ -156,13 +158,13 @@ def planted(rows=2048, width=32):
 
 
 def test_default_options_find_what_is_planted():
-    """The budget, half of the largest candidate, is what the planted ranks take: 32 of 4 x 8."""
+    """The budget is what the planted ranks take: 32 of 4 x 8."""
     model, data = planted()
     train, validation = torch.utils.data.random_split(
         data, [1536, 512], torch.Generator().manual_seed(0)
     )
     search = RankSearch(
-        Supernet(model, SearchConfig()),
+        Supernet(model, SearchConfig(budget_rank=8)),
         DataLoader(train, 64, shuffle=True),
         DataLoader(validation, 64, shuffle=True),
         training=TrainingConfig(max_steps=2400, learning_rate=5e-3),
@@ -173,6 +175,42 @@ def test_default_options_find_what_is_planted():
     verdict = genotype.found_by["verdict"]
     assert verdict["learnt"] and verdict["chance"] <= 0.01
     assert genotype.num_parameters == 32 * 64
+
+
+def test_without_a_budget_the_recommended_size_is_searched(tmp_path):
+    """Its genotype is that of a search at that budget, and a resumed search ends alike."""
+    options = {"budget_rank": None}
+    search = make(max_steps=16, output_dir=tmp_path, **options)
+    genotype = search.run()
+    sizes = genotype.found_by["sizes"]
+    best = recommended(sizes)
+    assert genotype.found_by["budget_parameters"] == best["parameters"] == search.supernet.budget
+    assert 0.9 * best["parameters"] < genotype.num_parameters <= best["parameters"]
+    assert genotype.found_by["verdict"]["budget_parameters"] == best["parameters"]
+    expected = [
+        sum(p * n for p, n in zip(row, genotype.candidates, strict=True)) * sum(shape)
+        for row, shape in zip(
+            genotype.probabilities.values(), genotype.shapes.values(), strict=True
+        )
+    ]
+    assert sum(expected) == pytest.approx(best["parameters"], rel=1e-4), "alpha is of that budget"
+    for tolerance in (0.0, 0.5):
+        derived = discretize(genotype, tolerance=tolerance)
+        size = recommended(sizes, tolerance)["parameters"]
+        assert derived == dataclasses.replace(
+            discretize(genotype, budget_parameters=size),
+            found_by=derived.found_by,
+        )
+        assert derived.found_by["sizes"] == sizes | {"tolerance": tolerance}
+    (tmp_path / "genotype.json").unlink()
+    again = make(max_steps=16, output_dir=tmp_path, **options).run(resume=True)
+    assert again == genotype == Genotype.load(tmp_path / "genotype.json")
+
+
+def test_a_search_that_is_too_short_for_sizes_takes_half_of_the_largest():
+    genotype = make(max_steps=8, budget_rank=None).run()
+    assert genotype.found_by["sizes"] is None
+    assert genotype.found_by["budget_parameters"] == 2 * sum(map(sum, genotype.shapes.values()))
 
 
 def test_the_same_seed_gives_the_same_genotype_twice(tmp_path):

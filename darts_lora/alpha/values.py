@@ -3,7 +3,7 @@ Not here: the measurements (architect.py), alpha (relaxation.py), the choice (di
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ class Measured:
         growth: (M,), what the loss fell by over the last doubling of the steps.
         cut: (M,), what the loss rises by where all layers are cut to the budget's uniform rank.
         losses: (M,), of the adapter as it is at the end.
+        cuts: (M, C), as `cut`, to each candidate rank above 0; C = 0 where a budget is given.
+        base: (M,), the loss without an adapter; where a budget is given, of length 0.
     """
 
     gains: Tensor
@@ -33,6 +35,8 @@ class Measured:
     growth: Tensor
     cut: Tensor
     losses: Tensor
+    cuts: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+    base: Tensor = field(default_factory=lambda: torch.zeros(0))
 
     @property
     def loss(self) -> Tensor:
@@ -48,7 +52,7 @@ class Measured:
         return self._select(fold, folds, True)
 
     def _select(self, fold: int, folds: int, own: bool) -> Measured:
-        parts = (self.gains, self.energies, self.growth, self.cut, self.losses)
+        parts = (getattr(self, part.name) for part in fields(self))
         return Measured(*(p[[(i % folds == fold) is own for i in range(len(p))]] for p in parts))
 
 
@@ -73,12 +77,14 @@ class Values:
 
     Args:
         supernet: its layers and candidates.
+        budget: trainable parameters; default: the supernet's.
     """
 
-    def __init__(self, supernet: Supernet):
+    def __init__(self, supernet: Supernet, budget: float | None = None):
         self.unit, self.ranks = supernet.unit_costs, supernet.layer_ranks
         self.smoother = smoother(list(supernet.layers))
-        self.uniform = supernet.budget / float(self.unit.sum())
+        self.budget = supernet.budget if budget is None else budget
+        self.uniform = self.budget / float(self.unit.sum())
         self.cut_rank = round(self.uniform)  # whole, as the cut that is measured
 
     def table(self, measured: Measured) -> Tensor:

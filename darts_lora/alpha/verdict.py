@@ -62,7 +62,7 @@ def predicted_gain(supernet: Supernet, found: Found) -> tuple[float, float]:
     uniform = torch.full((len(values.unit), 1), values.uniform, dtype=torch.float64)
     for fold in range(FOLDS):
         others = values.table(measured.without(fold, FOLDS))
-        choice = torch.tensor(choose(others, supernet.costs, supernet.budget))
+        choice = torch.tensor(choose(others, supernet.costs, values.budget))
         own = measured.only(fold, FOLDS)
         chosen = values.at(own, values.ranks.gather(1, choice[:, None]))
         gains.append(float(chosen.sum() - values.at(own, uniform).sum()))

@@ -8,6 +8,7 @@ from typing import Literal
 
 from rich.console import Console
 
+from darts_lora.alpha.sizes import sizes_text
 from darts_lora.base.bounds import check_bounds
 from darts_lora.base.errors import InputError
 from darts_lora.base.options import command, run
@@ -32,6 +33,9 @@ class DeriveRun:
     """Budget: as many trainable parameters as a uniform LoRA of this rank."""
     budget_parameters: int | None = None
     """Budget: trainable parameters (count); default of both: the budget of the search."""
+    tolerance: float | None = None
+    """Of a search without a budget: the smallest size that is predicted to lack at most this share
+    of what the largest candidate gains over the base model, in [0, 1)."""
     output: str | None = None
     """File for the new genotype; default: genotype_<choice>.json in search_dir."""
     format: Literal["table", "axolotl", "peft"] = "table"
@@ -40,7 +44,11 @@ class DeriveRun:
     output."""
 
     def __post_init__(self):
-        check_bounds(self, above={"budget_rank": 0.0, "budget_parameters": 0})
+        check_bounds(
+            self,
+            at_least={"tolerance": 0.0},
+            above={"budget_rank": 0.0, "budget_parameters": 0},
+        )
 
 
 def main(options: DeriveRun) -> None:
@@ -56,12 +64,15 @@ def main(options: DeriveRun) -> None:
         options.method,
         budget_rank=options.budget_rank,
         budget_parameters=options.budget_parameters,
+        tolerance=options.tolerance,
     )
     output = options.output or os.path.join(options.search_dir, f"genotype_{_choice(options)}.json")
     text = FORMATS[options.format](genotype)
     genotype.save(output)
     other = sys.stderr if text else sys.stdout
     show(genotype, Console(file=other))
+    if options.tolerance is not None:
+        print(sizes_text(genotype.found_by["sizes"]), file=other)
     print(f"Genotype: {output}. Next: {command('finetune', genotype=output)}", file=other)
     if text:
         print(text)
@@ -72,6 +83,8 @@ def _choice(options: DeriveRun) -> str:
         return f"rank{options.budget_rank:g}"
     if options.budget_parameters is not None:
         return f"{options.budget_parameters}"
+    if options.tolerance is not None:
+        return f"tolerance{options.tolerance:g}"
     return options.method or "derived"
 
 

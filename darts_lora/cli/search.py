@@ -31,7 +31,7 @@ from darts_lora.run.resume import check_start, is_finished, remove_search
 from darts_lora.run.stream import taken_rows
 from darts_lora.search import RankSearch
 from darts_lora.supernet import Supernet
-from darts_lora.views.console import show, show_batch, show_supernet
+from darts_lora.views.console import show, show_batch, show_sizes, show_supernet
 from darts_lora.views.trackers import check_trackers
 
 EMBEDDED_CONFIG = os.path.join(os.path.dirname(__file__), "embedded.yaml")
@@ -126,6 +126,8 @@ def _search(options: SearchRun, search, model, data, training) -> None:
     path = os.path.join(options.output_dir, "genotype.json")
     if accelerator.is_main_process:
         show(genotype)
+        if "sizes" in genotype.found_by:
+            show_sizes(genotype.found_by["sizes"])
         print(verdict_text(genotype.found_by["verdict"]))
     following = command("finetune", model, genotype=path)
     if options.finetune_dir is not None:
@@ -159,7 +161,9 @@ def _describe(accelerator: Accelerator, supernet: Supernet, splits, supervised) 
         share = supervised[name]
         learnt = "labels" if share is None else f"{share:.0%} of the text's tokens supervised"
         accelerator.print(f"{name}: {rows}, {learnt}")
-    budget = f"{supernet.budget:,.0f} parameters" if supernet.budget else "none"
+    budget = f"{supernet.budget:,.0f} parameters"
+    if supernet.sizes:
+        budget = f"to be recommended, by a tolerance of {supernet.config.tolerance:g}"
     accelerator.print(
         f"{len(supernet.layers)} layers, candidate ranks {list(supernet.config.ranks)}, "
         f"budget: {budget} (uniform rank 1: {supernet.parameters_per_rank:,})"

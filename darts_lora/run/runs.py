@@ -80,6 +80,11 @@ class Search:
         )
 
     @property
+    def sizes(self) -> dict[str, Any] | None:
+        """What a finished search without a budget predicts of each size (alpha/sizes.py)."""
+        return self.genotype and self.genotype.found_by.get("sizes")
+
+    @property
     def ranks(self) -> dict[str, float]:
         """The chosen ranks; of an unfinished search the expected ones."""
         if self.genotype is not None:
@@ -88,7 +93,8 @@ class Search:
 
 
 def load_finetune(folder: str, search: Search | None = None) -> dict[str, Any]:
-    """A finetune's name, trainable parameters, test loss and exact match, and those of its base.
+    """A finetune's name, trainable parameters, test loss and exact match, those of its base, and
+    the curve that predicts it: uniform ranks or searched ones.
 
     Args:
         search: what it is to be set beside.
@@ -111,7 +117,9 @@ def load_finetune(folder: str, search: Search | None = None) -> dict[str, Any]:
             numbers = [result[name] for name in ("loss", "exact_match", "trainable_parameters")]
             if not all(map(_is_number, numbers)) or numbers[-1] is None:
                 raise ValueError("loss, exact_match and trainable_parameters must be numbers")
-    return {"name": os.path.basename(os.path.normpath(folder)), **adapter} | {"base": base}
+    name = os.path.basename(os.path.normpath(folder))
+    curve = "searched" if theirs.get("rank") is None else "uniform"
+    return {"name": name, **adapter} | {"base": base, "curve": curve}
 
 
 def _layers(about: Any) -> Genotype:

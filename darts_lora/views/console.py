@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -13,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from darts_lora.alpha.sizes import RATE_TEXT, gained, recommended, sizes_text
 from darts_lora.base.errors import printable
 from darts_lora.data.collator import IGNORED
 from darts_lora.genotype import Genotype
@@ -104,17 +106,56 @@ def show(genotype: Genotype, console: Console | None = None) -> None:
     console = console or Console()
     plain = console.options.ascii_only
     for table in rank_tables(genotype, PLAIN_BARS if plain else BARS):
-        if console.is_terminal or console.is_jupyter:
-            console.print(table)
-            continue
-        table.box, table.columns[0].header, table.title = None, table.title, None
-        console.print(table, width=FILE_WIDTH, crop=False)  # few lines in a file
+        _print(table, console)
     if genotype.shapes is not None:
         adapted = sum(rank > 0 for rank in genotype.ranks.values())
         console.print(
             f"{adapted} of {len(genotype.ranks)} layers adapted, "
             f"{genotype.num_parameters:,} trainable parameters"
         )
+
+
+def _print(table: Table, console: Console) -> None:
+    """In a file in few lines, which do not depend on a terminal's width."""
+    if console.is_terminal or console.is_jupyter:
+        console.print(table)
+        return
+    table.box = None
+    if table.title:
+        table.columns[0].header, table.title = table.title, None
+    console.print(table, width=FILE_WIDTH, crop=False)
+
+
+def size_table(sizes: dict[str, Any]) -> Table:
+    """What is predicted of each size: a row for each uniform rank."""
+    table, best = Table(), recommended(sizes)
+    for column in ("rank", "parameters", "uniform", "searched", "+-", "lacks", ""):
+        table.add_column(column, justify="right" if column else "left")
+    gain = gained(sizes)
+    for point in sizes["points"]:
+        lacks = (100 * point[name] / gain for name in ("behind", "behind_error"))
+        table.add_row(
+            str(point["rank"]),
+            f"{point['parameters']:,}",
+            f"{point['uniform']:.4g}",
+            f"{point['searched']:.4g}",
+            f"{point['uniform_error']:.1g}",
+            "{:.1f} +- {:.1f} %".format(*lacks) if gain > 0 else "-",
+            "recommended" if point is best else "",
+        )
+    return table
+
+
+def show_sizes(sizes: dict[str, Any] | None, console: Console | None = None) -> None:
+    """Print the predicted losses, the recommended size, and what is known of the learning rate."""
+    console = console or Console()
+    lines = [sizes_text(sizes)]
+    if sizes is not None:
+        console.print("Predicted loss of a whole run at each size:", highlight=False)
+        _print(size_table(sizes), console)
+        lines.append(RATE_TEXT)
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def show_batch(batch: dict[str, Tensor], tokenizer, console: Console | None = None) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import jinja2
 from PIL import Image
 
+from darts_lora.alpha.sizes import gained, predicted_loss, recommended, sizes_text
 from darts_lora.alpha.verdict import verdict_text
 from darts_lora.base.errors import InputError
 from darts_lora.base.files import check_writable, remove, write_into, write_text
@@ -68,7 +69,8 @@ def _page(search: Search, finetunes: list[dict[str, Any]], drawn: dict[str, byte
         card=_card(search, finetunes),
         pictures={name: _inline(content) for name, content in drawn.items()},
         types=_types(search),
-        finetunes=_finetunes(finetunes) if finetunes else None,
+        finetunes=_finetunes(finetunes, search.sizes) if finetunes else None,
+        sizes=_sizes(search.sizes) if search.sizes else None,
         details=_details(search),
     )
 
@@ -98,6 +100,7 @@ def _card(search: Search, finetunes: list[dict[str, Any]]) -> dict[str, str]:
     return {
         "Found": _found(genotype, last),
         "Saves": _saves(search, genotype, finetunes),
+        **({"Size": sizes_text(search.sizes)} if "sizes" in genotype.found_by else {}),
         **_verdict(genotype),
         "Next": following,
     }
@@ -159,7 +162,26 @@ def _types(search: Search) -> Table:
     return Table(["module type", "layers", "ranks", "mean", "parameters", "share"], rows)
 
 
-def _finetunes(finetunes: list[dict[str, Any]]) -> Table:
+def _sizes(sizes: dict[str, Any]) -> Table:
+    """The predicted losses, a row for each uniform rank."""
+    best, gain = recommended(sizes), gained(sizes)
+    rows = [
+        [
+            f"{point['rank']}" + (" (recommended)" if point is best else ""),
+            f"{point['parameters']:,}",
+            *(f"{point[n]:.4f} ± {point[n + '_error']:.4f}" for n in ("uniform", "searched")),
+            f"{point['behind'] / gain:.2%} ± {point['behind_error'] / gain:.2%}"
+            if gain > 0
+            else "-",
+        ]
+        for point in sizes["points"]
+    ]
+    columns = ["rank", "parameters", "uniform ranks", "searched ranks", "lacks of the gain"]
+    return Table(columns, rows)
+
+
+def _finetunes(finetunes: list[dict[str, Any]], sizes: dict[str, Any] | None) -> Table:
+    """What was measured, where a search predicted it beside that."""
     runs = [("base", run["base"]) for run in finetunes if run["base"]][:1]
     runs += [(run["name"], run) for run in finetunes]
     rows = [
@@ -171,7 +193,15 @@ def _finetunes(finetunes: list[dict[str, Any]]) -> Table:
         ]
         for name, run in runs
     ]
-    return Table(["model", "trainable parameters", "test loss", "exact match"], rows)
+    columns = ["model", "trainable parameters", "test loss", "exact match"]
+    if sizes is None:
+        return Table(columns, rows)
+    for row, (_, run) in zip(rows, runs, strict=True):
+        loss, size = run["loss"], run["trainable_parameters"]
+        predicted = predicted_loss(sizes, size, run["curve"]) if "curve" in run else None
+        row.append("-" if predicted is None else f"{predicted:.4f}")
+        row.append("-" if None in (predicted, loss) else f"{loss - predicted:+.4f}")
+    return Table([*columns, "predicted", "measured - predicted"], rows)
 
 
 def _details(search: Search) -> dict[str, Table | dict[str, Any]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from darts_lora.alpha.sizes import recommended, sizes_text
 from darts_lora.alpha.verdict import verdict_text
 from darts_lora.base.options import command
 from darts_lora.genotype import Genotype
@@ -145,6 +146,8 @@ class SearchViews:
         self.draw(step)
         image = rank_image(genotype.ranks, genotype.candidates[-1], self.parts)
         self._show({"ranks/chosen": image}, step)
+        if sizes := genotype.found_by.get("sizes"):
+            self._show_sizes(sizes, step)
         results = {
             f"result/{name}": float(value)
             for name, value in genotype.found_by["verdict"].items()
@@ -152,13 +155,23 @@ class SearchViews:
         }
         self.trackers.log({**results, "result": self._result(genotype)}, step)
 
+    def _show_sizes(self, sizes: dict[str, Any], step: int) -> None:
+        """What is predicted of each size: a chart, and a scalar for each point of its curves."""
+        from darts_lora.views.charts import sizes_image  # matplotlib takes a while to load
+
+        self._show({"sizes/predicted": sizes_image(sizes)}, step)
+        curves = [(p, name) for p in sizes["points"] for name in ("uniform", "searched")]
+        scalars = {f"sizes/{name}/rank_{p['rank']}": float(p[name]) for p, name in curves}
+        self.trackers.log(scalars | {"sizes/recommended": recommended(sizes)["rank"]}, step)
+
     def _result(self, genotype: Genotype) -> str:
         path = os.path.join(self.output_dir, "genotype.json")
         adapted = sum(rank > 0 for rank in genotype.ranks.values())
         return (
             f"{adapted} of {len(genotype.ranks)} layers adapted, "
             f"{genotype.num_parameters:,} trainable parameters.\n\n"
-            f"{verdict_text(genotype.found_by['verdict'])}\n\n"
+            + (f"{sizes_text(sizes)}\n\n" if (sizes := genotype.found_by.get("sizes")) else "")
+            + f"{verdict_text(genotype.found_by['verdict'])}\n\n"
             f"Next: `{command('finetune', genotype=path)}`"
         )
 

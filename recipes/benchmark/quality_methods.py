@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -30,14 +30,28 @@ def one_run(setting: Setting) -> Found:
     """The library's default: the search is the first part of the run, which goes on from its
     weights. Its architecture steps are paid for with weight steps, so that the run has as many
     passes (rows that go forward and backward) as a finetune of the task."""
-    retrainer, rows = setting.retrainer, setting.rows
     steps, passes = setting.steps_with_search()
+    with made_search(setting, steps, setting.budget) as search:
+        genotype = search.run()
+        state = genotype.inherited_state(search.supernet)
+    setting.kept = {
+        name: tuple(state[f"{PEFT_PREFIX}{name}.lora_{part}.weight"] for part in "AB")
+        for name, rank in genotype.ranks.items()
+        if rank
+    }
+    found = {"taken": search.step, "run_steps": steps, "passes": passes}
+    return Found(genotype.ranks, _notes(genotype) | found)
+
+
+@contextlib.contextmanager
+def made_search(setting: Setting, run_steps: int, budget: int | None) -> Iterator[RankSearch]:
+    """A search that has not begun, the first part of a run of so many weight steps; it shows no
+    bar. Behind it the model is as it was."""
+    retrainer, rows = setting.retrainer, setting.rows
     training = replace(
-        retrainer.training, max_steps=steps, learning_rate=setting.rate, logging_steps=steps
+        retrainer.training, max_steps=run_steps, learning_rate=setting.rate, logging_steps=run_steps
     )
-    config = replace(
-        setting.search, budget_rank=None, budget_parameters=setting.budget, seed=setting.seed
-    )
+    config = replace(setting.search, budget_rank=None, budget_parameters=budget, seed=setting.seed)
     loaders = [
         DataLoader(
             range(len(rows)),
@@ -56,17 +70,9 @@ def one_run(setting: Setting) -> Found:
             cuda_graphs=retrainer.device.type == "cuda",
         )
         with open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet):  # no second bar
-            genotype = search.run()
-            state = genotype.inherited_state(supernet)
+            yield search
     finally:
         supernet.remove().requires_grad_(False)
-    setting.kept = {
-        name: tuple(state[f"{PEFT_PREFIX}{name}.lora_{part}.weight"] for part in "AB")
-        for name, rank in genotype.ranks.items()
-        if rank
-    }
-    found = {"taken": search.step, "run_steps": steps, "passes": passes}
-    return Found(genotype.ranks, _notes(genotype) | found)
 
 
 def _notes(genotype: Genotype) -> dict[str, Any]:
