@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from darts_lora.lora.parts import layer_type
+
 NEAR = 1 / 6  # of a stack's depth: over it, likeness falls to 1 / e
 NOISE = 1.0  # variance of a measurement's noise over that of what is measured
 
@@ -47,11 +49,6 @@ def kernel(names: Sequence[str]) -> Tensor:
     near = same_stack * torch.exp(-(depth[:, None] - depth).abs() / scale)
     own = torch.eye(len(names), dtype=torch.float64)
     return (same_type + near + same_type * near + own) / 4
-
-
-def layer_type(name: str) -> str:
-    """A layer's name with * for the number of each block."""
-    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
 
 
 def _place(parts: list[str]) -> tuple[str, int]:

@@ -8,6 +8,7 @@ python recipes/benchmark/size.py --config recipes/benchmark/quality/embedded_vqa
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from quality_methods import made_search
 from quality_rows import task_digest
 
 from darts_lora import SearchConfig
-from darts_lora.base.files import check_writable, write_json
+from darts_lora.base.files import check_writable, write_text
 from darts_lora.base.options import run
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
 
@@ -46,19 +47,26 @@ def main(
     training: TrainingConfig,
 ) -> None:
     """Search without a budget, and sweep the uniform ranks of the same task."""
-    folder = Path(check_writable(os.path.join(options.output_dir, options.benchmark, "size")))
+    folder = Path(check_writable(os.path.join(options.output_dir, options.benchmark)))
     rate = sorted(options.learning_rates)[len(options.learning_rates) // 2]
-    files = {s: folder / f"search-s{s}-lr{rate:g}.json" for s in options.seeds}
-    todo = {seed: path for seed, path in files.items() if not path.exists()}
+    path = folder / "searches.jsonl"
+    done = read_searches(path) if path.exists() else []
+    todo = [s for s in options.seeds if (s, rate) not in {(d["seed"], d["rate"]) for d in done}]
     if size.search and todo:
         task = Task(replace(options, stack=1), search, model, data, training)
         digest = task_digest(model, data)
-        for seed, path in todo.items():
-            write_json(path, {"task": digest} | searched(task, seed, rate))
-            print(path, flush=True)
+        for seed in todo:
+            done.append({"task": digest} | searched(task, seed, rate))
+            write_text(path, "".join(json.dumps(line) + "\n" for line in done))
+            print(f"{path}: seed {seed}", flush=True)
     if size.sweep:
         options = replace(options, methods=["uniform"], budgets=options.curve)
         quality.main(options, search, model, data, training)
+
+
+def read_searches(path: Path) -> list[dict[str, Any]]:
+    """What `searched` gave, a search a line."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def searched(task: Task, seed: int, rate: float) -> dict[str, Any]:

@@ -6,7 +6,6 @@ python recipes/benchmark/size_tables.py    # what has been measured
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -14,6 +13,7 @@ from typing import Any
 
 from quality_publish import read
 from scipy.stats import spearmanr
+from size import read_searches
 
 from darts_lora import InputError
 from darts_lora.alpha.sizes import recommended
@@ -27,14 +27,14 @@ class TablesRun:
     """What is compared."""
 
     output_dir: str = str(Path(__file__).parent / "results" / "size")
-    """Folder of the tasks' folders: searches in size/, and the sweep's cells."""
+    """Folder of the tasks' folders of searches and cells, or of packed ones: <benchmark>.jsonl for
+    the sweep, <benchmark>.searches.jsonl."""
     benchmarks: list[str] = field(
         default_factory=lambda: ["embedded_vqa", "embedded_color", "embedded_yes_no"]
     )
-    """Folders; of one without cells the packed sweep is taken, <benchmark>.jsonl there or in
-    `sweeps`."""
+    """Tasks."""
     sweeps: str = str(Path(__file__).parent / "results" / "quality")
-    """Another folder of packed sweeps."""
+    """Where packed sweeps are that are not there."""
     tolerance: float = 0.01
     """Share of the largest rank's gain that a rank may lack."""
 
@@ -43,16 +43,18 @@ def main(options: TablesRun) -> None:
     """Print a row for each search."""
     print("| " + " | ".join(COLUMNS) + " |\n|" + " --- |" * len(COLUMNS))
     for name in options.benchmarks:
-        folder = Path(options.output_dir) / name
-        packed = (Path(f) / f"{name}.jsonl" for f in (options.output_dir, options.sweeps))
-        cells = [folder] if list(folder.glob("uniform-*-final-*")) else []
-        sweep = next((path for path in (*cells, *packed) if path.exists()), None)
-        searches = sorted((folder / "size").glob("search-*.json"))
-        if sweep is None or not searches:
-            raise InputError(f"benchmarks={name!r}: no searches in {folder}/size, or no sweep")
-        losses = measured(read(sweep)[1])
-        for path in searches:
-            row = compared(json.loads(path.read_text()), losses, options.tolerance)
+        folder = Path(options.output_dir)
+        packed = (folder / f"{name}.jsonl", Path(options.sweeps) / f"{name}.jsonl")
+        sweeps = [*(folder / name).glob("uniform-*-final-*"), *(p for p in packed if p.exists())]
+        searches = folder / name / "searches.jsonl", folder / f"{name}.searches.jsonl"
+        found = [path for path in searches if path.exists()]
+        if not sweeps or not found:
+            raise InputError(f"benchmarks={name!r}: no searches of it in {folder}, or no sweep")
+        losses = measured(read(sweeps[0] if sweeps[0] in packed else folder / name)[1])
+        for search in read_searches(found[0]):
+            if search["found_by"]["sizes"] is None:
+                raise InputError(f"benchmarks={name!r}: a search was too short to recommend a size")
+            row = compared(search, losses, options.tolerance)
             print(f"| {name} | " + " | ".join(row) + " |")
 
 

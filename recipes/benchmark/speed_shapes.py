@@ -8,18 +8,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, MllamaConfig, MllamaForC
 
 from darts_lora.lora.models import checkpoint_activations
 
-SMOLLM2 = {
-    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-    "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
-}  # fmt: skip
-LLAMA_1B = {
-    "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True,
-}  # fmt: skip
-LLAMA_8B = {
-    "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
-    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-}  # fmt: skip
 TINY = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -38,9 +26,6 @@ class Shape:
 
 SHAPES = {
     "tiny": Shape(TINY, 2, 32),
-    "smollm2": Shape(SMOLLM2, 16, 256),
-    "llama_1b": Shape(LLAMA_1B, 4, 256),
-    "llama_8b": Shape(LLAMA_8B, 1, 1024),
     "mllama_11b": Shape(None, 1, 256),  # None: the default MllamaConfig is the 11B model's
     "mllama_11b_batch4": Shape(None, 4, 512, checkpointing=True),
 }

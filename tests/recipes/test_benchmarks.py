@@ -10,10 +10,12 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from datasets.utils import tqdm as datasets_bar
 
+from darts_lora import InputError
 from darts_lora.lora import adapter
 
 
@@ -143,3 +145,28 @@ def test_bad_options_are_told(launch, tmp_path):
     only = ("--shape", "tiny", "--graphs", "[true]", "--output", tmp_path / "none.json")
     done = launch("benchmark/speed_run", *only, status=2)
     assert "graphs=[True]: there are none on a CPU" in done.stderr
+
+
+def test_the_table_of_recommended_sizes_is_that_of_its_command(benchmark_imports, capsys):
+    tables = importlib.import_module("size_tables")
+    tables.main(tables.TablesRun())
+    lines = capsys.readouterr().out.splitlines()
+    note = (Path(tables.__file__).parent / "notes" / "sizes.md").read_text()
+    assert len(lines) > 2 and all(line in note for line in lines[2:])
+
+
+def test_searches_without_a_budget_are_kept_and_compared(benchmark_imports, tmp_path, capsys):
+    size, tables = map(importlib.import_module, ("size", "size_tables"))
+    published = Path(tables.TablesRun().output_dir)
+    found = size.read_searches(published / "embedded_color.searches.jsonl")
+    task = tmp_path / "embedded_color"
+    task.mkdir()
+    found[0]["found_by"]["sizes"]["points"][0]["behind"] = 0.0
+    (task / "searches.jsonl").write_text(json.dumps(found[0]) + "\n")
+    tables.main(tables.TablesRun(str(tmp_path), ["embedded_color"], str(published)))
+    (row,) = capsys.readouterr().out.splitlines()[2:]
+    assert row.split(" | ")[:4] == ["| embedded_color", "0", "1", "2"], "1 lacks nothing there"
+    found[0]["found_by"]["sizes"] = None
+    (task / "searches.jsonl").write_text(json.dumps(found[0]) + "\n")
+    with pytest.raises(InputError, match="too short"):
+        tables.main(tables.TablesRun(str(tmp_path), ["embedded_color"], str(published)))
