@@ -192,32 +192,30 @@ class Architect:
     def _finish(self, loss_fn: Callable[[Any], Tensor], val_batches: Iterator[Any]) -> None:
         """The last measurement, on rows that are the same for all of its parts."""
         batches = [next(val_batches) for _ in range(LAST)]
-        before = []
+        before: list[Tensor] = []
         if self.half:
             with self.mean.in_place(self.half):
                 gates = self.supernet.mean_gates()
                 before = [self._loss(loss_fn, batch, gates) for batch in batches]
-        ranks = self.supernet.sizes
         with self.supernet.in_directions():
             found = [self.directions(loss_fn, batch) for batch in batches]
             losses = [loss.float() for loss, _ in found]
-            cut, *others = (
+            cuts = [
                 [self._loss(loss_fn, batch, self._uniform_gates(rank)) for batch in batches]
-                for rank in (self.values.cut_rank, *ranks)
-            )
+                for rank in (self.values.cut_rank, *self.supernet.sizes)
+            ]
         energies = torch.stack([energies for _, energies in found])
-        scalars = (losses, cut, before or losses, *others)
-        scalars = torch.stack([torch.stack(part) for part in scalars])
+        scalars = torch.stack([torch.stack(part) for part in (losses, before or losses, *cuts)])
         energies, scalars = (self._reduced(m, scalars.sum()).cpu() for m in (energies, scalars))
-        losses, cut, before, *others = scalars
-        if others:
-            self.measured.base = others[0]
-            self.measured.cuts = torch.stack(others[1:], -1) - losses[:, None]
-        per_doubling = math.log2(self.steps / max(self.steps // 2, 1))
-        self.measured.energies, self.measured.losses = energies, losses
-        self.measured.cut = cut - losses
+        last, half, cut, *sizes = scalars.unbind()
+        self.measured.energies, self.measured.losses = energies, last
+        self.measured.cut = cut - last
         if self.half:
-            self.measured.growth = (before - losses) / per_doubling
+            per_doubling = math.log2(self.steps / max(self.steps // 2, 1))
+            self.measured.growth = (half - last) / per_doubling
+        if sizes:
+            self.measured.base = sizes[0]
+            self.measured.cuts = torch.stack(sizes[1:], -1) - last[:, None]
 
     def _whole_gates(self) -> Tensor:
         return torch.full_like(self.supernet.mean_gates(), self.supernet.config.scaling)

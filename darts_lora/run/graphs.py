@@ -1,18 +1,20 @@
 """CUDA graphs: a function of a batch, captured once for each shape of the batch, then replayed.
-Not here: what is computed (search.py, architect.py), nor what in a model may wait (static.py)."""
+What models do by values that the host reads from the device, Static does without reading them.
+Not here: what is computed (search.py, architect.py)."""
 
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 from collections.abc import Callable, Hashable
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
-
-from darts_lora.run.static import Static
 
 
 class Graphed:
@@ -20,7 +22,7 @@ class Graphed:
 
     Small kernels cost more to launch than to compute; a graph launches them all at once. Random
     numbers drawn inside are fresh in each replay. The function must not wait for the device (but
-    see static.py), and must read everything else that changes between its calls from the same
+    see Static), and must read everything else that changes between its calls from the same
     tensors. It may change things: each call does so once. The first call
     of a shape is launched as ever, the second one is captured, so a shape that comes once costs
     nothing.
@@ -115,3 +117,58 @@ def _side_stream(device: int) -> torch.cuda.Stream:
 
 def _tensors(batch: Any) -> list[Tensor]:
     return [leaf for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor)]
+
+
+class Static(TorchFunctionMode):
+    """Inside, models of images and text in transformers (LLaVA and its kind) never wait.
+
+    They put image features in the places of image tokens by `masked_scatter`, whose gradient
+    counts these on the host; an equal function takes its place. And they compare the numbers of
+    image tokens and of features: that check is left out, so let it have passed before.
+    """
+
+    def __enter__(self):
+        self.unchecked = mock.patch.dict(os.environ, TRANSFORMERS_DISABLE_TORCH_CHECK="1")
+        self.unchecked.start()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.unchecked.stop()
+        return super().__exit__(*error)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is Tensor.masked_scatter:
+            return masked_scatter(*args, **(kwargs or {}))
+        if function is Tensor.__format__:  # the text of an error that is not raised
+            return "a tensor"
+        return function(*args, **(kwargs or {}))
+
+
+def masked_scatter(tensor: Tensor, mask: Tensor, source: Tensor) -> Tensor:
+    """torch.Tensor.masked_scatter, of which neither pass waits for the device.
+
+    Args:
+        tensor: any shape and dtype.
+        mask: bool, of a shape that broadcasts to tensor's.
+        source: of tensor's dtype; its first elements go where mask is true, in order. Has at least
+            as many as that, which is not checked.
+    """
+    return _MaskedScatter.apply(tensor, mask.expand_as(tensor), source)
+
+
+class _MaskedScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: Tensor, mask: Tensor, source: Tensor) -> Tensor:
+        order = mask.flatten().cumsum(0) - 1  # of each element: the last source used so far
+        ctx.save_for_backward(mask, order)
+        ctx.source_shape = source.shape
+        taken = source.flatten()[order.clamp(min=0)]
+        return torch.where(mask, taken.view(tensor.shape), tensor)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        mask, order = ctx.saved_tensors
+        spare = ctx.source_shape.numel()  # where all goes that no source gave
+        places = torch.where(mask.flatten(), order, spare)
+        to_source = grad.new_zeros(spare + 1).scatter_(0, places, grad.flatten())[:-1]
+        return grad.masked_fill(mask, 0), None, to_source.view(ctx.source_shape)

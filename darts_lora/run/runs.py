@@ -82,7 +82,7 @@ class Search:
     @property
     def sizes(self) -> dict[str, Any] | None:
         """What a finished search without a budget predicts of each size (alpha/sizes.py)."""
-        return self.genotype and self.genotype.found_by.get("sizes")
+        return None if self.genotype is None else self.genotype.found_by.get("sizes")
 
     @property
     def ranks(self) -> dict[str, float]:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import quality
-import torch
 from quality import Task
 from quality_cells import Cell, QualityRun
 from quality_methods import made_search
@@ -75,22 +74,15 @@ def searched(task: Task, seed: int, rate: float) -> dict[str, Any]:
     steps = task.retrainer.training.max_steps
     with made_search(task.setting(cell), steps, None) as ready:
         genotype = ready.run()
-    architect = ready.architect
-    measured, values = architect.measured, architect.values
+    measured = ready.architect.measured
     found = {f.name: getattr(measured, f.name).tolist() for f in fields(measured)}
     del found["gains"], found["energies"]
-    ranks = torch.arange(measured.energies.shape[-1] + 1, dtype=torch.float64)
-    kept = values.kept(measured.energies.double().mean(0)).sum(0)
     return found | {
         "seed": seed,
         "rate": rate,
         "steps": ready.steps,
         "run_steps": steps,
-        "candidates": list(task.search.ranks),
-        "parameters_per_rank": ready.supernet.parameters_per_rank,
         "gain": float(measured.gains.double().mean(0).sum()),
-        "kept": dict(zip(ranks.int().tolist(), kept.tolist(), strict=True)),
-        "energy": float(measured.energies.double().mean(0).sum()),
         "found_by": genotype.found_by,
     }
 

@@ -6,12 +6,12 @@ python recipes/benchmark/size_tables.py    # what has been measured
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from quality_publish import read
+from quality_publish import RESULTS, read, tasks_in
 from scipy.stats import spearmanr
 from size import read_searches
 
@@ -26,34 +26,25 @@ COLUMNS = ("task", "seed", "recommended", "needed", "Spearman", "predicted 1 / l
 class TablesRun:
     """What is compared."""
 
-    output_dir: str = str(Path(__file__).parent / "results" / "size")
-    """Folder of the tasks' folders of searches and cells, or of packed ones: <benchmark>.jsonl for
-    the sweep, <benchmark>.searches.jsonl."""
-    benchmarks: list[str] = field(
-        default_factory=lambda: ["embedded_vqa", "embedded_color", "embedded_yes_no"]
-    )
-    """Tasks."""
-    sweeps: str = str(Path(__file__).parent / "results" / "quality")
-    """Where packed sweeps are that are not there."""
+    output_dir: str = str(RESULTS / "size")
+    """Folder of the tasks' folders, or of packed searches, <benchmark>.searches.jsonl. A sweep that
+    is not there is taken from the published ones."""
     tolerance: float = 0.01
     """Share of the largest rank's gain that a rank may lack."""
 
 
 def main(options: TablesRun) -> None:
     """Print a row for each search."""
+    folder = Path(options.output_dir)
+    packed = {p.name.split(".")[0]: p for p in folder.glob("*.searches.jsonl")}
+    searches = packed | {p.parent.name: p for p in folder.glob("*/searches.jsonl")}
+    sweeps = tasks_in(RESULTS / "quality") | tasks_in(folder)
     print("| " + " | ".join(COLUMNS) + " |\n|" + " --- |" * len(COLUMNS))
-    for name in options.benchmarks:
-        folder = Path(options.output_dir)
-        packed = (folder / f"{name}.jsonl", Path(options.sweeps) / f"{name}.jsonl")
-        sweeps = [*(folder / name).glob("uniform-*-final-*"), *(p for p in packed if p.exists())]
-        searches = folder / name / "searches.jsonl", folder / f"{name}.searches.jsonl"
-        found = [path for path in searches if path.exists()]
-        if not sweeps or not found:
-            raise InputError(f"benchmarks={name!r}: no searches of it in {folder}, or no sweep")
-        losses = measured(read(sweeps[0] if sweeps[0] in packed else folder / name)[1])
-        for search in read_searches(found[0]):
-            if search["found_by"]["sizes"] is None:
-                raise InputError(f"benchmarks={name!r}: a search was too short to recommend a size")
+    for name, path in sorted(searches.items()):
+        losses = measured(read(sweeps[name])[1]) if name in sweeps else {}
+        for search in read_searches(path):
+            if not losses or search["found_by"]["sizes"] is None:
+                raise InputError(f"{path}: has no sweep, or a search too short to recommend a size")
             row = compared(search, losses, options.tolerance)
             print(f"| {name} | " + " | ".join(row) + " |")
 

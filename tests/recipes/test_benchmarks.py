@@ -161,12 +161,13 @@ def test_searches_without_a_budget_are_kept_and_compared(benchmark_imports, tmp_
     found = size.read_searches(published / "embedded_color.searches.jsonl")
     task = tmp_path / "embedded_color"
     task.mkdir()
+    (tmp_path / "embedded_color.jsonl").write_text((published / "embedded_color.jsonl").read_text())
     found[0]["found_by"]["sizes"]["points"][0]["behind"] = 0.0
     (task / "searches.jsonl").write_text(json.dumps(found[0]) + "\n")
-    tables.main(tables.TablesRun(str(tmp_path), ["embedded_color"], str(published)))
+    tables.main(tables.TablesRun(str(tmp_path)))
     (row,) = capsys.readouterr().out.splitlines()[2:]
     assert row.split(" | ")[:4] == ["| embedded_color", "0", "1", "2"], "1 lacks nothing there"
     found[0]["found_by"]["sizes"] = None
     (task / "searches.jsonl").write_text(json.dumps(found[0]) + "\n")
     with pytest.raises(InputError, match="too short"):
-        tables.main(tables.TablesRun(str(tmp_path), ["embedded_color"], str(published)))
+        tables.main(tables.TablesRun(str(tmp_path)))

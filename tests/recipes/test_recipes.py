@@ -13,6 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from darts_lora import Genotype, RankSearch, Supernet, discretize
+from darts_lora.alpha.sizes import FIGURES
 from darts_lora.base.options import load_config
 from darts_lora.config import DataConfig, ModelConfig, SearchConfig, TrainingConfig
 from darts_lora.evaluate import EvaluateConfig, evaluate
@@ -24,7 +25,15 @@ COMMON = {"help", "config"}
 OWN = {
     "search": {"output_dir", "resume", "finetune_dir", "cuda_graphs", "report_to", "dry_run"},
     "report": {"search_dir", "finetune_dir", "output"},
-    "derive": {"search_dir", "method", "budget_rank", "budget_parameters", "output", "format"},
+    "derive": {
+        "search_dir",
+        "method",
+        "budget_rank",
+        "budget_parameters",
+        "tolerance",
+        "output",
+        "format",
+    },
     "finetune": set(),
     "evaluate": set(),
 }
@@ -71,6 +80,25 @@ def test_another_budget_from_the_same_search(launch, search_dir, tmp_path):
     assert derived.num_parameters <= limit < 4 * derived.num_parameters
     assert f"{derived.num_parameters:,} trainable parameters" in done.stdout
     assert f"finetune.py --genotype {output}" in done.stdout
+
+
+def test_another_tolerance_from_the_same_search(launch, search_dir, tmp_path):
+    searched = Genotype.load(search_dir / "genotype.json")
+    width = sum(sum(shape) for shape in searched.shapes.values())
+    points = [
+        {"rank": rank, "parameters": rank * width, "behind": behind}
+        | {name: 0.0 for name in FIGURES if name != "behind"}
+        for rank, behind in ((2, 0.03), (4, 0.0))
+    ]
+    sizes = {"base_loss": 1.0, "noise": 0.001, "tolerance": 0.01, "points": points}
+    searched.found_by["sizes"] = sizes
+    searched.save(tmp_path / "genotype.json")
+    for tolerance, rank in ((0.02, 4), (0.04, 2)):
+        output = tmp_path / f"{rank}.json"
+        options = ("--search_dir", tmp_path, "--tolerance", tolerance, "--output", output)
+        launch("derive", *options)
+        wanted = discretize(searched, budget_parameters=rank * width)
+        assert Genotype.load(output).ranks == wanted.ranks
 
 
 @pytest.mark.parametrize(("form", "read"), [("axolotl", yaml.safe_load), ("peft", json.loads)])
@@ -202,7 +230,8 @@ def test_a_report(launch, searched):
     done = launch("report", "--search_dir", searched)
     assert done.stdout.strip() == f"Report: {searched}/report.html"
     assert "<h1>LoRA ranks found by" in (searched / "report.html").read_text()
-    assert len(list((searched / "report_pictures").glob("*.png"))) == 4
+    pictures = {path.name for path in (searched / "report_pictures").iterdir()}
+    assert pictures == {"losses.png", "ranks.png", "worth.png"}
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,7 @@ from darts_lora import RankSearch, SearchConfig, Supernet
 from darts_lora.config import ModelConfig, TrainingConfig
 from darts_lora.data.collator import Collator
 from darts_lora.lora.models import load_model, load_processor
-from darts_lora.run.graphs import Graphed
-from darts_lora.run.static import Static, masked_scatter
+from darts_lora.run.graphs import Graphed, Static, masked_scatter
 from small_models import residual
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

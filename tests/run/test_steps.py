@@ -129,7 +129,8 @@ def test_passes_of_a_step():
         assert loss > 0 and (metrics is None) != due
         assert torch.equal(steps.supernet.alpha, alpha) == (step < 4)
         assert steps.architect.mean.steps == step, "all steps are in the mean"
-    own = LAST * 3  # before, directions, cut
+    own = LAST * (3 + len(steps.supernet.sizes))  # before, directions, cut, those of all sizes
+    assert len(steps.supernet.sizes) > 1, "no budget: the base model and each rank"
     assert seen == [4] * (2 + 1 + own) and metrics.keys() == {"gain", "expected_parameters"}
     assert len(list(train)) == 40 - 8 and len(list(val)) == 40 - 1 - LAST
 
