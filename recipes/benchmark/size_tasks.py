@@ -1,15 +1,12 @@
 """Tasks that had no part in how a size is recommended (size.py): other questions, other directions.
 Not here: the measurements (size.py), the tasks of quality.py.
 
-python recipes/benchmark/size_tasks.py --e2e '[e2e_train.jsonl, e2e_test.jsonl]' \
-    --gsm8k_train gsm8k_train.jsonl --gsm8k_test gsm8k_test.jsonl
+python recipes/benchmark/size_tasks.py --turned '[e2e_train.jsonl, e2e_test.jsonl]'
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,6 @@ from darts_lora.base.options import run
 from darts_lora.config import DataConfig
 from darts_lora.data.sources import load_source
 
-TEST = 0.15  # of the records of E2E, all texts of which are test rows
 Row = dict[str, Any]
 
 
@@ -31,30 +27,21 @@ class TasksRun:
 
     output_dir: str = "runs/size/data"
     """Folder of a folder for each task."""
-    e2e: list[str] = field(default_factory=list)
-    """Files of E2E (JSON lines of messages: a record, and a text that says it)."""
-    gsm8k_train: str | None = None
-    """Training rows of GSM8K (JSON lines of messages: a question, and its worked answer)."""
-    gsm8k_test: str | None = None
-    """Its test rows."""
+    turned: list[str] = field(default_factory=list)
+    """Files of JSON lines of messages; in turned_<name> the answers ask for the questions."""
 
 
 def main(options: TasksRun) -> None:
-    """Write the rows of each task whose source is given; the embedded ones always."""
+    """Write the two tasks of the embedded model, and what is turned."""
     folder = Path(check_writable(options.output_dir))
     for name, wanted in {"color": _asks_color, "yes_no": _asks_yes_no}.items():
         splits = load_source(DataConfig()).splits
         kept = {split: rows.filter(wanted, keep_in_memory=True) for split, rows in splits.items()}
         DatasetDict(kept).save_to_disk(str(folder / f"embedded_{name}"))
-    if options.e2e:
-        rows = [turned(row) for path in options.e2e for row in _lines(path)]
-        is_test = [_share(text_of(row, "assistant")) < TEST for row in rows]
-        for split, wanted in {"train": False, "test": True}.items():
-            chosen = (row for row, test in zip(rows, is_test, strict=True) if test is wanted)
-            _write(folder / f"e2e_records_{split}.jsonl", chosen)
-    for split in ("train", "test"):
-        if path := getattr(options, f"gsm8k_{split}"):
-            _write(folder / f"gsm8k_questions_{split}.jsonl", map(turned, _lines(path)))
+    for path in map(Path, options.turned):
+        rows = [turned(json.loads(line)) for line in path.read_text("utf-8").split("\n") if line]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        write_text(folder / f"turned_{path.name}", lines)
 
 
 def turned(row: Row) -> Row:
@@ -74,19 +61,6 @@ def _asks_color(row: Row) -> bool:
 
 def _asks_yes_no(row: Row) -> bool:
     return text_of(row, "assistant") in ("yes", "no")
-
-
-def _share(text: str) -> float:
-    """A number in [0, 1) that follows from the text."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big") / 2**32
-
-
-def _lines(path: str) -> list[Row]:
-    return [json.loads(line) for line in Path(path).read_text("utf-8").split("\n") if line]
-
-
-def _write(path: Path, rows: Iterable[Row]) -> None:
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 if __name__ == "__main__":

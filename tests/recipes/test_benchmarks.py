@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from datasets import load_from_disk
 from datasets.utils import tqdm as datasets_bar
 
 from darts_lora import InputError
@@ -171,3 +172,17 @@ def test_searches_without_a_budget_are_kept_and_compared(benchmark_imports, tmp_
     (task / "searches.jsonl").write_text(json.dumps(found[0]) + "\n")
     with pytest.raises(InputError, match="too short"):
         tables.main(tables.TablesRun(str(tmp_path)))
+
+
+def test_tasks_of_other_questions_and_directions(benchmark_imports, tmp_path):
+    tasks = importlib.import_module("size_tasks")
+    row = [{"role": "user", "content": "name[Aromi]"}, {"role": "assistant", "content": "Aromi."}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": row}) + "\n", "utf-8")
+    tasks.main(tasks.TasksRun(str(tmp_path / "out"), [str(tmp_path / "rows.jsonl")]))
+    (line,) = (tmp_path / "out" / "turned_rows.jsonl").read_text("utf-8").splitlines()
+    assert [m["content"] for m in json.loads(line)["messages"]] == ["Aromi.", "name[Aromi]"]
+    for name, answers in {"yes_no": {"yes", "no"}, "color": {"red", "blue", "green"}}.items():
+        splits = load_from_disk(str(tmp_path / "out" / f"embedded_{name}"))
+        assert set(splits) == {"train", "test"}
+        found = {messages[-1]["content"] for messages in splits["test"]["messages"]}
+        assert answers <= found and (name == "color" or answers == found)
