@@ -9,6 +9,7 @@ from scipy.sparse import coo_array, vstack
 from torch import Tensor
 
 from darts_lora.base.errors import InputError
+from darts_lora.base.quiet import without_native_lines
 
 GAP = 1e-4  # of the highest total value, which a choice may lack
 
@@ -34,17 +35,18 @@ def _best_within_budget(values: np.ndarray, costs: np.ndarray, budget: float):
     index = np.arange(layers * candidates)
     one_each = coo_array((np.ones(index.size), (index // candidates, index)))
     total = coo_array(costs.reshape(1, -1))
-    solution = milp(
-        c=-values.reshape(-1),
-        integrality=np.ones(index.size),
-        bounds=Bounds(0, _may_be_best(-values, costs, budget).reshape(-1)),
-        constraints=LinearConstraint(
-            vstack([one_each, total]).tocsr(),
-            lb=np.append(np.ones(layers), -np.inf),
-            ub=np.append(np.ones(layers), budget),
-        ),
-        options={"mip_rel_gap": GAP},
-    )
+    with without_native_lines():
+        solution = milp(
+            c=-values.reshape(-1),
+            integrality=np.ones(index.size),
+            bounds=Bounds(0, _may_be_best(-values, costs, budget).reshape(-1)),
+            constraints=LinearConstraint(
+                vstack([one_each, total]).tocsr(),
+                lb=np.append(np.ones(layers), -np.inf),
+                ub=np.append(np.ones(layers), budget),
+            ),
+            options={"mip_rel_gap": GAP},
+        )
     if solution.x is None:
         raise InputError(
             f"budget_parameters={budget:,.0f}: no choice of ranks meets it ({solution.message})"

@@ -4,7 +4,6 @@ Not here: the problems and the methods (planted_problems.py)."""
 from __future__ import annotations
 
 import itertools
-import json
 import multiprocessing
 import os
 import time
@@ -31,7 +30,7 @@ class PlantedRun:
     """Which problems and methods, and where the result goes."""
 
     output_dir: str = "runs/planted"
-    """Folder for planted.json and config.yaml; what is finished there is not run again."""
+    """Folder for planted.json and config.yaml."""
     problems: list[str] | None = None
     """Problems to run: easy, hard-1500, hard-5000 (training rows); default: all three."""
     methods: list[str] | None = None
@@ -60,39 +59,14 @@ def main(options: PlantedRun, training: Training) -> None:
         options, training = shortened(options, training)
     check_writable(options.output_dir)
     save_config(options.output_dir, options, training)
-    path, started = os.path.join(options.output_dir, "planted.json"), time.monotonic()
-    records, seconds = finished(path, training)
-    done = {(r["problem"], r["seed"], r["method"]) for r in records}
-    todo = [job for job in jobs(options) if job not in done]
-    for record in run_jobs(todo, options.workers, training):
+    path, started, records = os.path.join(options.output_dir, "planted.json"), time.monotonic(), []
+    for record in run_jobs(jobs(options), options.workers, training):
         records.append(record)
-        result = {
-            "options": asdict(options) | asdict(training),
-            "seconds": round(seconds + time.monotonic() - started, 1),
-            "summary": summarise(records),
-            "records": records,
-        }
+        result = {"options": asdict(options) | asdict(training), "summary": summarise(records)}
+        result |= {"seconds": round(time.monotonic() - started, 1), "records": records}
         write_json(path, result)  # after each method, so that nothing is lost
     Console().print(result_table(summarise(records)))
-    print(f"{seconds + time.monotonic() - started:,.0f} s in all; all figures: {path}")
-
-
-def finished(path: str, training: Training) -> tuple[list[dict], float]:
-    """Records and seconds (s) of earlier runs into the same file.
-
-    Raises:
-        InputError: they were trained otherwise.
-    """
-    if not os.path.exists(path):
-        return [], 0.0
-    with open(path, encoding="utf-8") as file:
-        earlier = json.load(file)
-    wanted = json.loads(json.dumps(asdict(training)))
-    if {name: earlier["options"].get(name) for name in wanted} != wanted:
-        raise InputError(
-            f"{path}: holds figures of other training options; name another output_dir"
-        )
-    return earlier["records"], earlier["seconds"]
+    print(f"{time.monotonic() - started:,.0f} s in all; all figures: {path}")
 
 
 def shortened(options: PlantedRun, training: Training) -> tuple[PlantedRun, Training]:

@@ -26,7 +26,7 @@ class Shape:
 
 SHAPES = {
     "tiny": Shape(TINY, 2, 32),
-    "mllama_11b": Shape(None, 1, 256),  # None: the default MllamaConfig is the 11B model's
+    # None: the default MllamaConfig is the 11B model's
     "mllama_11b_batch4": Shape(None, 4, 512, checkpointing=True),
 }
 

@@ -1,12 +1,16 @@
 """The choice of ranks against exhaustive search. Not here: what candidates are worth."""
 
+import ctypes
 import itertools
+import os
 import time
 
 import pytest
+import scipy.optimize
 import torch
 
 from darts_lora import InputError
+from darts_lora.alpha import choice
 from darts_lora.alpha.choice import choose
 from darts_lora.alpha.values import logarithm
 from darts_lora.lora.cost import rank_costs
@@ -58,6 +62,22 @@ def test_many_layers_get_ranks_in_proportion_to_their_shares(seed):
     wanted = budget * shares / shares.sum() / costs[:, 1]
     # rounding, and the 0.01 % of the value that a choice may lack
     assert (found - wanted).abs().max() < 1.5
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs the C library's own output")
+def test_what_the_solver_prints_by_itself_is_not_on_the_standard_output(monkeypatch, capfd):
+    def chatty(**problem):
+        ctypes.CDLL(None).puts(b"HighsMipSolverData")
+        return scipy.optimize.milp(**problem)
+
+    monkeypatch.setattr(choice, "milp", chatty)
+    print("before")
+    costs = rank_costs([(4, 4), (8, 4), (6, 6)], (0, 1, 2))
+    table = torch.tensor([[0.0, 1.0, 1.9], [0.0, 0.8, 1.7], [0.0, 1.1, 1.6]]).double()
+    choose(table, costs, 25.0)
+    ctypes.CDLL(None).puts(b"after")
+    ctypes.CDLL(None).fflush(None)
+    assert capfd.readouterr().out.split() == ["before", "after"]
 
 
 def test_values_that_are_no_numbers_are_refused():

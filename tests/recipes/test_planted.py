@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from darts_lora import InputError
-
 
 @pytest.fixture
 def problems(benchmark_imports):
@@ -97,15 +95,3 @@ def test_quick_finds_the_easy_ranks(launch, tmp_path):
     assert row["loss_of_oracle"] < 0.5 * rows["uniform"]["loss_of_oracle"]
     assert row["parameters_of_budget"] <= 1
     assert "search" in done.stdout
-
-
-def test_what_is_finished_is_not_run_again(planted, problems, tmp_path):
-    training = problems.Training()
-    path = str(tmp_path / "planted.json")
-    assert planted.finished(path, training) == ([], 0.0)
-    records = [{"problem": "easy", "seed": 0, "method": "oracle"}]
-    options = planted.asdict(training)
-    planted.write_json(path, {"options": options, "seconds": 3.5, "records": records})
-    assert planted.finished(path, training) == (records, 3.5)
-    with pytest.raises(InputError, match="other training options"):
-        planted.finished(path, problems.Training(run_steps=7))
