@@ -62,8 +62,8 @@ def short_names(parts) -> dict[str, str]:
 
 
 def rank_tables(genotype: Genotype, blocks: str = BARS) -> list[Table]:
-    """One table for each part of the model: a row a module type, the ranks in order of depth, as
-    bars (of these characters) and, where they are few, as numbers."""
+    """A table for each part of the model: a row a module type (one for all, where no layer has an
+    adapter), the ranks by depth as bars (of these characters) and, where few, as numbers."""
     tables, largest = [], max([*genotype.ranks.values(), 1])
     for part, kinds in by_part(genotype.ranks).items():
         depths = sorted({depth for layers in kinds.values() for depth in layers})
@@ -77,6 +77,10 @@ def rank_tables(genotype: Genotype, blocks: str = BARS) -> list[Table]:
         table.add_column("mean", justify="right")
         if genotype.shapes is not None:
             table.add_column("parameters", justify="right")
+        if not any(genotype.ranks[n] for layers in kinds.values() for n in layers.values()):
+            count = sum(map(len, kinds.values()))
+            table.add_row(f"all {count} layers", *["0"] * (len(table.columns) - 1))
+            kinds = {}
         for kind, layers in kinds.items():
             ranks = {depth: genotype.ranks[name] for depth, name in layers.items()}
             row = " ".join(f"{ranks.get(depth, '.'):>{width}}" for depth in depths)
@@ -149,13 +153,12 @@ def size_table(sizes: dict[str, Any]) -> Table:
 def show_sizes(sizes: dict[str, Any] | None, console: Console | None = None) -> None:
     """Print the predicted losses, the recommended size, and what is known of the learning rate."""
     console = console or Console()
-    lines = [sizes_text(sizes)]
+    text = sizes_text(sizes)
     if sizes is not None:
         console.print("Predicted loss of a whole run at each size:", highlight=False)
         _print(size_table(sizes), console)
-        lines.append(RATE_TEXT)
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        text = f"{text} {RATE_TEXT}"
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def show_batch(batch: dict[str, Tensor], tokenizer, console: Console | None = None) -> None:

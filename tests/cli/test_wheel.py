@@ -65,7 +65,7 @@ def test_the_command_searches_the_embedded_default_and_prints_few_lines(run, ins
     out, err = run(installed / "bin" / "darts-lora", "search", *every_step)
     genotype = Genotype.load(tmp_path / "runs" / "search" / "genotype.json")
     assert len(genotype.ranks) == 53
-    lines = 4 + (4 + 24) + 4  # rows and layers, 4 parts of 24 module types, result
+    lines = 4 + (4 + 19) + 4  # rows and layers, 4 parts of 24 module types (6 in one row), result
     assert out.count("\n") == lines and lines + err.count("\n") < 40
     bars = r"(\r(Loading weights|search): [^\r\n]*|\n)*"
     assert re.fullmatch(bars, err), err

@@ -78,6 +78,13 @@ def test_each_layer_has_its_place_in_the_table_of_its_part():
     assert cells(tables["projector"]) == [["-", " 1", "▁", "1.0", "160"]]
 
 
+def test_a_part_without_an_adapter_has_one_row():
+    ranks = RANKS | {name: 0 for name in RANKS if name.startswith("vision")}
+    tables = {table.title: table for table in rank_tables(Genotype(ranks, shapes=SHAPES))}
+    assert cells(tables["vision.layers"]) == [["all 3 layers", "0", "0", "0", "0"]]
+    assert len(cells(tables["text.layers"])) == 1
+
+
 def test_the_total_counts_adapted_layers_and_parameters():
     assert "5 of 6 layers adapted, 4,960 trainable parameters" in printed(
         Genotype(RANKS, shapes=SHAPES)

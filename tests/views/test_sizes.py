@@ -56,7 +56,7 @@ def test_the_screen_has_a_row_for_each_size_and_marks_one(searched):
         assert cells[2:4] == [f"{point[n]:.4g}" for n in ("uniform", "searched")]
         assert cells[5] == f"{100 * point['behind'] / gain:.1f}"
         assert ("recommended" in cells) == (point == recommended(sizes))
-    assert lines[5:] == [sizes_text(sizes), RATE_TEXT]
+    assert lines[5:] == [f"{sizes_text(sizes)} {RATE_TEXT}"]
 
 
 def test_a_search_that_was_too_short_says_so_on_the_screen():
