@@ -17,7 +17,7 @@ from darts_lora.lora.relaxation import distribution
 from darts_lora.supernet import Supernet
 
 AVERAGE = 0.125  # share of the steps so far that the weights are averaged over
-LAST = 4  # validation batches of the last measurement
+LAST = 8  # validation batches of the last measurement
 
 
 def search_passes(steps: int, every: int, cuts: int = 0) -> float:

@@ -230,6 +230,11 @@ class TrainingConfig:
         )
 
     @property
+    def validation_batch_size(self) -> int:
+        """Rows of a batch of an architecture step: half as many say as much, and each is a pass."""
+        return max(1, self.batch_size // 2)
+
+    @property
     def scheduler_type(self) -> str:
         """transformers' name of lr_scheduler: the one that it calls constant has no warm-up."""
         return self.lr_scheduler + ("_with_warmup" if self.lr_scheduler == "constant" else "")

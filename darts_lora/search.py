@@ -321,8 +321,11 @@ def find_ranks(
     search, training = split_options(options, SearchConfig, TrainingConfig)
     supernet = Supernet(model, search)
     try:
-        given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-        loaders = [row_loader(*pair, training, data_collator) for pair in given.items()]
+        given = (
+            ("train_dataset", train_dataset, training.batch_size),
+            ("eval_dataset", eval_dataset, training.validation_batch_size),
+        )
+        loaders = [row_loader(*part, training.num_workers, data_collator) for part in given]
         genotype = RankSearch(supernet, *loaders, training=training, loss_fn=loss_fn).run()
     finally:
         supernet.remove()

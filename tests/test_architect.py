@@ -366,7 +366,7 @@ def test_a_measurement_that_is_not_finite_leaves_alpha_alone(what):
     before, gains = supernet.alpha.detach().clone(), architect.measured.gains.clone()
     bad = batch(rows=0) if what == "rows" else (good[0] * torch.inf, good[1])
     weights = [w.detach().clone() for w in supernet.weight_parameters()]
-    for val in ([bad], [good, good, bad, good, good]):
+    for val in ([bad], [good, good, bad, *[good] * LAST]):
         with pytest.raises(DivergedError, match=r"validation loss nan\): alpha was left as it was"):
             architect.step(loss_fn, iter(val))
         assert torch.equal(supernet.alpha, before) and torch.equal(architect.measured.gains, gains)

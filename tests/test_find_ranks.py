@@ -41,6 +41,19 @@ def test_it_gives_a_configuration_and_the_model_as_it_was():
     assert 0 < trained <= 4 * 32, "as rank 1 on four layers of 16 -> 16"
 
 
+def test_a_validation_batch_has_half_of_the_rows():
+    sizes = {"train": set(), "validation": set()}
+
+    def noting(batch):
+        sizes[batch[0]["split"]].add(len(batch))
+        return collate([{name: row[name] for name in "xy"} for row in batch])
+
+    splits = [[row | {"split": name} for row in rows(64)] for name in sizes]
+    options = {"ranks": (0, 1, 2), "budget_rank": 1, **FIRST, "batch_size": 8}
+    find_ranks(residual(), *splits, loss_fn=loss_fn, data_collator=noting, **options)
+    assert sizes == {"train": {8}, "validation": {4}}
+
+
 def test_an_unknown_option_is_named_and_the_model_left_alone():
     model = residual()
     names = [name for name, _ in model.named_modules()]

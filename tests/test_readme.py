@@ -125,9 +125,9 @@ def test_the_table_of_results_is_that_of_the_cells():
     folder = ROOT / "recipes" / "benchmark" / "results" / "equal_cost"
     # of two files that have a cell, the later one is of the rule as it is
     names = {"embedded": ("embedded", "embedded_now"), "LLaVA": ("llava",)}
-    names |= {"SmolLM2 on E2E": ("e2e",)}
+    names |= {"SmolLM2 on E2E": ("e2e",), "SmolLM2 on GSM8K": ("gsm8k",)}
     rows = re.findall(r"^\| ([\w ]+) \| rank (\d) \| (.*) \|$", README, flags=re.MULTILINE)
-    assert len(rows) == 6
+    assert len(rows) == 7
     for task, budget, shown in rows:
         found = {}
         files = ((folder / f"{name}.jsonl").read_text("utf-8") for name in names[task])
@@ -145,7 +145,7 @@ def test_the_table_of_results_is_that_of_the_cells():
         steps, seeds, *losses, said, predicted, told = shown.replace("*", "").split(" | ")
         assert int(seeds) == len(pairs) and told == f"{learnt} of {seeds}"
         passes = {int(steps) - search[seed]["run_steps"] for seed in run}
-        assert all(0.035 < extra / int(steps) < 0.055 for extra in passes)
+        assert all(0.015 < extra / int(steps) < 0.055 for extra in passes)
         figures = [*map(mean, zip(*pairs, strict=True)), mean(differences), error]
         figures.append(-mean(verdict["predicted_gain"] for verdict in verdicts))
         for text, figure in zip([*losses, *said.split(" ± "), predicted], figures, strict=True):

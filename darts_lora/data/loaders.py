@@ -283,15 +283,16 @@ def search_dataloaders(
     seed: int,
 ) -> list[DataLoader]:
     """Shuffled batches of the training and of the validation split, for a RankSearch."""
+    sizes = {"train": training.batch_size, "validation": training.validation_batch_size}
     return [
         make_dataloader(
             splits[name],
             collate,
-            training.batch_size,
+            size,
             shuffle=True,
             seed=seed,
             num_workers=training.num_workers,
             drop_last=True,
         )
-        for name in ("train", "validation")
+        for name, size in sizes.items()
     ]

@@ -11,7 +11,6 @@ from accelerate import Accelerator, PartialState, skip_first_batches
 from torch.utils.data import DataLoader, IterableDataset
 
 from darts_lora.base.errors import InputError
-from darts_lora.config import TrainingConfig
 from darts_lora.run.launch import prepare_loaders
 
 
@@ -69,7 +68,7 @@ class BatchStream:
 
 
 def row_loader(
-    name: str, rows: Any, training: TrainingConfig, collate: Callable[[list], Any]
+    name: str, rows: Any, batch_size: int, num_workers: int, collate: Callable[[list], Any]
 ) -> DataLoader:
     """A data loader of the rows, shuffled unless they are a stream.
 
@@ -81,9 +80,9 @@ def row_loader(
         raise InputError(f"{name}: has no rows")
     return DataLoader(
         rows,
-        training.batch_size,
+        batch_size,
         shuffle=not unsized,
-        num_workers=training.num_workers,
+        num_workers=num_workers,
         collate_fn=collate,
     )
 

@@ -56,13 +56,15 @@ def made_search(setting: Setting, run_steps: int, budget: int | None) -> Iterato
         retrainer.training, max_steps=run_steps, learning_rate=setting.rate, logging_steps=run_steps
     )
     config = replace(setting.search, budget_rank=None, budget_parameters=budget, seed=setting.seed)
+    splits = hold_back(setting.indices, rows.prompts, setting.validation_fraction)
+    sizes = training.batch_size, training.validation_batch_size
     loaders = [
         DataLoader(
             range(len(rows)),
-            batch_sampler=rows.batches(indices, training.batch_size, setting.seed),
+            batch_sampler=rows.batches(indices, size, setting.seed),
             collate_fn=rows.batch,
         )
-        for indices in hold_back(setting.indices, rows.prompts, setting.validation_fraction)
+        for indices, size in zip(splits, sizes, strict=True)
     ]
     supernet = Supernet(retrainer.model, config)
     try:

@@ -55,10 +55,11 @@ class Setting:
     def steps_with_search(self) -> tuple[int, int]:
         """Weight steps of a run that begins with a search and has as many passes (batches that go
         forward and backward) as a finetune of the task; and how many of these the search takes."""
-        passes = self.retrainer.training.max_steps
+        training = self.retrainer.training
+        passes, part = training.max_steps, training.validation_batch_size / training.batch_size
         for steps in range(passes, 0, -1):
             searched = max(1, round(self.search.search_fraction * steps))
-            more = math.ceil(search_passes(searched, self.search.arch_every))
+            more = math.ceil(part * search_passes(searched, self.search.arch_every))
             if steps + more <= passes:
                 return steps, searched + more
         raise InputError(f"max_steps={passes}: too few for a search and a step behind it")

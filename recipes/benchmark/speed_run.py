@@ -147,6 +147,9 @@ class Bench:
     ):
         self.base, self.batches, self.graphs, self.timed = base, batches, graphs, timed
         self.search, self.training, self.passes = search, training, passes
+        rows = len(batches[0]["input_ids"])
+        size = replace(training, batch_size=rows).validation_batch_size
+        self.validation = [{k: v[:size] for k, v in batch.items()} for batch in batches]
         self.cuda = batches[0]["input_ids"].device.type == "cuda"
         self.shares: tuple[int, int, int] = training.max_steps, 0, 0
         self.base.train()
@@ -187,11 +190,11 @@ class Bench:
             with architect.mean.in_place():
                 path(batch)
 
-        self._time("search, architecture", architecture)
+        self._time("search, architecture", architecture, self.validation)
         architect.half = [value.clone() for value in architect.mean.values]
         architect.taken = count - 1  # so that the step that follows is the last, which looks closer
         with self._once("last measurement"):
-            architect.step(loss, itertools.cycle(self.batches))
+            architect.step(loss, itertools.cycle(self.validation))
         with self._once("handover"):
             genotype = derive_genotype(supernet, architect, self.training.max_steps)
             return plain_adapter(supernet.remove(), genotype, supernet)
@@ -201,13 +204,15 @@ class Bench:
         adapted.unload()
         self.base.requires_grad_(False)
 
-    def _time(self, kind: str, step: Callable[[Batch], Any]) -> None:
+    def _time(
+        self, kind: str, step: Callable[[Batch], Any], batches: list[Batch] | None = None
+    ) -> None:
         """Seconds of passes over all batches, behind those that make graphs (one to see a shape,
         one to capture it) or warm up."""
         times = []
         for _ in range(2 * self.graphs + 1 + self.passes):
             started = self._clock()
-            for batch in self.batches:
+            for batch in batches or self.batches:
                 step(batch)
             times.append(self._clock() - started)
         steady = times[-self.passes :]
