@@ -107,7 +107,9 @@ def sizes_text(sizes: dict[str, Any] | None) -> str:
         )
     unsure = ""
     if not matters(sizes):
-        unsure = f" Rank {first['rank']} lacks {lacks}, within noise: a longer search may tell more."
+        unsure = (
+            f" Rank {first['rank']} lacks {lacks}, within noise: a longer search may tell more."
+        )
     lacks = f"{best['behind']:.2g} +- {best['behind_error']:.1g}"
     return (
         f"Recommended size: {size}, the smallest that is predicted to lack at most {share:.2g} "
