@@ -66,7 +66,8 @@ class RankSearch:
 
     Args:
         supernet: the model with its rank branches.
-        train_dataloader, val_dataloader: batches of two disjoint splits, for `loss_fn`.
+        train_dataloader, val_dataloader: batches of two disjoint splits, for `loss_fn`; of the
+            second half as many rows do, and each costs a pass.
         training: steps of the whole run, learning rate and the like of the weights.
         output_dir: checkpoints/, tensorboard/, metrics.jsonl, supernet.safetensors and
             genotype.json go there; None: nothing is written.

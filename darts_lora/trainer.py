@@ -49,7 +49,8 @@ class RankSearchCallback(TrainerCallback):
     hold other rows. After search_fraction of the steps the found ranks are handed over: plain PEFT
     layers take the supernet's place, with what it learnt, and the training goes on with them to its
     end. `trainer.model` is a PeftModel then, and trainer.save_model() saves its adapter. The
-    trainer's log also gets gain, expected_parameters and alpha_entropy.
+    trainer's log also gets gain, expected_parameters and alpha_entropy. An architecture step takes
+    per_device_eval_batch_size rows, of which half of a training batch's do: each costs a pass.
 
     The trainer's checkpoints hold the search's state too, and trainer.train with
     resume_from_checkpoint goes on from each of them, bit for bit on a CPU. What the trainer saves
