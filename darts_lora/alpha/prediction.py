@@ -13,9 +13,8 @@ from darts_lora.alpha.values import Measured, Values
 from darts_lora.alpha.verdict import FEWEST, FOLDS, Found, predicted_gain
 from darts_lora.supernet import Supernet
 
-TO_COME = 2.0  # falls as that over the last doubling of the steps, to the end of a run
 SLOPE = 0.28  # of the loss against 1 / sqrt(rank), of what the loss still falls by
-SPREAD = 0.5  # standard deviation of that, relative, between tasks
+SPREAD = 0.5  # standard deviation between tasks, relative: of that, and of the doublings to come
 MENDED = 4.0  # cuts as large as what the loss still falls by, of which a run mends all but a fifth
 
 
@@ -34,13 +33,16 @@ def at_budget(supernet: Supernet, measured: Measured, place: int) -> AtBudget:
     return AtBudget(Values(supernet, budget), cut)
 
 
-def predicted_sizes(supernet: Supernet, found: Found, tolerance: float) -> dict[str, Any] | None:
+def predicted_sizes(
+    supernet: Supernet, found: Found, tolerance: float, share: float
+) -> dict[str, Any] | None:
     """The losses that are predicted of whole runs at each candidate rank above 0, uniform and
     searched (sizes.check_sizes says how); None: a budget was given, or too little was measured.
 
     From the loss L at the end of the search, which fell by d over its last doubling of the steps, a
-    run at the largest rank R is taken to fall by F = L - L exp(-TO_COME d / L) more. At a uniform
-    rank r it ends above that by the larger of
+    run at the largest rank R is taken to fall by F = L - L exp(-n d / L) more, with n doublings to
+    come (`doublings` of the search's share of the run's steps). At a uniform rank r it ends above
+    that by the larger of
 
         SLOPE * F * (1 / sqrt(r) - 1 / sqrt(R))    and    c * c / (c + MENDED * F)
 
@@ -55,7 +57,7 @@ def predicted_sizes(supernet: Supernet, found: Found, tolerance: float) -> dict[
     if few or len(measured.gains) < FEWEST:
         return None
     loss, loss_error = mean_error(measured.losses)
-    fall, fall_error = to_fall(measured)
+    fall, fall_error, fall_spread = to_fall(measured, doublings(share))
     ranks = [int(supernet.config.ranks[k]) for k in _places(supernet)]
     behinds = [(0.0, 0.0)]
     for place in reversed(range(len(ranks) - 1)):  # less rank never lacks less
@@ -67,14 +69,15 @@ def predicted_sizes(supernet: Supernet, found: Found, tolerance: float) -> dict[
         there = at_budget(supernet, measured, place)
         gain, gain_error = _healed(*predicted_gain(supernet, there), behind)
         error = math.hypot(noise, SPREAD * behind)
+        errors = loss_error, fall_error, fall_spread, error
         points.append(
             {
                 "rank": rank,
                 "parameters": int(there.values.budget),
                 "uniform": loss - fall + behind,
-                "uniform_error": math.hypot(loss_error, fall_error, error),
+                "uniform_error": math.hypot(*errors),
                 "searched": loss - fall + behind - gain,
-                "searched_error": math.hypot(loss_error, fall_error, error, gain_error),
+                "searched_error": math.hypot(*errors, gain_error),
                 "behind": behind,
                 "behind_error": error,
             }
@@ -92,12 +95,20 @@ def _mended(cut: float, error: float, fall: float) -> tuple[float, float]:
     return cut * cut / whole, error * cut * (whole + MENDED * fall) / whole**2
 
 
-def to_fall(measured: Measured) -> tuple[float, float]:
-    """What the loss still falls by to the end of a run, and its standard error; 0 where it rose."""
+def doublings(share: float) -> float:
+    """How often the sum of the learning rates so far doubles from this share of a run's steps, in
+    (0, 1], to its end, on a cosine: what is learnt at a falling rate counts as fewer steps."""
+    return -math.log2(share + math.sin(math.pi * share) / math.pi)
+
+
+def to_fall(measured: Measured, come: float) -> tuple[float, float, float]:
+    """What the loss still falls by while the rates double so many times: 0 where it rose; its
+    standard error over batches, and between tasks."""
     loss = max(float(measured.loss), 1e-30)
     growth, error = mean_error(measured.growth)
-    left = math.exp(-TO_COME * max(growth, 0.0) / loss)
-    return loss * (1 - left), TO_COME * left * error
+    growth = max(growth, 0.0)
+    left = math.exp(-come * growth / loss)
+    return loss * (1 - left), come * left * error, SPREAD * come * left * growth
 
 
 def _healed(gain: float, error: float, most: float) -> tuple[float, float]:

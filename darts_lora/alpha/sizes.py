@@ -55,11 +55,11 @@ def gained(sizes: dict[str, Any]) -> float:
 
 def recommended(sizes: dict[str, Any], tolerance: float | None = None) -> dict[str, Any]:
     """The smallest point that is predicted to lack at most this share (default: its own) of what
-    the largest one gains over the base model; the smallest of all where rank does not matter."""
-    if not matters(sizes):
-        return sizes["points"][0]
+    the largest one gains over the base model; the smallest of all where that gains nothing. Noise
+    does not decide: where it hides what rank is worth, too much costs parameters, too little may
+    cost what is gained."""
     share = sizes["tolerance"] if tolerance is None else tolerance
-    most = share * max(gained(sizes), 0.0)
+    most = share * gained(sizes) if gained(sizes) > 0 else math.inf
     return next(p for p in sizes["points"] if p["behind"] <= most or p is sizes["points"][-1])
 
 
@@ -99,19 +99,21 @@ def sizes_text(sizes: dict[str, Any] | None) -> str:
     lacks = f"{first['behind']:.2g} +- {sizes['noise']:.1g}"
     of = f"of the {gain:.3g} that rank {last['rank']} gains over the base model"
     if best is first and not matters(sizes):
-        more = ""
-        if 2 * sizes["noise"] > share * gain:
-            more = " That noise is above the tolerance: a longer search may tell more."
-        return f"Rank does not matter here within noise: take {size}. It lacks {lacks} {of}.{more}"
+        return f"Rank does not matter here within noise: take {size}. It lacks {lacks} {of}."
     if best is first:
         return (
             f"Rank hardly matters here: take {size}. It lacks {lacks} {of}, at most the tolerance "
             f"of {share:.2g}."
         )
+    unsure = ""
+    if not matters(sizes):
+        unsure = (
+            f" Rank {first['rank']} lacks {lacks}, within noise: a longer search may tell more."
+        )
     lacks = f"{best['behind']:.2g} +- {best['behind_error']:.1g}"
     return (
         f"Recommended size: {size}, the smallest that is predicted to lack at most {share:.2g} "
-        f"{of}. It lacks {lacks}."
+        f"{of}. It lacks {lacks}.{unsure}"
     )
 
 

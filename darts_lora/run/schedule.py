@@ -21,7 +21,8 @@ def derive_genotype(supernet: Supernet, architect: Architect, run_steps: int) ->
     Without a budget, that of the recommended size becomes the supernet's, and alpha is set anew for
     it; found_by holds "sizes", what is predicted of each (sizes.py; None: too little was measured).
     """
-    sizes = {"sizes": _recommend(supernet, architect)} if supernet.sizes else {}
+    share = min(architect.steps / run_steps, 1.0)
+    sizes = {"sizes": _recommend(supernet, architect, share)} if supernet.sizes else {}
     genotype = discretize(supernet)
     genotype.found_by |= sizes | {
         "steps": architect.steps,
@@ -32,9 +33,9 @@ def derive_genotype(supernet: Supernet, architect: Architect, run_steps: int) ->
     return genotype
 
 
-def _recommend(supernet: Supernet, architect: Architect) -> dict[str, Any] | None:
+def _recommend(supernet: Supernet, architect: Architect, share: float) -> dict[str, Any] | None:
     """What is predicted of each size; the recommended one becomes the budget."""
-    sizes = predicted_sizes(supernet, architect, supernet.config.tolerance)
+    sizes = predicted_sizes(supernet, architect, supernet.config.tolerance, share)
     if sizes is not None:
         place = sizes["points"].index(recommended(sizes))
         there = at_budget(supernet, architect.measured, place)

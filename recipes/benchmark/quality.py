@@ -23,20 +23,19 @@ from typing import Any
 import torch
 from quality_cells import TUNING_SEED, Cell, QualityRun, Store, cells
 from quality_methods import METHODS
-from quality_rows import EncodedRows, mean_loss, task_digest, task_rows
+from quality_rows import EncodedRows, mean_loss, task_digest, task_model, task_rows
 from quality_setting import Found, Setting, parameters
+from quality_stacked import linear_modules
 from quality_training import Retrainer, Retraining
 
 from darts_lora import DivergedError, InputError, SearchConfig
 from darts_lora.base.files import check_writable, write_json
 from darts_lora.base.options import run
 from darts_lora.config import DataConfig, ModelConfig, TrainingConfig
-from darts_lora.data.collator import Collator
 from darts_lora.data.loaders import load_splits, make_collator
 from darts_lora.data.splits import hold_back
 from darts_lora.evaluate import score
-from darts_lora.lora.models import load_model
-from darts_lora.lora.targets import match_modules
+from darts_lora.lora.targets import match_modules, match_saved_modules, outside
 
 Options = tuple[QualityRun, SearchConfig, ModelConfig, DataConfig, TrainingConfig]
 
@@ -207,8 +206,6 @@ class Task:
         device = torch.device("cuda" if on_gpu else "cpu")
         self.device_name = torch.cuda.get_device_name() if on_gpu else "cpu"
         self.collator = make_collator(model, data)
-        if not isinstance(self.collator, Collator):
-            raise InputError(f"task={model.task!r}: only models that generate text are compared")
         self.test_rows = load_splits(data, ["test"])["test"]
         self.rows = EncodedRows(task_rows(data), self.collator, device, options.group_by_length)
         self.test = EncodedRows(self.test_rows, self.collator, device)
@@ -218,10 +215,16 @@ class Task:
         self.tuning, self.validation = hold_back(
             self.all, self.rows.prompts, options.tuning_fraction
         )
-        base = load_model(model).to(device)
+        base = task_model(model).to(device)
+        saved = match_saved_modules(base, search.modules_to_save)
+        others = sorted({*options.methods} - {"uniform", "one_run", "one_run_scratch"})
+        if saved and others:
+            raise InputError(f"methods={others}: cannot train {saved[0]} in full; leave them out")
+        names = match_modules(base, search.target_modules, search.exclude_modules)
         self.retrainer = Retrainer(
             base,
-            match_modules(base, search.target_modules, search.exclude_modules),
+            outside(names, saved),
+            whole=linear_modules(base, saved),
             largest=max(*options.curve, *search.ranks),
             scaling=search.scaling,
             training=training,
@@ -310,7 +313,8 @@ class Task:
                 method.plans([setting := self.setting(cell.plan)])
                 first = setting.kept
             job.first, job.first_b = ({n: ab[i] for n, ab in first.items()} for i in (0, 1))
-            job.plan |= {name: len(a) for name, a in job.first.items()}
+            layers = self.retrainer.shapes
+            job.plan |= {name: len(a) for name, a in job.first.items() if name in layers}
         return job
 
     def _judged(self, cell: Cell, model: torch.nn.Module) -> dict[str, Any]:

@@ -39,6 +39,10 @@ def one_run(setting: Setting) -> Found:
         for name, rank in genotype.ranks.items()
         if rank
     }
+    for name in setting.retrainer.whole:
+        weight = state[f"{PEFT_PREFIX}{name}.weight"]
+        bias = state.get(f"{PEFT_PREFIX}{name}.bias", weight.new_zeros(0))
+        setting.kept[name] = weight, bias
     found = {"taken": search.step, "run_steps": steps, "passes": passes}
     return Found(genotype.ranks, _notes(genotype) | found)
 

@@ -1,4 +1,5 @@
-"""A task's rows, encoded once; batches of one or several trainings, losses of supervised tokens.
+"""A task's rows, encoded once; batches of one or several trainings, losses of supervised tokens or
+of classes.
 Not here: what is trained on them (quality_training.py)."""
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from torch import Tensor, nn
 from torch.utils.data import Sampler
+from transformers import PreTrainedModel
 
 from darts_lora import InputError
 from darts_lora.config import DataConfig, ModelConfig
 from darts_lora.data.collator import IGNORED, Collator
+from darts_lora.data.label_collator import LabelCollator
 from darts_lora.data.loaders import load_splits
 from darts_lora.data.rows import row_prompt, row_text
 from darts_lora.data.splits import row_prompts
@@ -33,10 +36,16 @@ def task_digest(model: ModelConfig, data: DataConfig) -> str:
     for rows in (task_rows(data), load_splits(data, ["test"])["test"]):
         for row in rows:
             digest.update(row_prompt(row) + row_text(row).encode())
-    for name, weights in load_model(model).state_dict().items():
+    for name, weights in task_model(model).state_dict().items():
         digest.update(name.encode())
         digest.update(weights.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def task_model(config: ModelConfig) -> PreTrainedModel:
+    """The model, the same at each load: a classifier's head may be drawn at random."""
+    torch.manual_seed(0)
+    return load_model(config)
 
 
 def task_rows(data: DataConfig) -> Dataset:
@@ -45,7 +54,7 @@ def task_rows(data: DataConfig) -> Dataset:
 
 
 class EncodedRows:
-    """All rows of a split as tensors on the device: what a Collator makes of them, made once.
+    """All rows of a split as tensors on the device: what a collator makes of them, made once.
 
     Args:
         rows: of a data set.
@@ -57,7 +66,7 @@ class EncodedRows:
     def __init__(
         self,
         rows: Iterable[dict],
-        collator: Collator,
+        collator: Collator | LabelCollator,
         device: torch.device,
         grouped: bool = False,
     ):
@@ -68,7 +77,8 @@ class EncodedRows:
         single = [collator([row]) for row in rows]
         collator.pad_to_multiple_of = self.multiple
         self.lengths = [row["input_ids"].shape[1] for row in single]
-        next_tokens = [row["labels"][0, 1:] for row in single]
+        self.classes = single[0]["labels"].dim() == 1  # one of them for each row
+        next_tokens = [row["labels"] if self.classes else row["labels"][0, 1:] for row in single]
         self.positions = [(tokens != IGNORED).nonzero()[:, 0] for tokens in next_tokens]
         self.targets = [
             tokens[where] for tokens, where in zip(next_tokens, self.positions, strict=True)
@@ -111,7 +121,7 @@ class EncodedRows:
 
         For supervised_loss it has, for each part, the positions (among all tokens of the batch)
         that predict a supervised token, and their labels, each behind the position that predicts
-        it, as in any sequence.
+        it, as in any sequence. Rows that have a class have just that for a label, (parts, rows).
         """
         _, length, count = self.shape(*parts)
         chosen = self._sent(torch.tensor([i for part in parts for i in part]))
@@ -119,6 +129,9 @@ class EncodedRows:
             key: value[chosen, :length] if key in self.aligned else value[chosen]
             for key, value in self.tensors.items()
         }
+        if self.classes:
+            labels = batch["labels"].view(len(parts), -1)
+            return batch | {LABELS: labels}
         positions, labels, row = [], [], 0
         for part in parts:
             targets = torch.cat([self.targets[i] for i in part])
@@ -203,14 +216,21 @@ def model_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 def supervised_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """The model's own loss, but of logits of the supervised tokens alone: with a vocabulary of
     49,152, in float32, those of all tokens of an evaluation's batch take 3 GiB a copy."""
+    if POSITIONS not in batch:
+        return supervised_losses(model, batch).mean()
     with _supervised_logits(model, batch):
         return model(**model_inputs(batch) | {"labels": batch[LABELS]}, use_cache=False).loss
 
 
 def supervised_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """The same for each part of the batch, (parts,)."""
-    inputs, labels = model_inputs(batch), batch[LABELS][:, 1:]
+    inputs, labels = model_inputs(batch), batch[LABELS]
     del inputs["labels"]
+    if POSITIONS not in batch:
+        logits = model(**inputs).logits
+        losses = nn.functional.cross_entropy(logits.float(), labels.flatten(), reduction="none")
+        return losses.view(labels.shape).mean(1)
+    labels = labels[:, 1:]
     with _supervised_logits(model, batch):
         logits = model(**inputs, use_cache=False).logits[:, :-1]
     losses = nn.functional.cross_entropy(
@@ -237,14 +257,14 @@ def _supervised_logits(model: nn.Module, batch: dict[str, Tensor]) -> Iterator[N
 def mean_loss(
     model: nn.Module, rows: EncodedRows, indices: Sequence[int], batch_size: int
 ) -> float | None:
-    """Mean loss per supervised token over the rows, natural log; None if it is not finite."""
+    """Mean loss per supervised token, or class, natural log; None if it is not finite."""
     training = model.training
     model.eval()
     order = sorted(indices, key=lambda i: rows.lengths[i])  # little padding
     total, tokens = 0.0, 0
     for start in range(0, len(order), batch_size):
         batch = rows.batch(order[start : start + batch_size])
-        count = int((batch["labels"][:, 1:] != IGNORED).sum())
+        count = int((batch[LABELS] != IGNORED).sum())
         total, tokens = total + float(supervised_loss(model, batch)) * count, tokens + count
     model.train(training)
     return total / tokens if math.isfinite(total) else None

@@ -1,10 +1,13 @@
-"""A linear layer with several LoRAs, each for rows of its own.
+"""A linear layer with several LoRAs, or several of itself, each for rows of its own.
 Not here: how they are trained (quality_training.py)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+from darts_lora import InputError
+from darts_lora.lora.targets import outside
 
 
 class StackedLora(nn.Module):
@@ -43,3 +46,38 @@ class StackedLora(nn.Module):
     def bias(self) -> Tensor | None:
         """The base layer's."""
         return self.base_layer.bias
+
+
+class StackedLinear(nn.Module):
+    """S linear layers that are trained in full: of S equal parts of the rows each has its own.
+
+    Attributes:
+        a, b: weights (S, out, in) and biases (S, out), of the dtype of the activations; no biases:
+            (S, 0).
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.a = self.b = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (rows, ..., in) -> (rows, ..., out)."""
+        y = torch.bmm(x.reshape(len(self.a), -1, x.shape[-1]), self.a.mT)
+        if self.b.shape[1]:
+            y = y + self.b[:, None]
+        return y.view(*x.shape[:-1], -1)
+
+
+def linear_modules(model: nn.Module, names: list[str]) -> list[str]:
+    """The linear modules that are, or are in, these modules of the model.
+
+    Raises:
+        InputError: others have parameters there.
+    """
+    found = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    found = [name for name in found if not outside([name], names)]
+    known = {p for name in found for p in model.get_submodule(name).parameters()}
+    for name in names:
+        if not known.issuperset(model.get_submodule(name).parameters()):
+            raise InputError(f"{name}: only linear modules can be trained in full here")
+    return found

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from quality_rows import EncodedRows, supervised_losses
-from quality_stacked import StackedLora
+from quality_stacked import StackedLinear, StackedLora
 from torch import Tensor, nn
 from transformers import get_scheduler
 
@@ -39,9 +39,10 @@ class Retraining:
     rate: float
     """Peak learning rate."""
     first: dict[str, Tensor] = field(default_factory=dict)
-    """Layer -> first value of A (rank, in), instead of PEFT's."""
+    """Layer -> first value of A (rank, in), instead of PEFT's; or of a module in full, its
+    weight."""
     first_b: dict[str, Tensor] = field(default_factory=dict)
-    """Layer -> first value of B (out, rank), instead of zeros."""
+    """Layer -> first value of B (out, rank), instead of zeros; or of a module in full, its bias."""
     taken: int = 0
     """Steps of the run that a search took: of its learning rate too."""
     run_steps: int | None = None
@@ -67,6 +68,7 @@ class Retrainer:
     Args:
         model: frozen from now on; on its device. The adapters are in it inside `adapters()` alone.
         names: target layers.
+        whole: linear modules that are trained in full, as a classifier's head is.
         largest: largest rank of a plan; less where a layer is smaller.
         scaling: lora_alpha / r.
         training: steps, batch size, schedule, clipping, decay of every retraining.
@@ -82,17 +84,23 @@ class Retrainer:
         scaling: float,
         training: TrainingConfig,
         stack: int = 1,
+        whole: Sequence[str] = (),
     ):
         self.model, self.scaling, self.training = model.requires_grad_(False), scaling, training
         self.originals = {name: model.get_submodule(name) for name in names}
         self.shapes = {name: linear_shape(module) for name, module in self.originals.items()}
         self.capacity = {name: min(largest, *shape) for name, shape in self.shapes.items()}
         self.layers = {name: StackedLora(module) for name, module in self.originals.items()}
+        self.whole = {name: model.get_submodule(name) for name in whole}
+        self.inserted = self.layers | {name: StackedLinear() for name in whole}
         weight = next(iter(self.originals.values())).weight
         self.device, self.dtype = weight.device, weight.dtype
-        self.sizes = [
-            rank * side for name, rank in self.capacity.items() for side in self.shapes[name]
-        ]
+        # of A and B, or of a weight and its bias
+        self.tensors = {
+            name: ((rank, self.shapes[name][0]), (self.shapes[name][1], rank))
+            for name, rank in self.capacity.items()
+        } | {name: tuple(value.shape for value in _linear(m)) for name, m in self.whole.items()}
+        self.sizes = [math.prod(shape) for pair in self.tensors.values() for shape in pair]
         # each plan's A and B of all layers in one tensor: one kernel casts, clips or updates all
         self.weights = [
             nn.Parameter(torch.zeros(sum(self.sizes), device=self.device)) for _ in range(stack)
@@ -122,7 +130,8 @@ class Retrainer:
 
     def trained(self, number: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
         """Layer -> A (R, in) and B (out, R) of one of the plans that were trained last, R the
-        layer's largest rank: columns that the plan lacks are in it."""
+        layer's largest rank: columns that the plan lacks are in it; module in full -> its weight
+        and bias."""
         return {
             name: (a[0], b[0]) for name, a, b in self._split(self.weights[number].detach()[None])
         }
@@ -137,28 +146,29 @@ class Retrainer:
 
     @contextlib.contextmanager
     def _inserted(self):
-        self._put(self.layers)
+        self._put(self.inserted)
         try:
             yield
         finally:
-            self._put(self.originals)
+            self._put(self.originals | self.whole)
 
     def _put(self, modules: dict[str, nn.Module]) -> None:
         for name, module in modules.items():
             self.model.set_submodule(name, module)
 
     def _split(self, weights: Tensor):
-        """(S, all weights) -> name, A (S, R, in), B (S, out, R) of each layer."""
+        """(S, all weights) -> name, A (S, R, in), B (S, out, R) of each layer; then name, weight,
+        bias of each module in full."""
         parts = iter(weights.split(self.sizes, dim=1))
-        for name, rank in self.capacity.items():
-            width_in, width_out = self.shapes[name]
-            a, b = next(parts), next(parts)
-            yield name, a.view(-1, rank, width_in), b.view(-1, width_out, rank)
+        for name, (shape_a, shape_b) in self.tensors.items():
+            yield name, next(parts).view(-1, *shape_a), next(parts).view(-1, *shape_b)
 
     def _use(self, weights: Tensor, numbers: slice) -> None:
         for name, a, b in self._split(weights.to(self.dtype)):
-            layer = self.layers[name]
-            layer.a, layer.b, layer.gates = a, b, self.gates[name][numbers]
+            layer = self.inserted[name]
+            layer.a, layer.b = a, b
+            if name in self.gates:
+                layer.gates = self.gates[name][numbers]
 
     def retrain(
         self,
@@ -182,6 +192,7 @@ class Retrainer:
         training = replace(self.training, max_steps=run_steps or self.training.max_steps)
         steps = (until or training.max_steps) - taken
         chosen = self.order(jobs, rows, steps)
+        torch.manual_seed(jobs[0].seed)  # of dropout
         started = self._clock()
         with self._inserted():
             self.model.train()
@@ -259,6 +270,8 @@ class Retrainer:
         most the layer's largest rank."""
         values = torch.stack(self.weights).zero_()
         for name, a, b in self._split(values):
+            if name not in self.layers:
+                raise InputError(f"{name}: only LoRA layers can be loaded")
             new_a, new_b = weights[name]
             a[: len(new_a), : new_a.shape[1]] = new_a.to(a)
             b[: len(new_b), :, : new_b.shape[2]] = new_b.to(b)
@@ -302,12 +315,21 @@ class Retrainer:
             if name in job.first_b:
                 b[:, :rank] = job.first_b[name].to(b)
             fresh += [a.flatten(), b.flatten()]
+        for name, module in self.whole.items():
+            for first, value in zip((job.first, job.first_b), _linear(module), strict=True):
+                fresh.append(first.get(name, value).float().cpu().flatten())
         self.weights[number].copy_(torch.cat(fresh))
 
     def _clock(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+
+def _linear(module: nn.Module) -> tuple[Tensor, Tensor]:
+    """Its weight (out, in), and its bias (out,), or one of length 0."""
+    weight, bias = module.weight.detach(), module.bias
+    return weight, weight.new_zeros(0) if bias is None else bias.detach()
 
 
 def learning_rates(training: TrainingConfig, peak: float) -> list[float]:

@@ -38,12 +38,23 @@ def test_where_rank_does_not_matter_within_noise_it_says_so_and_takes_the_smalle
     flat = sizes((0.0, 0.0, 0.0, 0.0))
     assert recommended(flat, 0.0)["rank"] == 1
     assert sizes_text(flat).startswith("Rank does not matter here within noise: take rank 1 (100 ")
-    noisy = sizes(noise=0.3)
+    noisy = sizes((0.05, 0.02, 0.01, 0.0), noise=0.3)
     assert recommended(noisy)["rank"] == 1
     assert "does not matter here within noise" in sizes_text(noisy)
     assert "+- 0.3 of the 2 that rank 8 gains" in sizes_text(noisy)
-    assert sizes_text(noisy).endswith("above the tolerance: a longer search may tell more.")
-    assert "longer" not in sizes_text(flat)
+
+
+def test_noise_that_hides_what_rank_is_worth_is_told_and_decides_nothing():
+    noisy = sizes(noise=0.3)
+    assert recommended(noisy) == recommended(sizes())
+    assert sizes_text(noisy) == (
+        f"{sizes_text(sizes())} Rank 1 lacks 0.5 +- 0.3, within noise: a longer search may tell "
+        "more."
+    )
+
+
+def test_where_nothing_is_gained_the_smallest_is_taken():
+    assert recommended(sizes(base=0.5))["rank"] == 1
 
 
 def test_where_it_matters_less_than_the_tolerance_it_says_that():

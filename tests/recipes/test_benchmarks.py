@@ -10,13 +10,10 @@ import signal
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
-from datasets import load_from_disk
 from datasets.utils import tqdm as datasets_bar
 
-from darts_lora import InputError
 from darts_lora.lora import adapter
 
 
@@ -146,43 +143,3 @@ def test_bad_options_are_told(launch, tmp_path):
     only = ("--shape", "tiny", "--graphs", "[true]", "--output", tmp_path / "none.json")
     done = launch("benchmark/speed_run", *only, status=2)
     assert "graphs=[True]: there are none on a CPU" in done.stderr
-
-
-def test_the_table_of_recommended_sizes_is_that_of_its_command(benchmark_imports, capsys):
-    tables = importlib.import_module("size_tables")
-    tables.main(tables.TablesRun())
-    lines = capsys.readouterr().out.splitlines()
-    note = (Path(tables.__file__).parent / "notes" / "sizes.md").read_text()
-    assert len(lines) > 2 and all(line in note for line in lines[2:])
-
-
-def test_searches_without_a_budget_are_kept_and_compared(benchmark_imports, tmp_path, capsys):
-    size, tables = map(importlib.import_module, ("size", "size_tables"))
-    published = Path(tables.TablesRun().output_dir)
-    found = size.read_searches(published / "embedded_color.searches.jsonl")
-    task = tmp_path / "embedded_color"
-    task.mkdir()
-    (tmp_path / "embedded_color.jsonl").write_text((published / "embedded_color.jsonl").read_text())
-    found[0]["found_by"]["sizes"]["points"][0]["behind"] = 0.0
-    (task / "searches.jsonl").write_text(json.dumps(found[0]) + "\n")
-    tables.main(tables.TablesRun(str(tmp_path)))
-    (row,) = capsys.readouterr().out.splitlines()[2:]
-    assert row.split(" | ")[:4] == ["| embedded_color", "0", "1", "2"], "1 lacks nothing there"
-    found[0]["found_by"]["sizes"] = None
-    (task / "searches.jsonl").write_text(json.dumps(found[0]) + "\n")
-    with pytest.raises(InputError, match="too short"):
-        tables.main(tables.TablesRun(str(tmp_path)))
-
-
-def test_tasks_of_other_questions_and_directions(benchmark_imports, tmp_path):
-    tasks = importlib.import_module("size_tasks")
-    row = [{"role": "user", "content": "name[Aromi]"}, {"role": "assistant", "content": "Aromi."}]
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": row}) + "\n", "utf-8")
-    tasks.main(tasks.TasksRun(str(tmp_path / "out"), [str(tmp_path / "rows.jsonl")]))
-    (line,) = (tmp_path / "out" / "turned_rows.jsonl").read_text("utf-8").splitlines()
-    assert [m["content"] for m in json.loads(line)["messages"]] == ["Aromi.", "name[Aromi]"]
-    for name, answers in {"yes_no": {"yes", "no"}, "color": {"red", "blue", "green"}}.items():
-        splits = load_from_disk(str(tmp_path / "out" / f"embedded_{name}"))
-        assert set(splits) == {"train", "test"}
-        found = {messages[-1]["content"] for messages in splits["test"]["messages"]}
-        assert answers <= found and (name == "color" or answers == found)
