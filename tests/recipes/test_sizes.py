@@ -1,6 +1,7 @@
 """recipes/benchmark/size*.py: tables and plots of recommended sizes, rows of the tasks.
 Not here: the searches and sweeps (test_quality.py), how a size is recommended (alpha/)."""
 
+import dataclasses
 import importlib
 import json
 from pathlib import Path
@@ -93,3 +94,21 @@ def test_the_configurations_of_sizes_are_read(benchmark_imports, name):
     options, search, model, *_ = parse(["--config", str(path)], *classes)
     assert options.benchmark == name and search.budget_parameters is search.budget_rank is None
     assert (model.task == "classification") is name.startswith("minilm")
+
+
+def test_rules_of_the_scaling_are_alike_at_one_rank_and_unlike_at_others(quality_options, tmp_path):
+    rates = importlib.import_module("size_rates")
+    options, search, model, data, training = quality_options
+    wanted = rates.RatesRun(tried=[2, 8], results=str(tmp_path / "rates.jsonl"))
+    everything = options, search, model, data, dataclasses.replace(training, max_steps=4)
+    rates.main(wanted, *everything)
+    written = (tmp_path / "rates.jsonl").read_text()
+    done = [json.loads(line) for line in written.splitlines()]
+    assert len(done) == 2 * (3 + 1), "two rates; at rank 8 all rules are one"
+    losses = [d["loss"] for d in done if (d["rank"], d["rate"]) == (2, 0.03)]
+    assert len(set(losses)) == 3
+    (line,) = (row for row in rates.table(done).splitlines() if "1 / r |" in row)
+    best = min((d for d in done if d["rule"] == "1 / r"), key=lambda d: d["loss"])
+    assert f"**{best['loss']:.4f}**" in line and line.count("**") == 2
+    rates.main(wanted, *everything)
+    assert (tmp_path / "rates.jsonl").read_text() == written, "nothing is run again"
