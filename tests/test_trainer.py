@@ -200,7 +200,7 @@ KINDS = {  # trainer, configuration, model, rows, further options of the trainer
         t.LlamaForCausalLM,
         [{"prompt": "a b"}] * 8,
         {"num_generations": 4, "max_completion_length": 3},
-        {"reward_funcs": lambda: lambda completions, **_: [float(len(c)) for c in completions]},
+        {"reward_funcs": lambda: lambda completions, **_: [*map(float, range(len(completions)))]},
     ),
 }
 

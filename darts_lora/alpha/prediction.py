@@ -7,10 +7,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
-
 from darts_lora.alpha.values import Measured, Values
-from darts_lora.alpha.verdict import FEWEST, FOLDS, Found, predicted_gain
+from darts_lora.alpha.verdict import FEWEST, FOLDS, Found, mean_error, predicted_gain
 from darts_lora.supernet import Supernet
 
 SLOPE = 0.28  # of the loss against 1 / sqrt(rank), of what the loss still falls by
@@ -119,12 +117,6 @@ def _healed(gain: float, error: float, most: float) -> tuple[float, float]:
         return min(gain, 0.0), error
     part = most / (gain + most)
     return gain * part, error * part**2
-
-
-def mean_error(batches: Tensor) -> tuple[float, float]:
-    """The mean over batches (at least two), and its standard error."""
-    batches = batches.double()
-    return float(batches.mean()), float(batches.std()) / math.sqrt(len(batches))
 
 
 def _places(supernet: Supernet) -> list[int]:

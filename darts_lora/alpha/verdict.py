@@ -19,7 +19,7 @@ FOLDS = 4  # parts of the validation batches, each judged by ranks of the others
 FEWEST = 8  # architecture steps that say anything
 CHANCE = 0.01  # the most that is believed
 CONFIDENCE = 0.05  # one-sided, that the gain is above 0
-LEAST = 1e-3  # of the validation loss: a smaller gain of the adapter is none
+LEAST = 1e-3  # of the validation loss: what is worth less is worth nothing
 
 
 class Found(Protocol):
@@ -66,8 +66,13 @@ def predicted_gain(supernet: Supernet, found: Found) -> tuple[float, float]:
         own = measured.only(fold, FOLDS)
         chosen = values.at(own, values.ranks.gather(1, choice[:, None]))
         gains.append(float(chosen.sum() - values.at(own, uniform).sum()))
-    mean = sum(gains) / FOLDS
-    return mean, math.sqrt(sum((g - mean) ** 2 for g in gains) / (FOLDS - 1) / FOLDS)
+    return mean_error(torch.tensor(gains, dtype=torch.float64))
+
+
+def mean_error(batches: Tensor) -> tuple[float, float]:
+    """The mean over batches (at least two), and its standard error."""
+    batches = batches.double()
+    return float(batches.mean()), float(batches.std()) / math.sqrt(len(batches))
 
 
 def verdict(supernet: Supernet, found: Found, chosen_parameters: int) -> dict[str, Any]:
@@ -76,23 +81,17 @@ def verdict(supernet: Supernet, found: Found, chosen_parameters: int) -> dict[st
     steps, seen = len(measured.gains), measured.gains.abs().sum(0)
     enough = steps >= FEWEST and len(measured.energies) >= FOLDS and len(measured.growth) >= FOLDS
     gain, error = predicted_gain(supernet, found) if enough else (None, None)
-    total = float(measured.gains.double().mean(0).sum()) if steps else 0.0
-    probability = chance(measured.gains) if enough else None
-    learnt = bool(
-        enough
-        and probability <= CHANCE
-        and total > LEAST * abs(float(measured.loss))
-        and gain > error * stats.t.ppf(1 - CONFIDENCE, FOLDS - 1)
-    )
+    cut, cut_error = mean_error(measured.cut) if enough else (None, None)
     dead = [name for name, s in zip(supernet.layers, seen.tolist(), strict=True) if s == 0]
-    return {
-        "learnt": learnt,
+    figures = {
         "early": not enough,
         "architecture_steps": steps,
         "predicted_gain": gain,
         "predicted_gain_error": error,
-        "chance": probability,
-        "adapter_gain": total,
+        "chance": chance(measured.gains) if enough else None,
+        "adapter_gain": float(measured.gains.double().mean(0).sum()) if steps else 0.0,
+        "uniform_cut": cut,
+        "uniform_cut_error": cut_error,
         "validation_loss": float(measured.loss) if enough else None,
         "entropy": float(entropies(supernet.probabilities()).mean()),
         "expected_parameters": float(supernet.expected_parameters()),
@@ -100,6 +99,32 @@ def verdict(supernet: Supernet, found: Found, chosen_parameters: int) -> dict[st
         "budget_parameters": supernet.budget,
         "without_gradient": dead if steps else [],
     }
+    return {"learnt": enough and not lacking(figures)} | figures
+
+
+def lacking(figures: dict[str, Any]) -> list[str]:
+    """What speaks against the ranks, in words; nothing: the search learnt which are better.
+
+    The cut is of all layers to the uniform rank. Where it costs nothing, no layer uses more than
+    that rank: that layers differ, and that the loss still falls, does not make more rank of use.
+    """
+    least = LEAST * abs(figures["validation_loss"])
+    sure = figures["predicted_gain_error"] * stats.t.ppf(1 - CONFIDENCE, FOLDS - 1)
+    words = []
+    if not figures["chance"] <= CHANCE:
+        words.append("the architecture steps agree no more than noise does")
+    if not figures["adapter_gain"] > least:
+        words.append(f"the adapter takes no more than {least:.1g} off the loss")
+    if not figures["predicted_gain"] > sure:
+        words.append("this gain is within its error")
+    elif not figures["predicted_gain"] > least:
+        words.append(f"this gain is below {least:.1g}, a thousandth of the loss")
+    if not figures.get("uniform_cut", math.inf) > least:  # a genotype of before lacks it
+        cost = f"{figures['uniform_cut']:.1g} +- {figures['uniform_cut_error']:.1g}"
+        words.append(
+            f"a cut of all layers to the uniform rank costs {cost}, so more rank is of no use yet"
+        )
+    return words
 
 
 def verdict_text(figures: dict[str, Any]) -> str:
@@ -119,9 +144,9 @@ def verdict_text(figures: dict[str, Any]) -> str:
             )
         else:
             first = (
-                f"These ranks cannot be told from chance: an expected gain of {size} over the "
-                f"uniform rank, beside {against}. A uniform rank may do as well; or search for "
-                "more steps."
+                f"These ranks may be no better than the uniform rank: an expected gain of {size}, "
+                f"beside {against}. But {' and '.join(lacking(figures))}. A uniform rank may do "
+                "as well; or search for more steps."
             )
     sizes = (
         f"Parameters: {figures['chosen_parameters']:,} chosen, budget "

@@ -10,7 +10,7 @@ from scipy import stats
 
 from darts_lora import Architect, SearchConfig, Supernet
 from darts_lora.alpha.values import Measured, Values
-from darts_lora.alpha.verdict import FEWEST, chance, predicted_gain, verdict, verdict_text
+from darts_lora.alpha.verdict import FEWEST, chance, lacking, predicted_gain, verdict, verdict_text
 from small_models import Residual, randomise, residual
 
 SEARCHES = 2000
@@ -109,20 +109,58 @@ def test_without_the_last_measurement_it_is_too_early():
     assert verdict(supernet, found, 0)["early"]
 
 
-@pytest.mark.parametrize("what", ["adapter", "ranks", "steps"])
+MISSING = {  # and how it is said
+    "adapter": "the adapter takes no more than 0.001 off the loss",
+    "ranks": "this gain is within its error",
+    "size": "this gain is below 0.001, a thousandth of the loss",
+    "steps": "the architecture steps agree no more than noise does",
+    "cut": "a cut of all layers to the uniform rank costs",
+}
+
+
+@pytest.mark.parametrize("what", MISSING)
 def test_what_is_missing_of_a_gain_is_not_believed(what):
-    gains, energies = torch.ones(4), EDGES
+    gains, energies, growth, cut = torch.ones(4), EDGES, 0.5, 0.5
     if what == "adapter":
         gains = -gains  # takes nothing off the loss
     elif what == "ranks":
         energies = torch.ones(4, 4).double()  # alike in all layers
-    supernet, found = toy(gains, energies)
+    elif what == "size":
+        growth, cut = 0.01, 0.002
+    elif what == "cut":
+        cut = 0.0
+    supernet, found = toy(gains, energies, growth=growth, cut=cut)
     if what == "steps":
         signs = torch.tensor([1.0, -1.0] * 4)[:, None] + 0.01
         found.measured = dataclasses.replace(found.measured, gains=signs * found.measured.gains)
     figures = verdict(supernet, found, 0)
     assert not figures["learnt"] and not figures["early"]
-    assert "cannot be told from chance" in verdict_text(figures)
+    (words,) = lacking(figures)
+    assert words.startswith(MISSING[what])
+    assert f"But {words}. A uniform rank may do as well" in verdict_text(figures)
+
+
+@pytest.mark.parametrize("growth", [0.0, 0.5])
+def test_where_a_cut_to_the_uniform_rank_costs_nothing_beyond_noise_no_rank_is_learnt(growth):
+    """Layers differ, each step says the same, and the loss may still fall: so it is where answers
+    have nothing to do with questions, and how often they occur is learnt."""
+    supernet, found = toy(torch.ones(4), EDGES, growth=growth)
+    assert verdict(supernet, found, 0)["learnt"]
+    for cut in 1e-3 * torch.randn(40, 8, generator=torch.Generator().manual_seed(0)):
+        found.measured = dataclasses.replace(found.measured, cut=cut)
+        figures = verdict(supernet, found, 0)
+        assert not figures["learnt"], cut
+        assert lacking(figures)[-1].startswith(MISSING["cut"])
+        assert len(lacking(figures)) == (1 if growth else 2), "a gain that is predicted of it"
+    assert figures["uniform_cut"] == pytest.approx(float(cut.mean()))
+    assert figures["uniform_cut_error"] == pytest.approx(float(cut.std()) / 8**0.5)
+
+
+def test_a_verdict_of_before_cuts_were_told_is_shown():
+    supernet, found = toy(torch.ones(4), -EDGES)
+    figures = verdict(supernet, found, 0)
+    before = {name: value for name, value in figures.items() if "cut" not in name}
+    assert verdict_text(before | {"chance": 0.5}).count("no more than noise does") == 1
 
 
 WIDTH = 16
@@ -173,7 +211,10 @@ def test_random_labels_are_not_learnt(seed):
     ("learnt", "words"),
     [
         (True, "are expected to beat the uniform rank by 0.021 +- 0.004, beside a validation los"),
-        (False, "cannot be told from chance: an expected gain of 0.021 +- 0.004 over the uniform"),
+        (
+            False,
+            "may be no better than the uniform rank: an expected gain of 0.021 +- 0.004, beside",
+        ),
     ],
 )
 def test_the_text_says_it_plainly(learnt, words):
@@ -184,6 +225,10 @@ def test_the_text_says_it_plainly(learnt, words):
             "architecture_steps": 20,
             "predicted_gain": 0.0213,
             "predicted_gain_error": 0.0041,
+            "chance": 1e-4,
+            "adapter_gain": 2.0,
+            "uniform_cut": 0.5 if learnt else 2e-4,
+            "uniform_cut_error": 1e-3,
             "validation_loss": 1.2345,
             "chosen_parameters": 960,
             "budget_parameters": 1000.0,

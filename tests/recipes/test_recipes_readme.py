@@ -85,12 +85,14 @@ def test_what_it_says_of_the_verdict_is_said():
     shown = re.findall(r"`((?:These ranks|Too early)[^`]*)`", README)
     figures = {"predicted_gain": 0.022, "predicted_gain_error": 0.004, "validation_loss": 0.1}
     figures |= {"architecture_steps": 7, "chosen_parameters": 8, "budget_parameters": 9}
+    figures |= {"chance": 1.0, "adapter_gain": 1.0}
     kinds = [{"early": False, "learnt": True}, {"early": False, "learnt": False}, {"early": True}]
     texts = [verdict_text(figures | kind) for kind in kinds]
     assert [text.startswith(start) for text, start in zip(texts, shown, strict=True)] == [True] * 3
     (path,) = re.findall(r"`darts_lora\.alpha\.verdict\.(\w+)`", README)
     probability = getattr(verdict, path)(torch.ones(20, 3) + torch.randn(20, 3) / 9)
     assert probability <= verdict.CHANCE == 0.01 and verdict.FEWEST == 8
+    assert verdict.LEAST == 1e-3 and verdict.CONFIDENCE == 0.05
 
 
 @pytest.mark.parametrize("page", ["docs/reliability.md", "docs/contributing.md", "SECURITY.md"])
